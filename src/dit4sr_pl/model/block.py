@@ -1,0 +1,156 @@
+"""The MM-DiT-Control block (paper Figure 3): a frozen MM-DiT block and its share of the LR stream, run together."""
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import FeedForward, JointTransformerBlock
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from dit4sr_pl.model.lr_stream import LRBlock, heads, normed
+from dit4sr_pl.model.variant import Variant
+
+QKV = tuple[Tensor | None, Tensor, Tensor]
+
+
+class MMDiTControlBlock(nn.Module):
+    """Three streams through one block; `noise` and `lr` share every frozen weight, `text` has its own.
+
+        noise ──norm1──┬────────┬──────┬─────+──norm2──MLP.in──φ──(+)──MLP.out──+──
+                       │ joint  │ noise│     │                     │ s·injection
+        lr ────norm1───┤ atten- ├─attn2┤─────+──norm2──MLP.in──η───┴───MLP.out──+──
+                       │  tion  │ +lr  │
+        text ──norm1c──┴────────┴──────┴─────+──norm2c─MLPc────────────────────+──
+
+    Gates and outer residuals are SD3's own. In variant A the attention runs over `[noise, text]` and `[lr]` apart.
+
+    Args:
+        frozen: diffusers' block. lr: its trainable share. variant: which parts are in.
+    """
+
+    def __init__(self, frozen: JointTransformerBlock, lr: LRBlock, variant: Variant):
+        super().__init__()
+        self.frozen = frozen
+        self.lr = lr
+        self.joint = variant.lr_integration == "joint"
+        self.injection_scale = variant.injection_scale
+
+    def forward(
+        self, noise: Tensor, lr: Tensor, text: Tensor, time: Tensor, grid: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise and LR tokens `(B, h*w, D)`, text tokens `(B, T, D)`, embedding of time and prompt `(B, D)`.
+
+        Returns the streams after the block. The last block returns text, and LR tokens where they are not
+        needed, as they came.
+        """
+        frozen = self.frozen
+
+        # 1. Modulation: noise and LR share it.
+        time = F.silu(time)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *dual = modulation(frozen.norm1.linear, time)
+        noise_norm, lr_norm = frozen.norm1.norm(noise), frozen.norm1.norm(lr)
+        if frozen.context_pre_only:
+            text_scale, text_shift = modulation(frozen.norm1_context.linear, time)
+        else:
+            text_shift, text_scale, text_gate, *text_mlp = modulation(frozen.norm1_context.linear, time)
+        text_in = modulate(frozen.norm1_context.norm(text), text_shift, text_scale)
+
+        # 2. LR Integration and LR Residual.
+        noise_in, lr_in = modulate(noise_norm, shift, scale), modulate(lr_norm, shift, scale)
+        noise_attn, lr_attn, text_attn = self.attend(noise_in, lr_in, text_in)
+        noise = noise + gate * noise_attn
+        if self.lr.needs_output:
+            lr = lr + gate * lr_attn
+
+        # 3. SD3.5's second attention, without text.
+        if dual:
+            shift2, scale2, gate2 = dual
+            noise_in2, lr_in2 = modulate(noise_norm, shift2, scale2), modulate(lr_norm, shift2, scale2)
+            noise_attn2, lr_attn2, _ = self.attend(noise_in2, lr_in2, None)
+            noise = noise + gate2 * noise_attn2
+            if self.lr.needs_output:
+                lr = lr + gate2 * lr_attn2
+
+        # 4. MLPs with LR Injection between them: phi(X) += s * injection(eta(L)).
+        phi = mlp_in(frozen.ff, modulate(frozen.norm2(noise), shift_mlp, scale_mlp))
+        if self.lr.needs_output:
+            eta = mlp_in(frozen.ff, modulate(frozen.norm2(lr), shift_mlp, scale_mlp))
+        if self.lr.injection is not None:
+            phi = phi + self.injection_scale * self.lr.injection(eta, grid)
+        noise = noise + gate_mlp * mlp_out(frozen.ff, phi)
+        if not self.lr.last:
+            lr = lr + gate_mlp * mlp_out(frozen.ff, eta)
+
+        # 5. Text.
+        if not frozen.context_pre_only:
+            text_shift_mlp, text_scale_mlp, text_gate_mlp = text_mlp
+            text = text + text_gate * text_attn
+            text_in = modulate(frozen.norm2_context(text), text_shift_mlp, text_scale_mlp)
+            text = text + text_gate_mlp * frozen.ff_context(text_in)
+        return noise, lr, text
+
+    def attend(
+        self, noise: Tensor, lr: Tensor, text: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`attn` over `[noise, lr, text]`, or without text `attn2` over `[noise, lr]`; all after `to_out`."""
+        frozen, ours = (self.frozen.attn2, self.lr.attn2) if text is None else (self.frozen.attn, self.lr.attn)
+        noise_qkv = noise_projections(frozen, noise)
+        lr_qkv = ours.queries(frozen, lr), ours.keys(frozen, lr, noise_qkv[1]), ours.values(frozen, lr)
+        text_qkv = () if text is None else (text_projections(frozen, text),)
+
+        if self.joint:
+            noise_attended, lr_attended, *text_attended = joint_attention(noise_qkv, lr_qkv, *text_qkv)
+        else:
+            noise_attended, *text_attended = joint_attention(noise_qkv, *text_qkv)
+            (lr_attended,) = joint_attention(lr_qkv)
+
+        noise_out = frozen.to_out[0](noise_attended)
+        lr_out = None if lr_attended is None else ours.output(lr_attended, lr)
+        text_out = None if not text_attended or text_attended[0] is None else frozen.to_add_out(text_attended[0])
+        return noise_out, lr_out, text_out
+
+
+def joint_attention(*streams: QKV) -> tuple[Tensor | None, ...]:
+    """One softmax over the keys of all streams; a stream without queries gets None.
+
+    Args:
+        streams: `(queries, keys, values)`, each `(B, heads, tokens, D/heads)`.
+
+    Returns:
+        `(B, tokens, D)` per stream.
+    """
+    queries = torch.cat([q for q, _, _ in streams if q is not None], dim=2)
+    keys = torch.cat([k for _, k, _ in streams], dim=2)
+    values = torch.cat([v for _, _, v in streams], dim=2)
+    attended = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
+    parts = iter(attended.split([q.shape[2] for q, _, _ in streams if q is not None], dim=1))
+    return tuple(next(parts) if q is not None else None for q, _, _ in streams)
+
+
+def noise_projections(frozen: Attention, tokens: Tensor) -> QKV:
+    queries, keys = heads(frozen, frozen.to_q(tokens)), heads(frozen, frozen.to_k(tokens))
+    return normed(frozen.norm_q, queries), normed(frozen.norm_k, keys), heads(frozen, frozen.to_v(tokens))
+
+
+def text_projections(frozen: Attention, tokens: Tensor) -> QKV:
+    """The last block asks nothing for the text: its queries are None there."""
+    keys, values = heads(frozen, frozen.add_k_proj(tokens)), heads(frozen, frozen.add_v_proj(tokens))
+    queries = None if frozen.context_pre_only else heads(frozen, frozen.add_q_proj(tokens))
+    return normed(frozen.norm_added_q, queries), normed(frozen.norm_added_k, keys), values
+
+
+def modulation(linear: nn.Linear, time: Tensor) -> tuple[Tensor, ...]:
+    """`(B, D)` -> `(B, 1, D)` each: shift, scale, gate of the attention, of the MLP, of the second attention."""
+    return linear(time).unsqueeze(1).chunk(linear.out_features // linear.in_features, dim=-1)
+
+
+def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return tokens * (1 + scale) + shift
+
+
+def mlp_in(ff: FeedForward, tokens: Tensor) -> Tensor:
+    """First linear layer and GELU: the 4D-wide activations that LR Injection adds to."""
+    return ff.net[0](tokens)
+
+
+def mlp_out(ff: FeedForward, activations: Tensor) -> Tensor:
+    return ff.net[2](activations)

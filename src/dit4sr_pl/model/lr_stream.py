@@ -1,0 +1,138 @@
+"""The trainable half of DiT4SR: every weight that the paper adds to Stable Diffusion 3.5 (Section 4, Figure 3).
+
+    LRStream
+      blocks.N.attn       LRAttention   W_q^L, W_k^L, W_v^L, W_out^L   (LR Integration, LR Residual)
+      blocks.N.attn2      LRAttention   the same, in blocks with SD3.5's second attention
+      blocks.N.injection  LRInjection   between the MLPs               (LR Injection)
+
+The frozen half stays a diffusers model; `block.py` runs the two together.
+"""
+
+import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from dit4sr_pl.model.variant import Variant
+
+
+class LRAttention(nn.Module):
+    """LR Integration's projections, each on top of its frozen one: `Q_L = W_q^L (W_q L)`, likewise K and V.
+
+    `needs_output` is False where only the keys and values matter: in the last block of a variant without LR
+    Injection the LR stream's own output goes nowhere, and a weight without a gradient would stop DDP.
+    """
+
+    def __init__(self, dim: int, variant: Variant, needs_output: bool):
+        super().__init__()
+        self.legacy_keys = variant.legacy_lr_keys
+        self.residual = variant.lr_residual
+        self.needs_output = needs_output
+        self.k = zero_linear(dim)
+        self.v = zero_linear(dim)
+        if needs_output:
+            self.q = zero_linear(dim)
+            self.out = nn.Linear(dim, dim)
+        if self.legacy_keys:
+            self.k.requires_grad_(False)  # kept for the released layout, read by nothing
+
+    def queries(self, frozen: Attention, lr: Tensor) -> Tensor | None:
+        """`(B, K, D) -> (B, heads, K, D/heads)`"""
+        return normed(frozen.norm_q, heads(frozen, self.q(frozen.to_q(lr)))) if self.needs_output else None
+
+    def keys(self, frozen: Attention, lr: Tensor, noise_keys: Tensor) -> Tensor:
+        if self.legacy_keys:
+            return normed(frozen.norm_k, noise_keys)  # noise keys come normalised: this is the second time
+        return normed(frozen.norm_k, heads(frozen, self.k(frozen.to_k(lr))))
+
+    def values(self, frozen: Attention, lr: Tensor) -> Tensor:
+        return heads(frozen, self.v(frozen.to_v(lr)))
+
+    def output(self, attended: Tensor, lr: Tensor) -> Tensor:
+        """LR Residual: `L_out = W_out^L (Attention_L + L_in)`, `L_in` normed and modulated."""
+        return self.out(attended + lr if self.residual else attended)
+
+
+class ConvInjection(nn.Module):
+    """LR Injection: a depth-wise 3x3 convolution of the LR stream's MLP activations on the token grid."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = zeroed(nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim))
+
+    def forward(self, eta: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`(B, h*w, 4D) -> (B, h*w, 4D)`, tokens in rows of the grid `(h, w)`."""
+        image = eta.transpose(1, 2).unflatten(2, grid)
+        return self.conv(image).flatten(2).transpose(1, 2)
+
+
+class LinearInjection(nn.Module):
+    """Variant D: the same place, but every token for itself."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear = zero_linear(dim)
+
+    def forward(self, eta: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.linear(eta)
+
+
+class LRBlock(nn.Module):
+    """One block's share of the LR stream."""
+
+    def __init__(self, dim: int, variant: Variant, dual_attention: bool, last: bool):
+        super().__init__()
+        # The last block's LR tokens matter only through its injection.
+        needs_output = not last or variant.lr_injection != "none"
+        self.attn = LRAttention(dim, variant, needs_output)
+        self.attn2 = LRAttention(dim, variant, needs_output) if dual_attention else None
+        self.needs_output = needs_output
+        self.last = last
+        injections = {"conv": ConvInjection, "linear": LinearInjection}
+        self.injection = injections[variant.lr_injection](4 * dim) if variant.lr_injection != "none" else None
+
+
+class LRStream(nn.Module):
+    """All that is trained and all that is saved: 350,877,696 parameters over SD3.5-medium.
+
+    Args:
+        base: the SD3 transformer it will run over; only its shape is read here.
+        variant: which parts are in.
+    """
+
+    def __init__(self, base: SD3Transformer2DModel, variant: Variant):
+        super().__init__()
+        self.variant = variant
+        count = len(base.transformer_blocks)
+        self.blocks = nn.ModuleList(
+            LRBlock(base.inner_dim, variant, frozen.attn2 is not None, last=index == count - 1)
+            for index, frozen in enumerate(base.transformer_blocks)
+        )
+
+    @torch.no_grad()
+    def start_from(self, base: SD3Transformer2DModel) -> None:
+        """Copies the pretrained `to_out` into every `W_out^L`: call it after the base's weights are loaded."""
+        for frozen, block in zip(base.transformer_blocks, self.blocks, strict=True):
+            for theirs, ours in ((frozen.attn, block.attn), (frozen.attn2, block.attn2)):
+                if ours is not None and ours.needs_output:
+                    ours.out.load_state_dict(theirs.to_out[0].state_dict())
+
+
+def heads(frozen: Attention, tokens: Tensor) -> Tensor:
+    """`(B, K, D) -> (B, heads, K, D/heads)`"""
+    return tokens.unflatten(-1, (frozen.heads, -1)).transpose(1, 2)
+
+
+def normed(norm: nn.Module | None, tokens: Tensor | None) -> Tensor | None:
+    """SD3.5 normalises queries and keys, SD3 does not."""
+    return tokens if norm is None or tokens is None else norm(tokens)
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def zero_linear(dim: int) -> nn.Linear:
+    return zeroed(nn.Linear(dim, dim))

@@ -1,0 +1,113 @@
+"""DiT4SR (paper Figure 3): SD3's frozen transformer with an LR stream through every block."""
+
+from pathlib import Path
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dit4sr_pl.model.block import MMDiTControlBlock
+from dit4sr_pl.model.lr_stream import LRStream
+from dit4sr_pl.model.variant import Variant
+
+
+class DiT4SRTransformer(nn.Module):
+    """Predicts the rectified flow's velocity `v = eps - z_0` from a noisy latent and the LR image's latent.
+
+    Args:
+        base: diffusers' SD3 or SD3.5 transformer with its pretrained weights; frozen here.
+        variant: which parts of the LR stream are in.
+        gradient_checkpointing: recompute every block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, base: SD3Transformer2DModel, variant: Variant | None = None, gradient_checkpointing=False):
+        super().__init__()
+        self.variant = variant or Variant()
+        self.base = base.requires_grad_(False)
+        self.lr_stream = LRStream(base, self.variant)
+        self.lr_stream.start_from(base)
+        self.gradient_checkpointing = gradient_checkpointing
+        # A tuple: base and lr_stream own the weights, the blocks only pair them.
+        self.blocks = tuple(
+            MMDiTControlBlock(frozen, lr, self.variant)
+            for frozen, lr in zip(base.transformer_blocks, self.lr_stream.blocks, strict=True)
+        )
+
+    @classmethod
+    def from_reference(
+        cls, folder: str | Path, legacy_lr_keys: bool = False, injection_scale: float = 1.2
+    ) -> "DiT4SRTransformer":
+        """Loads a released DiT4SR: a diffusers folder with `config.json` and safetensors, `transformer/` or above.
+
+        Args:
+            folder: the released folder.
+            legacy_lr_keys: True for `dit4sr_q` and `dit4sr_f`, False for `dit4sr_r1`.
+            injection_scale: 1.2 in all releases.
+
+        Raises:
+            FileNotFoundError: no `config.json` or no weights there.
+            ValueError: weights that do not fit; the keys are listed.
+        """
+        from dit4sr_pl.model.checkpoints import read_reference
+
+        base, lr_state = read_reference(Path(folder))
+        net = cls(base, Variant(legacy_lr_keys=legacy_lr_keys, injection_scale=injection_scale))
+        net.lr_stream.load_state_dict(lr_state)
+        return net
+
+    @property
+    def patch_size(self) -> int:
+        return self.base.config.patch_size
+
+    def forward(
+        self,
+        noisy_latent: Tensor,
+        lr_latent: Tensor,
+        timestep: Tensor,
+        prompt_embeds: Tensor,
+        pooled_prompt_embeds: Tensor,
+    ) -> Tensor:
+        """Velocity at `noisy_latent`.
+
+        Args:
+            noisy_latent: `(B, C, H, W)`, scaled VAE latents; H and W multiples of the patch size.
+            lr_latent: the same shape: latent of the LR image enlarged to the target size.
+            timestep: `(B,)` in [0, 1000], 1000 is pure noise.
+            prompt_embeds: `(B, T, joint_attention_dim)`. pooled_prompt_embeds: `(B, pooled_projection_dim)`.
+
+        Returns:
+            `(B, C, H, W)`.
+
+        Raises:
+            ValueError: for shapes that do not fit each other or the patch size.
+        """
+        grid = self.token_grid(noisy_latent, lr_latent)
+        noise = self.base.pos_embed(noisy_latent)
+        lr = self.base.pos_embed(lr_latent)
+        text = self.base.context_embedder(prompt_embeds)
+        time = self.base.time_text_embed(timestep, pooled_prompt_embeds)
+
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                noise, lr, text = checkpoint(block, noise, lr, text, time, grid, use_reentrant=False)
+            else:
+                noise, lr, text = block(noise, lr, text, time, grid)
+
+        noise = self.base.proj_out(self.base.norm_out(noise, time))
+        return self.unpatchify(noise, grid)
+
+    def token_grid(self, noisy_latent: Tensor, lr_latent: Tensor) -> tuple[int, int]:
+        height, width = noisy_latent.shape[-2:]
+        if noisy_latent.shape != lr_latent.shape:
+            shapes = f"{tuple(noisy_latent.shape)} and {tuple(lr_latent.shape)}"
+            raise ValueError(f"noisy and LR latent must have one shape, got {shapes}")
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"latent {height}x{width}: sides must be multiples of the patch size {self.patch_size}")
+        return height // self.patch_size, width // self.patch_size
+
+    def unpatchify(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`(B, h*w, p*p*C) -> (B, C, h*p, w*p)`"""
+        height, width = grid
+        patches = tokens.unflatten(2, (self.patch_size, self.patch_size, -1)).unflatten(1, (height, width))
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

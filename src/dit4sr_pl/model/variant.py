@@ -1,0 +1,42 @@
+"""Which parts of the LR stream are in: the paper's Section 5 and supplement Figure 3, as data."""
+
+from dataclasses import asdict, dataclass
+
+INTEGRATIONS = ("joint", "none")
+INJECTIONS = ("conv", "linear", "none")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Three switches and a scale. The paper's FULL is all defaults; A-D change one switch each.
+
+    Args:
+        lr_integration: `"joint"`: one attention over noise, LR and text tokens; `"none"` (A): the LR stream
+            attends to itself only.
+        lr_residual: whether the LR attention's input is added to its output (B: not).
+        lr_injection: `"conv"`: depth-wise 3x3 convolution between the MLPs; `"linear"` (D): per token; `"none"` (C).
+        injection_scale: factor of the injection; 1.0 to train, 1.2 in all of the paper's releases.
+        legacy_lr_keys: LR keys are the twice normalised noise keys, the slip that `dit4sr_q` and `dit4sr_f`
+            were trained with.
+
+    Raises:
+        ValueError: for an unknown switch, or when nothing would lead from the LR stream to the noise stream.
+    """
+
+    lr_integration: str = "joint"
+    lr_residual: bool = True
+    lr_injection: str = "conv"
+    injection_scale: float = 1.0
+    legacy_lr_keys: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("lr_integration", INTEGRATIONS), ("lr_injection", INJECTIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"variant: {name}={getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        if self.lr_integration == "none" and self.lr_injection == "none":
+            raise ValueError("variant: without LR Integration and LR Injection the LR image reaches nothing")
+        if self.legacy_lr_keys and self.lr_integration == "none":
+            raise ValueError("variant: legacy_lr_keys needs lr_integration=joint (it takes its keys from the noise)")
+
+    def as_dict(self) -> dict:
+        return asdict(self)
