@@ -1,0 +1,51 @@
+"""Colour alignment of a restored image to its enlarged LR image (paper Section 5.1, as in StableSR)."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WAVELET_LEVELS = 5
+
+
+def adain(restored: Tensor, reference: Tensor) -> Tensor:
+    """Gives every channel the reference's mean and standard deviation.
+
+    Args:
+        restored, reference: `(B, 3, H, W)` in 0..1.
+
+    Returns:
+        `(B, 3, H, W)`, not clamped.
+    """
+    mean, std = moments(restored)
+    reference_mean, reference_std = moments(reference)
+    return (restored - mean) / std * reference_std + reference_mean
+
+
+def wavelet(restored: Tensor, reference: Tensor) -> Tensor:
+    """Keeps the restored image's detail and takes the reference's low frequencies; shapes as in `adain`."""
+    return restored - low_frequencies(restored) + low_frequencies(reference)
+
+
+def none(restored: Tensor, reference: Tensor) -> Tensor:
+    return restored
+
+
+ALIGNMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"adain": adain, "wavelet": wavelet, "none": none}
+
+
+def moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    variance, mean = torch.var_mean(images, dim=(2, 3), keepdim=True)
+    return mean, (variance + 1e-5).sqrt()  # a flat channel has no variance to divide by
+
+
+def low_frequencies(images: Tensor) -> Tensor:
+    """À trous wavelet: a 3x3 binomial blur, its taps 1, 2, 4, 8 and 16 pixels apart."""
+    taps = torch.tensor([0.25, 0.5, 0.25], dtype=images.dtype, device=images.device)
+    kernel = torch.outer(taps, taps).expand(images.shape[1], 1, 3, 3)
+    for level in range(WAVELET_LEVELS):
+        step = 2**level
+        padded = F.pad(images, (step, step, step, step), mode="replicate")
+        images = F.conv2d(padded, kernel, dilation=step, groups=images.shape[1])
+    return images

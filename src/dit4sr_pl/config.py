@@ -1,0 +1,72 @@
+"""What every command shares: find the configs, run Hydra, answer a user's mistake in one line. No heavy imports."""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+PACKAGE = Path(__file__).parent
+USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
+
+
+def conf_folder() -> Path:
+    """`conf/`: inside the package where it was installed from a wheel, two floors up in a checkout."""
+    installed = PACKAGE / "conf"
+    return installed if installed.is_dir() else PACKAGE.parents[1] / "conf"
+
+
+def command(config_name: str) -> Callable:
+    """Decorates `main(cfg)` of an entry point: Hydra's config `conf/<config_name>.yaml` comes in.
+
+    A user's mistake ends in one line and exit code 1; with HYDRA_FULL_ERROR=1 it comes with its traceback.
+    """
+
+    def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
+        run = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(main)
+
+        @wraps(main)
+        def entry_point() -> None:
+            if os.environ.get("HYDRA_FULL_ERROR"):
+                return run()
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own three lines and exits
+            try:
+                run()
+            except USER_ERRORS as error:
+                sys.exit(f"error: {one_line(error)}")
+            except KeyboardInterrupt:
+                sys.exit("interrupted")
+
+        return entry_point
+
+    return decorate
+
+
+def one_line(error: BaseException) -> str:
+    """The message of what was raised first: Hydra wraps errors of the objects it makes."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_readable(path: str | Path, what: str) -> None:
+    """Raises FileNotFoundError unless `path` is there; `what` names the config key that gave it."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{what}={path}: no such file or folder")
+
+
+def check_writable(folder: str | Path, what: str) -> None:
+    """Raises ValueError unless files can be made in `folder`, which is made if need be."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{what}={folder}: cannot be written ({error.strerror}); choose another folder") from None

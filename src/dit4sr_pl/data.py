@@ -1,0 +1,326 @@
+"""Training and validation images, and the LR images made from them on the training device.
+
+Workers decode, crop and flip; the batch is degraded after its transfer (design of Real-ESRGAN, per image). Crop, flip,
+empty prompt and degradation are functions of (seed, sample index, epoch), the order of samples of (seed, epoch), and
+the place to resume at of the step number: see `randomness`.
+"""
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from kornia.color import rgb_to_grayscale
+from kornia.filters import sobel
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dit4sr_pl.images import find_images, read_image
+from dit4sr_pl.randomness import derive_seed, generator, permutation
+
+log = logging.getLogger(__name__)
+
+Folders = str | Path | Sequence[str | Path]
+TOKEN = 16  # pixels a side of a token: the VAE reduces 8x, and 2x2 latents are one token
+
+
+class Photo(NamedTuple):
+    path: Path
+    name: str  # path below its folder, without suffix
+
+
+class Draw(NamedTuple):
+    """One training sample: image `index` in its `epoch`, with `position` samples before it in the run."""
+
+    index: int
+    epoch: int
+    position: int
+
+
+class Degrader(Protocol):
+    """What `SuperResolutionData` asks of a degradation."""
+
+    def draw(self, seeds: Sequence[int], size: tuple[int, int]) -> Any:
+        """Parameters for `len(seeds)` images of `size` (H, W), each a function of its own seed."""
+
+    def __call__(self, images: torch.Tensor, params: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B, 3, H, W)` in 0..1 -> LR `(B, 3, H/4, W/4)` and the target HR `(B, 3, H, W)`."""
+
+
+def find_photos(folders: Folders) -> list[Photo]:
+    """The images of one or several folders, folder by folder; errors as of `find_images`."""
+    folders = [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
+    if not folders:
+        raise ValueError("no folder of images given; name at least one (data.folders=[PATH])")
+    return [
+        Photo(path, path.relative_to(folder).with_suffix("").as_posix())
+        for folder in folders
+        for path in find_images(folder)
+    ]
+
+
+def read_prompt(image_path: Path) -> str:
+    """The caption in the `.txt` beside an image, on one line; empty if there is none."""
+    path = image_path.with_suffix(".txt")
+    if not path.exists():
+        return ""
+    try:
+        return " ".join(path.read_text(encoding="utf-8").split())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: the caption is not UTF-8 text; convert it or remove it") from error
+
+
+def mean_gradient(image: torch.Tensor) -> float:
+    """Mean over pixels of the 3x3 Sobel magnitude of a uint8 image `(3, H, W)`.
+
+    Grey in 0..1 and un-normalised kernels: a ramp that rises by `s` per pixel has the gradient `8 s`.
+    """
+    grey = rgb_to_grayscale(image / 255)
+    return float(sobel(grey[None], normalized=False, eps=0).mean())
+
+
+def pad_to(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Enlarge an image `(3, H, W)` to at least `(height, width)` by reflection at its bottom and right."""
+    down, right = max(0, height - image.shape[1]), max(0, width - image.shape[2])
+    if not down and not right:
+        return image
+    # NumPy reflects as often as needed; PyTorch's padding stops at the image's own size
+    return torch.from_numpy(np.pad(image.numpy(), ((0, 0), (0, down), (0, right)), mode="reflect"))
+
+
+class ImageFolder(Dataset):
+    """Random crops of the images in one or several folders; the sample of a `Draw` is a dict:
+
+    - `image`: uint8 `(3, crop_size, crop_size)`; smaller images are enlarged by reflection first
+    - `seed`: for the degradation, in `[0, 2**63)`
+    - `position`: of the draw
+    - `prompt`: text of the `.txt` beside the image, empty with `empty_prompt_probability`
+    - `name`: path below the folder, without suffix
+
+    A crop whose `mean_gradient` is under `min_gradient` is drawn again, up to `redraws` times; the last one stands.
+
+    An unreadable file is reported once, by name, whichever worker meets it, and the next readable one takes its place.
+    Raises `ValueError` or `FileNotFoundError` if a folder is missing or empty, or no file is readable.
+    """
+
+    def __init__(
+        self,
+        folders: Folders,
+        crop_size: int,
+        seed: int,
+        flip: bool = True,
+        min_gradient: float = 0.2,
+        redraws: int = 50,
+        empty_prompt_probability: float = 0.2,
+    ):
+        self.photos = find_photos(folders)
+        self.crop_size, self.seed, self.flip = crop_size, seed, flip
+        self.min_gradient, self.redraws = min_gradient, redraws
+        self.empty_prompt_probability = empty_prompt_probability
+        # in shared memory, so that one worker knows what another has reported
+        self.reported = torch.zeros(len(self.photos), dtype=torch.bool).share_memory_()
+        self._read(0)
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        photo, image = self._read(draw.index)
+        draws = generator("cpu", self.seed, "sample", draw.index, draw.epoch)
+        u_flip, u_prompt = torch.rand(2, generator=draws).tolist()
+        crop = self._crop(pad_to(image, self.crop_size, self.crop_size), draws)
+        return {
+            "image": crop.flip(-1) if self.flip and u_flip < 0.5 else crop,
+            "seed": derive_seed(self.seed, "degradation", draw.index, draw.epoch),
+            "position": draw.position,
+            "prompt": "" if u_prompt < self.empty_prompt_probability else read_prompt(photo.path),
+            "name": photo.name,
+        }
+
+    def _read(self, index: int) -> tuple[Photo, torch.Tensor]:
+        """The image at `index`, or the next readable one after it."""
+        for candidate in itertools.chain(range(index, len(self)), range(index)):
+            photo = self.photos[candidate]
+            try:
+                return photo, read_image(photo.path)
+            except ValueError as error:
+                if not self.reported[candidate]:
+                    self.reported[candidate] = True
+                    log.warning("%s; skipped, the next image takes its place", error)
+        raise ValueError(f"{self.photos[0].path.parent}: none of the {len(self)} images is readable")
+
+    def _crop(self, image: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
+        size = self.crop_size
+        places = [length - size + 1 for length in image.shape[1:]]
+        for _ in range(1 + self.redraws):
+            top, left = (int(torch.randint(n, (), generator=draws)) for n in places)
+            crop = image[:, top : top + size, left : left + size]
+            if not self.min_gradient or mean_gradient(crop) >= self.min_gradient:
+                break
+        return crop
+
+
+class ValidationImages(Dataset):
+    """Fixed samples, the first `limit` images: the keys of `ImageFolder`, never an empty prompt by chance.
+
+    `image` is the central `crop` x `crop` pixels or, without `crop`, the whole image cut to whole tokens; smaller
+    images are enlarged by reflection. `seed` depends on (seed, name) alone.
+
+    Raises `ValueError` for an unreadable file: scores over varying images would not compare.
+    """
+
+    def __init__(self, folders: Folders, crop: int | None, seed: int, limit: int | None = None):
+        self.photos = find_photos(folders)[:limit]
+        self.crop, self.seed = crop, seed
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        photo = self.photos[index]
+        image = read_image(photo.path)
+        height, width = (self.crop or max(TOKEN, length // TOKEN * TOKEN) for length in image.shape[1:])
+        image = pad_to(image, height, width)
+        top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+        return {
+            "image": image[:, top : top + height, left : left + width],
+            "seed": derive_seed(self.seed, "validation", photo.name),
+            "position": index,
+            "prompt": read_prompt(photo.path),
+            "name": photo.name,
+        }
+
+
+class PositionSampler(Sampler[list[Draw]]):
+    """Endless batches of draws: position `p` of the run is sample `p % length` of the order of epoch `p // length`.
+
+    Batch `s` of device `rank` holds `batch_size` positions from `start() + (s * world_size + rank) * batch_size`.
+    `start` gives the images seen so far, over all devices; it is asked whenever an iteration begins, since Lightning
+    begins anew after each of its epochs.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start: Callable[[], int] = lambda: 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.start, self.rank, self.world_size = start, rank, world_size
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        order = functools.lru_cache(maxsize=1)(lambda epoch: permutation(self.seed, epoch, self.length).tolist())
+        for first in itertools.count(self.start() + self.rank * self.batch_size, self.world_size * self.batch_size):
+            batch = []
+            for position in range(first, first + self.batch_size):
+                epoch, place = divmod(position, self.length)
+                batch.append(Draw(order(epoch)[place], epoch, position))
+            yield batch
+
+
+class SuperResolutionData(LightningDataModule):
+    """Batches of LR and HR images for training, without end, and for validation.
+
+    To the keys of `ImageFolder` a batch on the device adds, in float32 and 0..1: `lr` `(B, 3, H/4, W/4)`, `hr`
+    `(B, 3, H, W)` and the parameters `degradation` that made them; `image` becomes float too. `seed` and `position`
+    are int64 `(B,)` and stay on the CPU, where generators are seeded.
+
+    Training starts at image `global_step * batch_size * devices * accumulate_grad_batches`, so a checkpoint's step
+    number is all that resuming needs. Under DDP the trainer needs `use_distributed_sampler=False`, else Lightning
+    refuses the loaders; with endless training batches, `check_val_every_n_epoch=None` and an integer
+    `val_check_interval`.
+
+    Args:
+        folders: of the training images, one or several; searched recursively.
+        validation_folders: the same for validation; none turns validation off.
+        degradation: makes LR and HR from images.
+        crop_size: side of the training crops in pixels, a multiple of 16.
+        validation_crop: side of the validation crops; `None` for whole images, which come one by one.
+        batch_size: images per device and batch.
+        validation_limit: take only so many validation images.
+        flip, min_gradient, redraws, empty_prompt_probability: as for `ImageFolder`.
+    """
+
+    def __init__(
+        self,
+        folders: Folders,
+        validation_folders: Folders,
+        degradation: Degrader,
+        crop_size: int = 512,
+        validation_crop: int | None = 512,
+        batch_size: int = 8,
+        num_workers: int = 4,
+        seed: int = 0,
+        flip: bool = True,
+        min_gradient: float = 0.2,
+        redraws: int = 50,
+        empty_prompt_probability: float = 0.2,
+        validation_limit: int | None = None,
+    ):
+        super().__init__()
+        for name, size in (("crop_size", crop_size), ("validation_crop", validation_crop or TOKEN)):
+            if size < 1 or size % TOKEN:
+                raise ValueError(f"{name}={size}: must be a positive multiple of {TOKEN} pixels (one token)")
+        self.training = ImageFolder(folders, crop_size, seed, flip, min_gradient, redraws, empty_prompt_probability)
+        self.validation = (
+            ValidationImages(validation_folders, validation_crop, seed, validation_limit)
+            if validation_folders
+            else None
+        )
+        self.degradation, self.seed = degradation, seed
+        self.batch_size, self.num_workers = batch_size, num_workers
+
+    def train_dataloader(self) -> DataLoader:
+        rank, world_size = self._place()
+        sampler = PositionSampler(
+            len(self.training), self.batch_size, self.seed, self._images_seen, rank=rank, world_size=world_size
+        )
+        return self._loader(self.training, sampler)
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Each validation image once, over all devices; `[]` without validation folders."""
+        if self.validation is None:
+            return []
+        rank, world_size = self._place()
+        if len(self.validation) < world_size:
+            raise ValueError(f"{len(self.validation)} validation images for {world_size} devices; give one to each")
+        share = list(range(rank, len(self.validation), world_size))
+        size = self.batch_size if self.validation.crop else 1
+        return self._loader(self.validation, [share[i : i + size] for i in range(0, len(share), size)])
+
+    def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
+        on_cpu = {key: batch[key] for key in ("seed", "position")}  # reading them back would wait for the device
+        return super().transfer_batch_to_device(batch, device, dataloader_idx) | on_cpu
+
+    @torch.no_grad()
+    def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        images = batch["image"].float() / 255
+        params = self.degradation.draw(batch["seed"].tolist(), tuple(images.shape[-2:]))
+        lr, hr = self.degradation(images, params)
+        return batch | {"image": images, "lr": lr, "hr": hr, "degradation": params}
+
+    def _loader(self, dataset: Dataset, batch_sampler: Any) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=batch_sampler,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and number of devices; without a trainer (in a notebook) the first of one."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _images_seen(self) -> int:
+        if self.trainer is None:
+            return 0
+        per_batch = self.batch_size * self.trainer.world_size
+        return self.trainer.global_step * per_batch * self.trainer.accumulate_grad_batches

@@ -1,0 +1,373 @@
+"""What the degradation draws: the ranges of its settings, checked as they are read, and one draw per image.
+
+A settings class (`Blur`) has a `draw`, which gives the drawn values (`DrawnBlur`): tensors `(B,)` on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, NamedTuple, Self, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+from dit4sr_pl.degradation.kernels import GENERALIZED, ISOTROPIC, KINDS, PLATEAU, SINC, blur_kernels, sinc_kernels
+from dit4sr_pl.degradation.ops import MODES
+
+Settings = TypeVar("Settings")
+
+
+class Range(NamedTuple):
+    """An interval, both ends included."""
+
+    low: float
+    high: float
+
+
+class Dice:
+    """One generator per image, so that what an image draws is a function of its own seed alone."""
+
+    def __init__(self, seeds: Sequence[int]):
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+    def uniform(self, low: float | Tensor, high: float | Tensor) -> Tensor:
+        draws = [torch.rand((), generator=generator, dtype=torch.float64) for generator in self.generators]
+        return low + (high - low) * torch.stack(draws)
+
+    def happens(self, probability: float) -> Tensor:
+        return self.uniform(0, 1) < probability
+
+    def pick(self, probabilities: Sequence[float]) -> Tensor:
+        """Indices into `probabilities`, which sum to 1."""
+        edges = torch.tensor(probabilities, dtype=torch.float64).cumsum(0)[:-1]
+        return torch.searchsorted(edges, self.uniform(0, 1), right=True)
+
+    def odd(self, sizes: Range) -> Tensor:
+        """Odd integers, uniform over the range."""
+        halves = self.uniform(sizes.low // 2, sizes.high // 2 + 1).floor().long()
+        return 2 * halves + 1
+
+    def around_one(self, limits: Range) -> Tensor:
+        """Half of the time uniform in low..1, half of the time in 1..high."""
+        below = self.happens(0.5)
+        return torch.where(below, self.uniform(limits.low, 1), self.uniform(1, limits.high))
+
+    def seeds(self) -> Tensor:
+        return torch.stack([torch.randint(2**63 - 1, (), generator=generator) for generator in self.generators])
+
+
+class Drawn:
+    """Base of the drawn values: each field is a tensor `(B,)` or a further set. Indexed, it gives one image's."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def __getitem__(self, index: int) -> Self:
+        return type(self)(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Everything drawn but the noise seeds, flat: `{"first/blur/sigma_x": (B,) float32, ...}`.
+
+        A value is there also where the switch beside it leaves it unused, as `sigma` where `poisson` is 1.
+        """
+        flat = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Drawn):
+                flat |= {f"{field.name}/{name}": scalar for name, scalar in value.scalars().items()}
+            elif field.name != "seed":
+                flat[field.name] = value.float()
+        return flat
+
+
+@dataclass(frozen=True)
+class DrawnBlur(Drawn):
+    on: Tensor
+    kind: Tensor
+    size: Tensor
+    sigma_x: Tensor
+    sigma_y: Tensor
+    angle: Tensor
+    beta: Tensor
+    cutoff: Tensor
+
+    def kernels(self, canvas: int) -> Tensor:
+        """Kernels `(B, canvas, canvas)`, float64."""
+        return blur_kernels(
+            self.kind, self.size, self.sigma_x, self.sigma_y, self.angle, self.beta, self.cutoff, canvas
+        )
+
+
+@dataclass(frozen=True)
+class DrawnSinc(Drawn):
+    on: Tensor
+    size: Tensor
+    cutoff: Tensor
+
+    def kernels(self, canvas: int) -> Tensor:
+        """Kernels `(B, canvas, canvas)`, float64."""
+        return sinc_kernels(self.size, self.cutoff, canvas)
+
+
+@dataclass(frozen=True)
+class DrawnResize(Drawn):
+    factor: Tensor
+    mode: Tensor
+
+
+@dataclass(frozen=True)
+class DrawnNoise(Drawn):
+    poisson: Tensor
+    grey: Tensor
+    sigma: Tensor
+    poisson_scale: Tensor
+    seed: Tensor
+
+
+@dataclass(frozen=True)
+class DrawnStage(Drawn):
+    blur: DrawnBlur
+    resize: DrawnResize
+    noise: DrawnNoise
+    quality: Tensor
+
+
+@dataclass(frozen=True)
+class DrawnFinal(Drawn):
+    mode: Tensor
+    jpeg_first: Tensor
+    sinc: DrawnSinc
+
+
+@dataclass(frozen=True)
+class DrawnDegradation(Drawn):
+    """All that one batch draws; with the images it decides the outcome, so it can be logged and replayed."""
+
+    first: DrawnStage
+    second: DrawnStage
+    final: DrawnFinal
+
+
+@dataclass(frozen=True)
+class Sharpen:
+    kernel_size: int
+    weight: float
+    threshold: float
+
+    def __post_init__(self):
+        _require(self.kernel_size % 2 == 1, f"kernel_size must be odd, not {self.kernel_size}")
+
+
+@dataclass(frozen=True)
+class BlurSinc:
+    """Sinc in place of a Gaussian family; cut-offs in units of pi, one range for sizes under `small`, one above."""
+
+    probability: float
+    small: int
+    cutoff_small: Range
+    cutoff_large: Range
+
+    def __post_init__(self):
+        _require_probability("probability", self.probability)
+        _require_cutoff("cutoff_small", self.cutoff_small)
+        _require_cutoff("cutoff_large", self.cutoff_large)
+
+
+@dataclass(frozen=True)
+class Blur:
+    probability: float
+    size: Range
+    kinds: dict[str, float]
+    sinc: BlurSinc
+    sigma: Range
+    beta_generalized: Range
+    beta_plateau: Range
+
+    def __post_init__(self):
+        _require_probability("probability", self.probability)
+        _require_odd("size", self.size)
+        _require(set(self.kinds) == set(KINDS) - {"sinc"}, f"kinds must name {', '.join(KINDS[:SINC])}")
+        _require_sum_of_one("kinds", self.kinds.values())
+        _require(self.sigma.low > 0, f"sigma must be positive, not from {self.sigma.low:g}")
+        _require_around_one("beta_generalized", self.beta_generalized)
+        _require_around_one("beta_plateau", self.beta_plateau)
+
+    def draw(self, dice: Dice) -> DrawnBlur:
+        size, family = dice.odd(self.size), dice.pick([self.kinds[kind] for kind in KINDS[:SINC]])
+        kind = torch.where(dice.happens(self.sinc.probability), SINC, family)
+        isotropic, sigma_x, sigma_y = ISOTROPIC[kind], dice.uniform(*self.sigma), dice.uniform(*self.sigma)
+        angle = dice.uniform(-math.pi, math.pi)
+        small, large = dice.uniform(*self.sinc.cutoff_small), dice.uniform(*self.sinc.cutoff_large)
+        return DrawnBlur(
+            on=dice.happens(self.probability),
+            kind=kind,
+            size=size,
+            sigma_x=sigma_x,
+            sigma_y=torch.where(isotropic, sigma_x, sigma_y),
+            angle=torch.where(isotropic, 0, angle),
+            beta=self._beta(dice, kind),
+            cutoff=math.pi * torch.where(size < self.sinc.small, small, large),
+        )
+
+    def _beta(self, dice: Dice, kind: Tensor) -> Tensor:
+        generalized, plateau = dice.around_one(self.beta_generalized), dice.around_one(self.beta_plateau)
+        return torch.where(GENERALIZED[kind], generalized, torch.where(PLATEAU[kind], plateau, 1))
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Probabilities of enlarging, reducing and keeping the size; `factor.low`..1 reduces, 1..`factor.high` enlarges."""
+
+    up: float
+    down: float
+    keep: float
+    factor: Range
+
+    def __post_init__(self):
+        _require_sum_of_one("up, down, keep", (self.up, self.down, self.keep))
+        _require_around_one("factor", self.factor)
+        _require(self.factor.low > 0, f"factor must be positive, not from {self.factor.low:g}")
+
+    def draw(self, dice: Dice) -> DrawnResize:
+        direction = dice.pick((self.up, self.down, self.keep))
+        up, down = dice.uniform(1, self.factor.high), dice.uniform(self.factor.low, 1)
+        factor = torch.where(direction == 0, up, torch.where(direction == 1, down, 1))
+        return DrawnResize(factor, draw_mode(dice))
+
+
+@dataclass(frozen=True)
+class Noise:
+    """`gaussian` and `grey` are probabilities, `sigma` is of 255; what is not Gaussian is Poisson."""
+
+    gaussian: float
+    sigma: Range
+    poisson_scale: Range
+    grey: float
+
+    def __post_init__(self):
+        _require_probability("gaussian", self.gaussian)
+        _require_probability("grey", self.grey)
+        _require(min(self.sigma.low, self.poisson_scale.low) >= 0, "sigma and poisson_scale must not be negative")
+
+    def draw(self, dice: Dice) -> DrawnNoise:
+        return DrawnNoise(
+            poisson=~dice.happens(self.gaussian),
+            grey=dice.happens(self.grey),
+            sigma=dice.uniform(*self.sigma),
+            poisson_scale=dice.uniform(*self.poisson_scale),
+            seed=dice.seeds(),
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pass of blur, resize, noise and JPEG; `jpeg` is the range of qualities."""
+
+    blur: Blur
+    resize: Resize
+    noise: Noise
+    jpeg: Range
+
+    def __post_init__(self):
+        _require(1 <= self.jpeg.low and self.jpeg.high <= 100, f"jpeg must lie in 1..100, not {list(self.jpeg)}")
+
+    def draw(self, dice: Dice) -> DrawnStage:
+        return DrawnStage(
+            self.blur.draw(dice), self.resize.draw(dice), self.noise.draw(dice), dice.uniform(*self.jpeg)
+        )
+
+
+@dataclass(frozen=True)
+class FinalSinc:
+    """The sinc filter at the end; `cutoff` in units of pi."""
+
+    probability: float
+    size: Range
+    cutoff: Range
+
+    def __post_init__(self):
+        _require_probability("probability", self.probability)
+        _require_odd("size", self.size)
+        _require_cutoff("cutoff", self.cutoff)
+
+    def draw(self, dice: Dice) -> DrawnSinc:
+        return DrawnSinc(
+            on=dice.happens(self.probability), size=dice.odd(self.size), cutoff=math.pi * dice.uniform(*self.cutoff)
+        )
+
+
+@dataclass(frozen=True)
+class Final:
+    """How often the second JPEG comes before the resize to the LR size and the sinc filter, not after them."""
+
+    jpeg_first: float
+    sinc: FinalSinc
+
+    def __post_init__(self):
+        _require_probability("jpeg_first", self.jpeg_first)
+
+    def draw(self, dice: Dice) -> DrawnFinal:
+        return DrawnFinal(mode=draw_mode(dice), jpeg_first=dice.happens(self.jpeg_first), sinc=self.sinc.draw(dice))
+
+
+def draw_mode(dice: Dice) -> Tensor:
+    """Indices into `MODES`, all equally likely."""
+    return dice.pick([1 / len(MODES)] * len(MODES))
+
+
+def read_settings(kind: type[Settings], settings: Mapping[str, Any], where: str) -> Settings:
+    """Build the settings class `kind` from nested mappings; `where` names them in a `ValueError`."""
+    hints = get_type_hints(kind)
+    _require(isinstance(settings, Mapping), f"{where}: expected a mapping, got {settings!r}")
+    _require(
+        set(settings) == set(hints), f"{where}: expected the keys {', '.join(hints)}; got {', '.join(map(str, settings))}"
+    )
+    values = {name: _read_value(hint, settings[name], f"{where}.{name}") for name, hint in hints.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _read_value(kind: type, value: Any, where: str) -> Any:
+    if is_dataclass(kind):
+        return read_settings(kind, value, where)
+    if kind is Range:
+        return _read_range(value, where)
+    return value
+
+
+def _read_range(value: Sequence[float], where: str) -> Range:
+    try:
+        limits = Range(*value)
+        _require(limits.low <= limits.high, "")
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: expected [low, high] with low <= high, got {value!r}") from None
+    return limits
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_probability(name: str, value: float) -> None:
+    _require(0 <= value <= 1, f"{name} must lie in 0..1, not {value:g}")
+
+
+def _require_sum_of_one(name: str, values: Sequence[float]) -> None:
+    _require(min(values) >= 0 and abs(sum(values) - 1) < 1e-6, f"{name} must be probabilities with the sum 1, not {sum(values):g}")
+
+
+def _require_odd(name: str, sizes: Range) -> None:
+    _require(all(size % 2 == 1 and size > 0 for size in sizes), f"{name} must be odd and positive, not {list(sizes)}")
+
+
+def _require_cutoff(name: str, cutoff: Range) -> None:
+    _require(0 < cutoff.low and cutoff.high <= 1, f"{name} must lie in 0..1 (units of pi), not {list(cutoff)}")
+
+
+def _require_around_one(name: str, limits: Range) -> None:
+    _require(limits.low <= 1 <= limits.high, f"{name} must contain 1, not {list(limits)}")

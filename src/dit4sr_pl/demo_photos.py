@@ -1,0 +1,37 @@
+"""Photos for the demo: those that scikit-image and scikit-learn carry inside their wheels, so nothing is downloaded."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from skimage import data
+from sklearn.datasets import load_sample_image
+
+from dit4sr_pl.images import write_image
+
+TRAIN = ("coffee", "coins", "flower", "grass", "gravel", "hubble_deep_field", "motorcycle", "retina")
+TEST = ("astronaut", "brick", "camera", "chelsea", "china", "rocket")
+
+
+def write_demo_photos(folder: Path | str) -> None:
+    """Write the demo's 8 photos to `folder/train` and 6 held-out ones to `folder/test`, as RGB PNG.
+
+    Photos already there are left alone.
+    """
+    for part, names in (("train", TRAIN), ("test", TEST)):
+        for name in names:
+            path = Path(folder, part, f"{name}.png")
+            if not path.exists():
+                write_image(path, _load(name))
+
+
+def _load(name: str) -> torch.Tensor:
+    """RGB `(3, H, W)` in 0..1; grey photos are repeated over the channels."""
+    if name in ("china", "flower"):
+        pixels = load_sample_image(f"{name}.jpg")
+    elif name == "motorcycle":
+        pixels = data.stereo_motorcycle()[0]  # the left picture of the stereo pair
+    else:
+        pixels = getattr(data, name)()
+    pixels = np.broadcast_to(pixels[..., None], (*pixels.shape, 3)) if pixels.ndim == 2 else pixels
+    return torch.tensor(pixels).permute(2, 0, 1) / 255

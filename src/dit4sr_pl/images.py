@@ -1,0 +1,99 @@
+"""Image files: finding, reading and writing them. One place decides what the pixels of a file are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    import torch
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+
+
+def find_images(folder: Path | str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
+    """All images under `folder`, sorted by path, in any letter case of `suffixes`.
+
+    Linked folders are entered; hidden files are passed over (unfinished writes, macOS's `._photo.jpg`).
+
+    Raises `FileNotFoundError` if there is no such folder, `ValueError` if it holds no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; give the path of a folder of images")
+    found = sorted(
+        Path(parent, name)
+        for parent, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.lower().endswith(tuple(suffixes)) and not name.startswith(".")
+    )
+    if not found:
+        raise ValueError(f"{folder}: no images in this folder or below it (looked for {', '.join(suffixes)})")
+    return found
+
+
+def read_image(path: Path | str) -> torch.Tensor:
+    """The first picture of a file as uint8 RGB `(3, H, W)`, turned upright as its EXIF orientation says.
+
+    Grey is repeated over the channels; 16-bit grey is scaled to 8 bits; CMYK is converted without its colour profile;
+    whatever is transparent (alpha channel, palette entry, transparent colour) is laid over white.
+
+    Raises `ValueError` for a file that is missing, damaged or no image, and for 32-bit pixels, whose range is unknown.
+    """
+    import torch
+
+    return torch.from_numpy(_to_rgb(_decode(Path(path)), path)).permute(2, 0, 1).contiguous()
+
+
+def write_image(path: Path | str, image: torch.Tensor) -> None:
+    """Write an RGB image `(3, H, W)` in 0..1 as an 8-bit PNG, rounded to the nearest level, clamped outside 0..1.
+
+    The file appears under its name only when it is complete; missing folders are made.
+
+    Raises `ValueError` for a name that does not end in `.png`, and for anything but finite floats `(3, H, W)`.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: images are written as PNG; give a name that ends in .png")
+    if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point() or not image.isfinite().all():
+        raise ValueError(f"{path}: not a finite float image (3, H, W): {image.dtype} {tuple(image.shape)}")
+    levels = (image.detach().float().clamp(0, 1) * 255).round().byte()
+    _save_whole(Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()), path)
+
+
+def _decode(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)  # decodes the pixels too, so that damage shows here
+    except Exception as error:  # Pillow's decoders let nearly any exception through on a damaged file
+        known = {UnidentifiedImageError: "unknown format", FileNotFoundError: "no such file"}
+        raise ValueError(f"{path}: not a readable image ({known.get(type(error), error)})") from error
+
+
+def _to_rgb(image: Image.Image, path: Path | str) -> np.ndarray:
+    """uint8 `(H, W, 3)`, contiguous and writable."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{path}: not a readable image (32-bit pixels; save it with 8 or 16 bits per channel)")
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255 instead of scaling
+        grey = np.rint(np.asarray(image, dtype=np.float32) / 257).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+
+
+def _save_whole(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        image.save(unfinished, format="PNG")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,42 @@
+"""The text stream's input: SD3's two CLIP encoders and T5, through diffusers."""
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+EMPTY = ""
+
+
+class PromptEncoder:
+    """Frozen text encoders with a memory: every prompt is encoded once.
+
+    Args:
+        pipeline: an SD3 pipeline with its text encoders (transformer and VAE may be None).
+        t5_tokens: tokens that T5 gives; 77 in training and 256 in the released inference, with SD3.
+    """
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline, t5_tokens: int):
+        self.pipeline = pipeline
+        self.t5_tokens = t5_tokens
+        self.known: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Prompt embeddings `(B, 77 + t5_tokens, D_text)` and pooled ones `(B, D_pooled)` for SD3's tokenizers."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self.known:
+                self.known[prompt] = self.encode(prompt, device)
+        embeds, pooled = zip(*(self.known[prompt] for prompt in prompts), strict=True)
+        return torch.cat(embeds).to(device), torch.cat(pooled).to(device)
+
+    @torch.no_grad()
+    def encode(self, prompt: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt=prompt,
+            prompt_2=prompt,
+            prompt_3=prompt,
+            device=device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.t5_tokens,
+        )
+        # Captions of a whole data set stay on the CPU, in half the bytes, but exact where the encoders are.
+        return embeds.cpu(), pooled.cpu()

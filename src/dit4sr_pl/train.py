@@ -1,0 +1,58 @@
+"""python -m dit4sr_pl.train [+ablation=NAME] [experiment=NAME] [ckpt_path=FILE] [-m ...]"""
+
+import zipfile
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from dit4sr_pl.config import check_readable, check_writable, command
+
+
+@command("train")
+def main(cfg: DictConfig) -> None:
+    train(cfg)
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Runs one training from its composed config; returns the last validation's scores."""
+    check(cfg)
+
+    import torch
+    from hydra.utils import instantiate
+    from lightning import Trainer, seed_everything
+
+    from dit4sr_pl.model import save_lr_stream
+
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision("high")
+    data = instantiate(cfg.data)
+    module = instantiate(cfg.model)
+    trainer: Trainer = instantiate(
+        cfg.trainer,
+        callbacks=list(instantiate(cfg.callbacks).values()),
+        logger=instantiate(cfg.logger),
+        default_root_dir=cfg.output,
+    )
+    OmegaConf.save(cfg, Path(cfg.output) / "config.yaml", resolve=True)
+    trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    save_lr_stream(module.lr_stream, Path(cfg.output) / "lr_stream.safetensors")
+    return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def check(cfg: DictConfig) -> None:
+    """Everything that a user can get wrong and that needs no PyTorch to be seen."""
+    OmegaConf.resolve(cfg)
+    if missing := OmegaConf.missing_keys(cfg):
+        raise ValueError(f"no value for {', '.join(sorted(missing))}; give it as key=value")
+    for key in ("folders", "validation_folders"):
+        for folder in cfg.data.get(key) or []:
+            check_readable(folder, f"data.{key}")
+    if cfg.ckpt_path is not None:
+        check_readable(cfg.ckpt_path, "ckpt_path")
+        if not zipfile.is_zipfile(cfg.ckpt_path):
+            raise ValueError(f"ckpt_path={cfg.ckpt_path}: truncated or not a checkpoint; resume from an earlier one")
+    check_writable(cfg.output, "output")
+
+
+if __name__ == "__main__":
+    main()
