@@ -1,6 +1,6 @@
 """Trains tiny-sd3's transformer on latents of its autoencoder, as SD3 trains: rectified flow on empty prompts.
 
-    python scripts/tiny_base.py --photos outputs/tiny/photos --vae outputs/tiny/vae --output outputs/tiny/sd3
+    python scripts/tiny_base.py --photos outputs/tiny/photos --pipeline src/dit4sr_pl/weights/tiny-sd3
 
 Crops of several shapes, so that the transformer knows positions from 8x8 to 16x16 tokens (128 to 256 pixels). Latents
 are computed once and kept beside the state. The same command continues a run that was stopped.
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel
 from photos import Photos
 
+from dit4sr_pl.backbone import Backbone
 from dit4sr_pl.flow import RectifiedFlow, interpolate
-from dit4sr_pl.latents import draw_noise
+from dit4sr_pl.latents import LatentCoder, draw_noise
 from dit4sr_pl.randomness import generator
-from dit4sr_pl.text import PromptEncoder
 
 CONFIG = dict(
     sample_size=32,
@@ -46,27 +46,26 @@ SAVE_EVERY = 250
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=Path, required=True, help="folder of PNG tiles (tiny_photos.py)")
-    parser.add_argument("--vae", type=Path, required=True, help="trained autoencoder (tiny_vae.py)")
-    parser.add_argument("--output", type=Path, required=True, help="pipeline with its text side (tiny_text.py)")
-    parser.add_argument("--state", type=Path, help="folder of the latents and the state (default: beside the vae)")
+    parser.add_argument("--pipeline", type=Path, required=True, help="all but the transformer (tiny_pipeline.py)")
+    parser.add_argument("--state", type=Path, default=Path("outputs/tiny/base"), help="folder to go on from")
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    state_folder = args.state or args.vae.parent / "base"
-    latents = encode_photos(args.photos, args.vae, state_folder / "latents.pt")
-    text = StableDiffusion3Pipeline.from_pretrained(args.output, transformer=None, vae=None, torch_dtype=torch.float32)
-    embeds, pooled = PromptEncoder(text, t5_tokens=8)([""], torch.device("cpu"))
-    flow = RectifiedFlow(FlowMatchEulerDiscreteScheduler.from_pretrained(args.output / "scheduler"), "velocity")
+    backbone = Backbone(str(args.pipeline), "float32", t5_tokens=8)
+    latents = encode_photos(args.photos, backbone.coder, args.state / "latents.pt")
+    embeds, pooled = backbone.prompts([""], torch.device("cpu"))
+    flow = RectifiedFlow(backbone.scheduler, "velocity")
 
     torch.manual_seed(args.seed)
+    torch.set_flush_denormal(True)  # weights and moments that fade to denormals cost a CPU a factor of ten
     net = SD3Transformer2DModel(**CONFIG)
     start_blocks_at_zero(net)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=1e-2)
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}M parameters, {len(latents)} latents", flush=True)
 
-    first, state_file = 0, state_folder / "state.pt"
+    first, state_file = 0, args.state / "state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         net.load_state_dict(state["net"]), ema.load_state_dict(state["ema"])
@@ -101,7 +100,7 @@ def main() -> None:
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             print(f"{step + 1} loss {np.mean(losses):.4f} {time.perf_counter() - start:.0f}s", flush=True)
             losses.clear()
-            save(net, ema, optimizer, step + 1, state_file, args.output)
+            save(net, ema, optimizer, step + 1, state_file, args.pipeline)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -118,16 +117,14 @@ def start_blocks_at_zero(net: SD3Transformer2DModel) -> None:
 
 
 @torch.no_grad()
-def encode_photos(photos: Path, vae_folder: Path, cache: Path) -> torch.Tensor:
+def encode_photos(photos: Path, coder: LatentCoder, cache: Path) -> torch.Tensor:
     """Scaled latents `(2N, 16, 32, 32)` of every 256x256 tile and its mirror image."""
     if cache.exists():
         return torch.load(cache, weights_only=True)
-    vae = AutoencoderDC.from_pretrained(vae_folder).eval().to(memory_format=torch.channels_last)
     tiles = torch.from_numpy(Photos(photos).tiles).permute(0, 3, 1, 2)
     tiles = torch.cat([tiles, tiles.flip(-1)])
     with torch.autocast("cpu", torch.bfloat16):
-        encoded = [vae.encode(batch / 127.5 - 1).latent.float() for batch in tiles.split(16)]
-    latents = torch.cat(encoded) * vae.config.scaling_factor
+        latents = torch.cat([coder.encode(batch / 255) for batch in tiles.split(16)])
     cache.parent.mkdir(parents=True, exist_ok=True)
     torch.save(latents.half(), cache)
     return latents.half()
@@ -143,8 +140,8 @@ def crop_latents(latents: torch.Tensor, rng: np.random.Generator) -> torch.Tenso
     return torch.stack(crops).float()
 
 
-def save(net, ema, optimizer, step: int, state_file: Path, output: Path) -> None:
-    copy.deepcopy(ema).half().save_pretrained(output / "transformer")
+def save(net, ema, optimizer, step: int, state_file: Path, pipeline: Path) -> None:
+    copy.deepcopy(ema).half().save_pretrained(pipeline / "transformer")
     state = {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     torch.save(state, state_file.with_suffix(".tmp"))
     state_file.with_suffix(".tmp").replace(state_file)

@@ -46,6 +46,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
+    torch.set_flush_denormal(True)  # weights and moments that fade to denormals cost a CPU a factor of ten
     photos, test = Photos(args.photos), held_out_crops(128)
     vae = AutoencoderDC(**CONFIG).to(memory_format=torch.channels_last)
     start_at_linear_code(vae, photos)

@@ -1,5 +1,4 @@
 import itertools
-import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,6 @@ from lightning import LightningModule, Trainer
 from omegaconf import OmegaConf
 from scipy import ndimage
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from dit4sr_pl.data import Draw, ImageFolder, PositionSampler, SuperResolutionData, mean_gradient
 from dit4sr_pl.images import read_image, write_image
@@ -135,51 +133,6 @@ def test_several_folders_follow_each_other_and_names_are_relative(folder, tmp_pa
     assert [photo.name for photo in dataset.photos] == [f"{i:02}" for i in range(10)] + ["sub/last"]
 
 
-# Unreadable files
-
-
-@pytest.fixture
-def damaged(folder, tmp_path) -> Path:
-    for i in range(4):
-        (tmp_path / f"{i:02}.png").write_bytes((folder / f"{i:02}.png").read_bytes())
-    (tmp_path / "01.png").write_bytes(b"rubbish")
-    return tmp_path
-
-
-def test_unreadable_file_is_replaced_by_the_next_and_reported_once(damaged, caplog):
-    dataset = ImageFolder(damaged, 32, 0, min_gradient=0)
-    with caplog.at_level(logging.WARNING):
-        names = [dataset[Draw(index, epoch, 0)]["name"] for epoch in range(2) for index in range(4)]
-    assert names == ["00", "02", "02", "03"] * 2
-    (message,) = caplog.messages
-    assert "01.png: not a readable image (unknown format); skipped" in message
-
-
-def test_two_workers_report_an_unreadable_file_once_on_the_terminal(damaged, capfd):
-    root = logging.getLogger()
-    terminal = logging.StreamHandler()  # pytest's own handlers would swallow the workers' lines
-    root.addHandler(terminal)
-    try:
-        dataset = ImageFolder(damaged, 32, 0, min_gradient=0)
-        take(DataLoader(dataset, batch_sampler=PositionSampler(4, 1, 0), num_workers=2), 24)
-    finally:
-        root.removeHandler(terminal)
-    assert capfd.readouterr().err.count("01.png: not a readable image") == 1
-
-
-def test_no_readable_file_at_all_is_an_error(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"rubbish")
-    with pytest.raises(ValueError, match="none of the 1 images is readable"):
-        ImageFolder(tmp_path, 32, 0)
-
-
-def test_caption_that_is_no_text_is_named(tmp_path):
-    write_image(tmp_path / "a.png", torch.zeros(3, 32, 32))
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="a.txt: the caption is not UTF-8"):
-        ImageFolder(tmp_path, 32, 0, min_gradient=0, empty_prompt_probability=0)[Draw(0, 0, 0)]
-
-
 # Order
 
 
@@ -243,14 +196,15 @@ def test_validation_images_are_shared_out_without_duplicates(folder):
         data.val_dataloader()
 
 
-def test_validation_samples_are_fixed(folder):
+def test_validation_samples_are_fixed(folder, tmp_path):
     data = super_resolution_data(folder, validation_limit=3)
     (first,), (again,) = (list(data.val_dataloader()) for _ in range(2))
     assert same([first], [again])
     assert torch.equal(first["image"][2], read_image(folder / "02.png")[:, 9:41, 10:42])
     assert first["prompt"] == ["", "photo number 1", ""]
-    alone = super_resolution_data(folder, validation_limit=1, batch_size=1)
-    assert next(iter(alone.val_dataloader()))["seed"][0] == first["seed"][0]
+    write_image(tmp_path / "02.png", torch.zeros(3, 32, 32))
+    (alone,) = super_resolution_data(tmp_path).val_dataloader()
+    assert alone["seed"][0] == first["seed"][2] != first["seed"][0]  # of the name, not of the place
 
 
 def test_whole_validation_images_come_one_by_one_cut_to_tokens(folder):
@@ -317,10 +271,11 @@ def fit(data, tmp_path, steps: int, checkpoint=None, **options) -> tuple[Recorde
     return model, runner
 
 
-few_workers = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+LIGHTNING_NOISE = ("ignore:.*does not have many workers", "ignore:.*LeafSpec:FutureWarning")
+under_lightning = pytest.mark.filterwarnings(*LIGHTNING_NOISE)
 
 
-@few_workers
+@under_lightning
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_run_resumed_from_a_checkpoint_sees_what_the_uninterrupted_run_sees(folder, tmp_path, accumulate):
     options = {"accumulate_grad_batches": accumulate}
@@ -334,7 +289,7 @@ def test_run_resumed_from_a_checkpoint_sees_what_the_uninterrupted_run_sees(fold
     assert part.validated == [f"{i:02}" for i in range(10)] * accumulate
 
 
-@few_workers
+@under_lightning
 @pytest.mark.parametrize("workers", [0, 1])
 def test_lightning_epochs_continue_the_order(folder, tmp_path, workers):
     """Lightning restarts the loader at each of its epochs; the samples must not start over."""
@@ -346,15 +301,29 @@ def test_lightning_epochs_continue_the_order(folder, tmp_path, workers):
 # Configuration
 
 
-@pytest.mark.parametrize("name", ["folder", "demo"])
-def test_configuration_instantiates(folder, name):
+def compose_data(*overrides: str) -> SuperResolutionData:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(overrides=[f"+data={name}", f"data.folders=[{folder}]", f"data.validation_folders=[{folder}]"])
+        cfg = compose(overrides=list(overrides))
     OmegaConf.set_struct(cfg, False)
-    cfg.seed = 3
-    cfg.degradation = {"_target_": "test_data.AveragePooling"}
+    cfg.seed, cfg.degradation = 3, {"_target_": f"{__name__}.AveragePooling"}
     data = instantiate(cfg.data)
     assert data.seed == data.training.seed == 3 and type(data.degradation).__name__ == "AveragePooling"
-    expected = {"folder": (512, 8, 0.2, 50), "demo": (128, 16, 0.0, 50)}[name]
+    return data
+
+
+def test_folder_configuration_has_the_papers_numbers(folder):
+    data = compose_data("+data=folder", f"data.folders=[{folder}]")
     training = data.training
-    assert (training.crop_size, data.batch_size, training.min_gradient, training.redraws) == expected
+    assert (training.crop_size, training.min_gradient, training.redraws) == (512, 0.2, 50)
+    assert training.empty_prompt_probability == 0.2 and data.batch_size == 8 and data.validation is None
+
+
+def test_demo_configuration_reads_the_photos_it_writes(tmp_path, monkeypatch):
+    def two_photos(photos):
+        write_image(Path(photos, "train/a.png"), torch.zeros(3, 32, 32))
+        write_image(Path(photos, "test/b.png"), torch.zeros(3, 32, 32))
+
+    monkeypatch.setattr("dit4sr_pl.demo_photos.write_demo_photos", two_photos)
+    data = compose_data("+data=demo", f"data.photos={tmp_path}")
+    assert [photo.name for photo in data.training.photos + data.validation.photos] == ["a", "b"]
+    assert (data.training.crop_size, data.training.min_gradient) == (128, 0.0)

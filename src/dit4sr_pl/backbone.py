@@ -4,10 +4,15 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import diffusers
+import transformers
 from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from dit4sr_pl.latents import LatentCoder
 from dit4sr_pl.text import PromptEncoder
+
+for library in (diffusers, transformers):
+    library.utils.logging.disable_progress_bar()  # a bar per part and file, for milliseconds each
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -36,11 +41,11 @@ class Backbone:
 
     @cached_property
     def transformer(self) -> SD3Transformer2DModel:
-        return self.read(SD3Transformer2DModel, subfolder="transformer", torch_dtype=self.dtype)
+        return self.read(SD3Transformer2DModel, subfolder="transformer", dtype=self.dtype)
 
     @cached_property
     def coder(self) -> LatentCoder:
-        return LatentCoder(self.read(AutoModel, subfolder="vae", torch_dtype=self.dtype))
+        return LatentCoder(self.read(AutoModel, subfolder="vae", dtype=self.dtype))
 
     @cached_property
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
@@ -48,7 +53,7 @@ class Backbone:
 
     @cached_property
     def prompts(self) -> PromptEncoder:
-        pipeline = self.read(StableDiffusion3Pipeline, transformer=None, vae=None, torch_dtype=self.dtype)
+        pipeline = self.read(StableDiffusion3Pipeline, transformer=None, vae=None, dtype=self.dtype)
         pipeline.set_progress_bar_config(disable=True)
         return PromptEncoder(pipeline, self.t5_tokens)
 
@@ -59,7 +64,7 @@ class Backbone:
             part = arguments.get("subfolder", "text encoders")
             reason = str(error).strip().splitlines()[0]
             raise FileNotFoundError(
-                f"model.backbone={self.name}: its {part} cannot be read ({reason}). Give a folder in diffusers' "
+                f"model.backbone.name={self.name}: its {part} cannot be read ({reason}). Give a folder in diffusers' "
                 "layout, a hub id (for gated models accept the licence and run `hf auth login`), or tiny-sd3"
             ) from None
 

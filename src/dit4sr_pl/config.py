@@ -1,8 +1,10 @@
 """What every command shares: find the configs, run Hydra, answer a user's mistake in one line. No heavy imports."""
 
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 
@@ -28,23 +30,33 @@ def command(config_name: str) -> Callable:
     """
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
-        run = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(main)
-
         @wraps(main)
         def entry_point() -> None:
-            if os.environ.get("HYDRA_FULL_ERROR"):
-                return run()
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own three lines and exits
-            try:
-                run()
-            except USER_ERRORS as error:
-                sys.exit(f"error: {one_line(error)}")
-            except KeyboardInterrupt:
-                sys.exit("interrupted")
+            mistakes = nullcontext if os.environ.get("HYDRA_FULL_ERROR") == "1" else mistakes_in_one_line
+
+            def task(cfg: DictConfig) -> None:
+                with mistakes():  # in here, before Hydra adds a line of its own
+                    main(cfg)
+
+            # pyiqa brings bitsandbytes, diffusers imports it, and it warns of kernels that nothing here asks for.
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints several lines and exits by itself
+            with mistakes():
+                hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(task)()
 
         return entry_point
 
     return decorate
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except USER_ERRORS as error:
+        sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 def one_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import torch
 from skimage import data
 from sklearn.datasets import load_sample_image
 
+from dit4sr_pl.data import SuperResolutionData
 from dit4sr_pl.images import write_image
 
 TRAIN = ("coffee", "coins", "flower", "grass", "gravel", "hubble_deep_field", "motorcycle", "retina")
@@ -35,3 +36,9 @@ def _load(name: str) -> torch.Tensor:
         pixels = getattr(data, name)()
     pixels = np.broadcast_to(pixels[..., None], (*pixels.shape, 3)) if pixels.ndim == 2 else pixels
     return torch.tensor(pixels).permute(2, 0, 1) / 255
+
+
+def demo_data(photos: str, **arguments) -> SuperResolutionData:
+    """`SuperResolutionData` over the demo's photos, which are written into the folder `photos` first."""
+    write_demo_photos(photos)
+    return SuperResolutionData(**arguments)

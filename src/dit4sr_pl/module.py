@@ -12,6 +12,7 @@ from dit4sr_pl.backbone import Backbone
 from dit4sr_pl.flow import RectifiedFlow, interpolate
 from dit4sr_pl.latents import draw_noise, enlarge
 from dit4sr_pl.model import DiT4SRTransformer, Variant
+from dit4sr_pl.model.checkpoints import fit_lr_stream
 from dit4sr_pl.randomness import generator
 from dit4sr_pl.sampling import Sampler, restore
 
@@ -86,6 +87,18 @@ class DiT4SRModule(LightningModule):
         generators = [generator("cpu", "restore", self.seed, name) for name in names]
         parts = self.backbone.coder, self.backbone.prompts, self.backbone.scheduler
         return restore(self.net, *parts, self.sampler, lr, size, captions, generators)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["variant"] = self.lr_stream.variant.as_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Variants B and FULL have the same weights by name: the checkpoint says which it is."""
+        theirs, ours = checkpoint["variant"], self.lr_stream.variant.as_dict()
+        if theirs != ours:
+            raise ValueError(f"{self.trainer.ckpt_path}: trained as variant {theirs}; this run is {ours}")
+        prefix = "lr_stream."
+        state = {name.removeprefix(prefix): weight for name, weight in checkpoint["state_dict"].items()}
+        fit_lr_stream(self.lr_stream, state, self.trainer.ckpt_path)
 
     def configure_optimizers(self) -> Optimizer:
         return self.optimizer(parameter for parameter in self.lr_stream.parameters() if parameter.requires_grad)

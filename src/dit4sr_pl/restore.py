@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     files = find_images(source) if source.is_dir() else [source]
     root = source if source.is_dir() else source.parent
     device = torch.device(cfg.device)
-    restorer = Restorer.load(instantiate(cfg.backbone), instantiate(cfg.sampler), cfg.checkpoint, device)
+    restorer = Restorer.load(instantiate(cfg.model.backbone), instantiate(cfg.sampler), cfg.checkpoint, device)
     failed = []
     for file in track(files, description="restoring"):
         try:
@@ -40,8 +40,8 @@ def main(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    if missing := OmegaConf.missing_keys(cfg):
-        raise ValueError(f"no value for {', '.join(sorted(missing))}; give it as key=value")
+    if OmegaConf.is_missing(cfg, "input"):
+        raise ValueError("no value for input; give an image or a folder of images as input=PATH")
     check_readable(cfg.input, "input")
     if cfg.scale < 1:
         raise ValueError(f"scale={cfg.scale}: must be 1 or more")

@@ -17,7 +17,14 @@ SINC = KINDS.index("sinc")
 
 
 def blur_kernels(
-    kind: Tensor, size: Tensor, sigma_x: Tensor, sigma_y: Tensor, angle: Tensor, beta: Tensor, cutoff: Tensor, canvas: int
+    kind: Tensor,
+    size: Tensor,
+    sigma_x: Tensor,
+    sigma_y: Tensor,
+    angle: Tensor,
+    beta: Tensor,
+    cutoff: Tensor,
+    canvas: int,
 ) -> Tensor:
     """Kernels `(B, canvas, canvas)`, each of the family `KINDS[kind]` and of its own odd `size` in pixels.
 

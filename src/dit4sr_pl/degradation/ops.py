@@ -9,7 +9,6 @@ import math
 import torch
 import torch.nn.functional as F
 from kornia.color import rgb_to_grayscale
-from kornia.enhance import jpeg_codec_differentiable
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
@@ -83,12 +82,7 @@ def poisson_counts(levels: Tensor, uniform: Tensor, peak: int) -> Tensor:
     cumulative = log_density.exp().cumsum(dim=1).clamp(max=1)
     # All 256 distributions end to end, level k in k..k+1: one sorted list serves every pixel.
     ladder = (cumulative + torch.arange(256, device=levels.device)[:, None]).flatten()
-    return torch.searchsorted(ladder, levels + uniform, right=True) - levels * len(counts)
-
-
-def jpeg(image: Tensor, quality: float) -> Tensor:
-    """JPEG compression at `quality` (0..100, fractions allowed) of the image clamped to 0..1; not clamped after."""
-    return jpeg_codec_differentiable(image.clamp(0, 1), torch.tensor([quality]))
+    return torch.searchsorted(ladder, (levels + uniform).contiguous(), right=True) - levels * len(counts)
 
 
 def to_8_bits(image: Tensor) -> Tensor:

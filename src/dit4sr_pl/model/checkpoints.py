@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -31,15 +32,17 @@ def save_lr_stream(lr_stream: LRStream, path: str | Path, dtype: torch.dtype = t
 
 
 def load_lr_stream(path: str | Path) -> tuple[Variant, dict[str, Tensor]]:
-    """Reads what `save_lr_stream` wrote.
+    """Reads an LR stream: what `save_lr_stream` wrote, or the averaged weights of a training checkpoint (`.ckpt`).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, or not an LR-stream file.
+        ValueError: truncated, or something else.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such LR-stream file")
+        raise FileNotFoundError(f"{path}: no such LR-stream file or checkpoint")
+    if path.suffix == ".ckpt":
+        return load_checkpoint(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -49,6 +52,16 @@ def load_lr_stream(path: str | Path) -> tuple[Variant, dict[str, Tensor]]:
     if "variant" not in metadata:
         raise ValueError(f"{path}: safetensors, but not an LR-stream file (its header names no variant)")
     return Variant(**json.loads(metadata["variant"])), state
+
+
+def load_checkpoint(path: Path) -> tuple[Variant, dict[str, Tensor]]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        variant, state = checkpoint["variant"], checkpoint["state_dict"]
+    except (RuntimeError, EOFError, KeyError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: truncated or not a checkpoint of ours ({reason}); use an earlier one") from None
+    return Variant(**variant), {name.removeprefix("lr_stream."): tensor for name, tensor in state.items()}
 
 
 def fit_lr_stream(lr_stream: LRStream, state: dict[str, Tensor], source: str | Path) -> None:

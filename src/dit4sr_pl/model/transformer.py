@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dit4sr_pl.model.block import MMDiTControlBlock
+from dit4sr_pl.model.checkpoints import read_reference
 from dit4sr_pl.model.lr_stream import LRStream
 from dit4sr_pl.model.variant import Variant
 
@@ -49,8 +50,6 @@ class DiT4SRTransformer(nn.Module):
             FileNotFoundError: no `config.json` or no weights there.
             ValueError: weights that do not fit; the keys are listed.
         """
-        from dit4sr_pl.model.checkpoints import read_reference
-
         base, lr_state = read_reference(Path(folder))
         net = cls(base, Variant(legacy_lr_keys=legacy_lr_keys, injection_scale=injection_scale))
         net.lr_stream.load_state_dict(lr_state)

@@ -1,8 +1,8 @@
-"""tiny-sd3's text side: two CLIP text encoders, one T5, their tokenizers and the scheduler. All weights are random.
+"""tiny-sd3 but for its transformer: the trained autoencoder, random text encoders, their tokenizers, the scheduler.
 
-    python scripts/tiny_text.py --output outputs/tiny/sd3
+    python scripts/tiny_pipeline.py --vae outputs/tiny/vae --output src/dit4sr_pl/weights/tiny-sd3
 
-The encoders have SD3's classes and interfaces and no knowledge: tiny-sd3 is trained on empty prompts. Vocabularies
+Two CLIP text encoders and one T5 have SD3's classes and interfaces and no knowledge: tiny-sd3 is trained on empty prompts. Vocabularies
 are single characters, and 8 tokens per encoder keep the text stream short beside 64 image tokens.
 """
 
@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
@@ -27,8 +27,11 @@ TOKENS, CLIP_WIDTH, T5_WIDTH = 8, 32, 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vae", type=Path, required=True, help="trained autoencoder (tiny_vae.py)")
     parser.add_argument("--output", type=Path, required=True, help="folder of the pipeline")
     args = parser.parse_args()
+
+    AutoencoderDC.from_pretrained(args.vae).half().save_pretrained(args.output / "vae")
 
     for seed, suffix in ((1, ""), (2, "_2")):
         tokenizer = clip_tokenizer()

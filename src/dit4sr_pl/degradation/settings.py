@@ -1,153 +1,27 @@
-"""What the degradation draws: the ranges of its settings, checked as they are read, and one draw per image.
-
-A settings class (`Blur`) has a `draw`, which gives the drawn values (`DrawnBlur`): tensors `(B,)` on the CPU.
-"""
-
-from __future__ import annotations
+"""The settings of the degradation, checked as they are read; each class draws what it describes."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, NamedTuple, Self, TypeVar, get_type_hints
+from dataclasses import dataclass, is_dataclass
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
-from dit4sr_pl.degradation.kernels import GENERALIZED, ISOTROPIC, KINDS, PLATEAU, SINC, blur_kernels, sinc_kernels
-from dit4sr_pl.degradation.ops import MODES
+from dit4sr_pl.degradation.drawn import (
+    Dice,
+    DrawnBlur,
+    DrawnFinal,
+    DrawnNoise,
+    DrawnResize,
+    DrawnSinc,
+    DrawnStage,
+    Range,
+)
+from dit4sr_pl.degradation.kernels import GENERALIZED, ISOTROPIC, KINDS, PLATEAU, SINC
+from dit4sr_pl.degradation.ops import MODES, sharpen
 
 Settings = TypeVar("Settings")
-
-
-class Range(NamedTuple):
-    """An interval, both ends included."""
-
-    low: float
-    high: float
-
-
-class Dice:
-    """One generator per image, so that what an image draws is a function of its own seed alone."""
-
-    def __init__(self, seeds: Sequence[int]):
-        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-
-    def uniform(self, low: float | Tensor, high: float | Tensor) -> Tensor:
-        draws = [torch.rand((), generator=generator, dtype=torch.float64) for generator in self.generators]
-        return low + (high - low) * torch.stack(draws)
-
-    def happens(self, probability: float) -> Tensor:
-        return self.uniform(0, 1) < probability
-
-    def pick(self, probabilities: Sequence[float]) -> Tensor:
-        """Indices into `probabilities`, which sum to 1."""
-        edges = torch.tensor(probabilities, dtype=torch.float64).cumsum(0)[:-1]
-        return torch.searchsorted(edges, self.uniform(0, 1), right=True)
-
-    def odd(self, sizes: Range) -> Tensor:
-        """Odd integers, uniform over the range."""
-        halves = self.uniform(sizes.low // 2, sizes.high // 2 + 1).floor().long()
-        return 2 * halves + 1
-
-    def around_one(self, limits: Range) -> Tensor:
-        """Half of the time uniform in low..1, half of the time in 1..high."""
-        below = self.happens(0.5)
-        return torch.where(below, self.uniform(limits.low, 1), self.uniform(1, limits.high))
-
-    def seeds(self) -> Tensor:
-        return torch.stack([torch.randint(2**63 - 1, (), generator=generator) for generator in self.generators])
-
-
-class Drawn:
-    """Base of the drawn values: each field is a tensor `(B,)` or a further set. Indexed, it gives one image's."""
-
-    def __len__(self) -> int:
-        return len(getattr(self, fields(self)[0].name))
-
-    def __getitem__(self, index: int) -> Self:
-        return type(self)(*(getattr(self, field.name)[index] for field in fields(self)))
-
-    def scalars(self) -> dict[str, Tensor]:
-        """Everything drawn but the noise seeds, flat: `{"first/blur/sigma_x": (B,) float32, ...}`.
-
-        A value is there also where the switch beside it leaves it unused, as `sigma` where `poisson` is 1.
-        """
-        flat = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Drawn):
-                flat |= {f"{field.name}/{name}": scalar for name, scalar in value.scalars().items()}
-            elif field.name != "seed":
-                flat[field.name] = value.float()
-        return flat
-
-
-@dataclass(frozen=True)
-class DrawnBlur(Drawn):
-    on: Tensor
-    kind: Tensor
-    size: Tensor
-    sigma_x: Tensor
-    sigma_y: Tensor
-    angle: Tensor
-    beta: Tensor
-    cutoff: Tensor
-
-    def kernels(self, canvas: int) -> Tensor:
-        """Kernels `(B, canvas, canvas)`, float64."""
-        return blur_kernels(
-            self.kind, self.size, self.sigma_x, self.sigma_y, self.angle, self.beta, self.cutoff, canvas
-        )
-
-
-@dataclass(frozen=True)
-class DrawnSinc(Drawn):
-    on: Tensor
-    size: Tensor
-    cutoff: Tensor
-
-    def kernels(self, canvas: int) -> Tensor:
-        """Kernels `(B, canvas, canvas)`, float64."""
-        return sinc_kernels(self.size, self.cutoff, canvas)
-
-
-@dataclass(frozen=True)
-class DrawnResize(Drawn):
-    factor: Tensor
-    mode: Tensor
-
-
-@dataclass(frozen=True)
-class DrawnNoise(Drawn):
-    poisson: Tensor
-    grey: Tensor
-    sigma: Tensor
-    poisson_scale: Tensor
-    seed: Tensor
-
-
-@dataclass(frozen=True)
-class DrawnStage(Drawn):
-    blur: DrawnBlur
-    resize: DrawnResize
-    noise: DrawnNoise
-    quality: Tensor
-
-
-@dataclass(frozen=True)
-class DrawnFinal(Drawn):
-    mode: Tensor
-    jpeg_first: Tensor
-    sinc: DrawnSinc
-
-
-@dataclass(frozen=True)
-class DrawnDegradation(Drawn):
-    """All that one batch draws; with the images it decides the outcome, so it can be logged and replayed."""
-
-    first: DrawnStage
-    second: DrawnStage
-    final: DrawnFinal
 
 
 @dataclass(frozen=True)
@@ -158,6 +32,9 @@ class Sharpen:
 
     def __post_init__(self):
         _require(self.kernel_size % 2 == 1, f"kernel_size must be odd, not {self.kernel_size}")
+
+    def apply(self, image: Tensor) -> Tensor:
+        return sharpen(image, self.kernel_size, self.weight, self.threshold)
 
 
 @dataclass(frozen=True)
@@ -271,12 +148,10 @@ class Stage:
     jpeg: Range
 
     def __post_init__(self):
-        _require(1 <= self.jpeg.low and self.jpeg.high <= 100, f"jpeg must lie in 1..100, not {list(self.jpeg)}")
+        _require(self.jpeg.low >= 1 and self.jpeg.high <= 100, f"jpeg must lie in 1..100, not {list(self.jpeg)}")
 
     def draw(self, dice: Dice) -> DrawnStage:
-        return DrawnStage(
-            self.blur.draw(dice), self.resize.draw(dice), self.noise.draw(dice), dice.uniform(*self.jpeg)
-        )
+        return DrawnStage(self.blur.draw(dice), self.resize.draw(dice), self.noise.draw(dice), dice.uniform(*self.jpeg))
 
 
 @dataclass(frozen=True)
@@ -322,7 +197,8 @@ def read_settings(kind: type[Settings], settings: Mapping[str, Any], where: str)
     hints = get_type_hints(kind)
     _require(isinstance(settings, Mapping), f"{where}: expected a mapping, got {settings!r}")
     _require(
-        set(settings) == set(hints), f"{where}: expected the keys {', '.join(hints)}; got {', '.join(map(str, settings))}"
+        set(settings) == set(hints),
+        f"{where}: expected the keys {', '.join(hints)}; got {', '.join(map(str, settings))}",
     )
     values = {name: _read_value(hint, settings[name], f"{where}.{name}") for name, hint in hints.items()}
     try:
@@ -336,6 +212,8 @@ def _read_value(kind: type, value: Any, where: str) -> Any:
         return read_settings(kind, value, where)
     if kind is Range:
         return _read_range(value, where)
+    if kind in (int, float):
+        _require(isinstance(value, int | float), f"{where}: expected a number, got {value!r}")
     return value
 
 
@@ -358,7 +236,10 @@ def _require_probability(name: str, value: float) -> None:
 
 
 def _require_sum_of_one(name: str, values: Sequence[float]) -> None:
-    _require(min(values) >= 0 and abs(sum(values) - 1) < 1e-6, f"{name} must be probabilities with the sum 1, not {sum(values):g}")
+    _require(
+        min(values) >= 0 and abs(sum(values) - 1) < 1e-6,
+        f"{name} must be probabilities with the sum 1, not {sum(values):g}",
+    )
 
 
 def _require_odd(name: str, sizes: Range) -> None:
@@ -366,7 +247,7 @@ def _require_odd(name: str, sizes: Range) -> None:
 
 
 def _require_cutoff(name: str, cutoff: Range) -> None:
-    _require(0 < cutoff.low and cutoff.high <= 1, f"{name} must lie in 0..1 (units of pi), not {list(cutoff)}")
+    _require(cutoff.low > 0 and cutoff.high <= 1, f"{name} must lie in 0..1 (units of pi), not {list(cutoff)}")
 
 
 def _require_around_one(name: str, limits: Range) -> None:

@@ -1,0 +1,6 @@
+"""What a run shows beside its loss."""
+
+from dit4sr_pl.callbacks.degradation_log import DegradationLog
+from dit4sr_pl.callbacks.validation_scores import ValidationScores
+
+__all__ = ["DegradationLog", "ValidationScores"]

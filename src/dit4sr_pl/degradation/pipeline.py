@@ -1,0 +1,140 @@
+"""Real-ESRGAN's second-order degradation (Wang et al. 2021, Figure 2), drawn per image.
+
+hr = sharpen(image)
+first    blur -> resize -> noise -> JPEG
+second   blur -> resize -> noise
+final    resize to the LR size -> sinc -> JPEG,  or  JPEG -> resize to the LR size -> sinc
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit4sr_pl.degradation import ops
+from dit4sr_pl.degradation.drawn import Dice, DrawnDegradation, DrawnFinal, DrawnNoise, DrawnStage
+from dit4sr_pl.degradation.jpeg import jpeg
+from dit4sr_pl.degradation.settings import Final, Sharpen, Stage, read_settings
+
+
+class Degradation:
+    """Makes low-resolution images of photos; what is random is drawn first, and apart from the images.
+
+    Args:
+        scale: how many times smaller the LR image is.
+        sharpen: settings of the unsharp masking of the target (`Sharpen`), None to leave it as it is.
+        first: settings of the first pass (`Stage`); its resize factor is relative to the HR size.
+        second: settings of the second pass (`Stage`); its resize factor is relative to the LR size.
+        final: settings of the last resize, sinc filter and JPEG (`Final`).
+    Raises:
+        ValueError: a setting is missing, unknown or out of its range.
+    """
+
+    def __init__(
+        self,
+        scale: int,
+        sharpen: Mapping[str, Any] | None,
+        first: Mapping[str, Any],
+        second: Mapping[str, Any],
+        final: Mapping[str, Any],
+    ):
+        self.scale = scale
+        self.sharpen = read_settings(Sharpen, sharpen, "degradation.sharpen") if sharpen is not None else None
+        self.first = read_settings(Stage, first, "degradation.first")
+        self.second = read_settings(Stage, second, "degradation.second")
+        self.final = read_settings(Final, final, "degradation.final")
+
+    def draw(self, seeds: Sequence[int], size: tuple[int, int]) -> DrawnDegradation:
+        """Draw for one image per seed, of the HR size `(H, W)`; an image's values depend on its own seed alone.
+
+        Raises:
+            ValueError: no seeds, or images of this size cannot be degraded.
+        """
+        if not seeds:
+            raise ValueError("degradation: no seeds to draw with; give one per image")
+        self._check_size(size)
+        dice = Dice(seeds)
+        return DrawnDegradation(self.first.draw(dice), self.second.draw(dice), self.final.draw(dice))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, params: DrawnDegradation) -> tuple[Tensor, Tensor]:
+        """Degrade images `(B, 3, H, W)` in 0..1 on their own device; the same arguments give the same result.
+
+        Returns:
+            LR `(B, 3, H/scale, W/scale)`, multiples of 1/255 in 0..1, and its target `(B, 3, H, W)` in 0..1, float32.
+        Raises:
+            ValueError: `params` were drawn for another number of images, or the size cannot be degraded.
+        """
+        if len(params) != len(images):
+            raise ValueError(f"degradation: {len(images)} images, but parameters of {len(params)}; draw one per image")
+        self._check_size(tuple(images.shape[-2:]))
+        kernels = [
+            drawn.kernels(canvas).to(images.device, torch.float32)
+            for drawn, canvas in (
+                (params.first.blur, self.first.blur.size.high),
+                (params.second.blur, self.second.blur.size.high),
+                (params.final.sinc, self.final.sinc.size.high),
+            )
+        ]
+        # bfloat16 convolutions would cost more than the noise that is added.
+        with torch.autocast(images.device.type, enabled=False):
+            pairs = [
+                self._degrade(image, *kernels_of_image, params[i])
+                for i, (image, *kernels_of_image) in enumerate(zip(images.float().split(1), *kernels, strict=True))
+            ]
+        lr, hr = zip(*pairs, strict=True)
+        return torch.cat(lr), torch.cat(hr)
+
+    def _degrade(
+        self, image: Tensor, first_kernel: Tensor, second_kernel: Tensor, sinc_kernel: Tensor, drawn: DrawnDegradation
+    ) -> tuple[Tensor, Tensor]:
+        """One image `(1, 3, H, W)` -> its LR image and its target."""
+        height, width = image.shape[-2:]
+        lr_size = (height // self.scale, width // self.scale)
+        hr = image if self.sharpen is None else self.sharpen.apply(image)
+
+        lr = _blur_resize_noise(hr, first_kernel, drawn.first, (height, width))
+        lr = jpeg(lr, float(drawn.first.quality))
+        lr = _blur_resize_noise(lr, second_kernel, drawn.second, lr_size)
+
+        if drawn.final.jpeg_first:
+            lr = _shrink(jpeg(lr, float(drawn.second.quality)), sinc_kernel, drawn.final, lr_size)
+        else:
+            lr = jpeg(_shrink(lr, sinc_kernel, drawn.final, lr_size), float(drawn.second.quality))
+        return ops.to_8_bits(lr), hr
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        """Reflection needs more pixels than it adds: the sharpening's and the blurs' kernels bound the size below."""
+        if any(side % self.scale for side in size):
+            raise ValueError(f"degradation: {size[0]}x{size[1]} images are not multiples of the scale {self.scale}")
+        second_pass = (self.second.blur.size.high // 2 + 1) / self.first.resize.factor.low
+        sinc = (self.final.sinc.size.high // 2 + 1) * self.scale
+        sharpen = self.sharpen.kernel_size // 2 + 1 if self.sharpen else 1
+        smallest = max(second_pass, sinc, sharpen, self.first.blur.size.high // 2 + 1)
+        if min(size) < smallest:
+            raise ValueError(
+                f"degradation: {size[0]}x{size[1]} images are too small for its kernels and resizes; "
+                f"give at least {smallest:.0f} pixels a side"
+            )
+
+
+def _blur_resize_noise(image: Tensor, kernel: Tensor, drawn: DrawnStage, base: tuple[int, int]) -> Tensor:
+    """What both passes have in common; the drawn factor is relative to the size `base`."""
+    if drawn.blur.on:
+        image = ops.blur(image, kernel)
+    factor = float(drawn.resize.factor)
+    size = (max(1, int(base[0] * factor)), max(1, int(base[1] * factor)))
+    return _add_noise(ops.resize(image, size, int(drawn.resize.mode)), drawn.noise)
+
+
+def _add_noise(image: Tensor, drawn: DrawnNoise) -> Tensor:
+    if drawn.poisson:
+        return ops.add_poisson_noise(image, float(drawn.poisson_scale), bool(drawn.grey), int(drawn.seed))
+    return ops.add_gaussian_noise(image, float(drawn.sigma), bool(drawn.grey), int(drawn.seed))
+
+
+def _shrink(image: Tensor, kernel: Tensor, drawn: DrawnFinal, size: tuple[int, int]) -> Tensor:
+    """The last resize, to the LR size, and the sinc filter."""
+    image = ops.resize(image, size, int(drawn.mode))
+    return ops.blur(image, kernel) if drawn.sinc.on else image

@@ -1,0 +1,74 @@
+"""python -m dit4sr_pl.demo: what `make demo` shows after its training."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dit4sr_pl.config import check_readable, check_writable, command
+
+
+@command("demo")
+def main(cfg: DictConfig) -> None:
+    check_readable(cfg.trained, "trained")
+    check_writable(cfg.output, "output")
+
+    import torch
+    from hydra.utils import instantiate
+
+    from dit4sr_pl.images import write_image
+    from dit4sr_pl.latents import enlarge
+    from dit4sr_pl.restorer import Restorer
+
+    output, device = Path(cfg.output), torch.device("cpu")
+    data, sampler = instantiate(cfg.data), instantiate(cfg.sampler)
+    batches = [data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader()]
+    streams = {"trained here": Path(cfg.trained) / "lr_stream.safetensors", "shipped": cfg.shipped}
+
+    columns = {"bicubic": [enlarge(batch["lr"], batch["hr"].shape[-2:]) for batch in batches]}
+    for name, checkpoint in streams.items():
+        restorer = Restorer.load(instantiate(cfg.model.backbone), sampler, checkpoint, device)
+        columns[name] = [
+            restorer(batch["lr"], batch["hr"].shape[-2:], batch["prompt"], batch["name"], cfg.seed)
+            for batch in batches
+        ]
+    columns["ground truth"] = [batch["hr"] for batch in batches]
+
+    write_image(output / "comparison.png", comparison([batch["lr"] for batch in batches], columns))
+    table = score_table(columns, cfg.metrics)
+    (output / "scores.md").write_text(table)
+    print(table)
+    print(f"picture     {output / 'comparison.png'}   (LR | {' | '.join(columns)})")
+    print(f"table       {output / 'scores.md'}")
+    print(f"run         {cfg.trained}")
+    print("TensorBoard .venv/bin/tensorboard --logdir outputs")
+
+
+def comparison(lr: list, columns: dict[str, list]):
+    """One row per photo: LR with its pixels enlarged, then every column's image; `(3, rows*H, columns*W)`."""
+    import torch
+
+    from dit4sr_pl.callbacks.validation_scores import strip
+
+    per_photo = zip(torch.cat(lr), *(torch.cat(images) for images in columns.values()), strict=True)
+    return torch.cat([strip(*images) for images in per_photo], dim=1)
+
+
+def score_table(columns: dict[str, list], metrics: list[str]) -> str:
+    """Mean scores against the last column, as Markdown."""
+    from dit4sr_pl.metrics import ImageScore
+
+    rows = ["| | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
+    *restored, truth = columns
+    for name in restored:
+        cells = []
+        for metric in metrics:
+            score = ImageScore(metric)
+            for sr, hr in zip(columns[name], columns[truth], strict=True):
+                score.update(sr, hr)
+            cells.append(f"{score.compute():.3f}")
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from diffusers import AutoencoderDC, AutoencoderKL, StableDiffusion3Pipeline
+
+from dit4sr_pl.backbone import SHIPPED, Backbone
+from dit4sr_pl.latents import LatentCoder, enlarge
+from dit4sr_pl.randomness import generator
+
+
+def test_tiny_sd3_is_a_whole_pipeline_of_at_most_40_mb(tiny_backbone):
+    assert sum(file.stat().st_size for file in (SHIPPED / "tiny-sd3").rglob("*")) <= 40e6
+    assert isinstance(tiny_backbone.coder.vae, AutoencoderDC)
+    assert tiny_backbone.coder.factor == 8 and tiny_backbone.transformer.config.in_channels == 16
+    assert tiny_backbone.scheduler.config.shift == 3.0
+
+
+def test_parts_are_read_only_when_asked_for(monkeypatch):
+    read = []
+    monkeypatch.setattr(Backbone, "read", lambda self, kind, **arguments: read.append(arguments.get("subfolder")))
+    backbone = Backbone("tiny-sd3", "float32", 8)
+    assert read == []
+    _ = backbone.scheduler
+    assert read == ["scheduler"]
+
+
+@pytest.mark.parametrize("missing", ["", "transformer/config.json", "vae/diffusion_pytorch_model.safetensors"])
+def test_what_is_missing_is_named_with_what_to_do(tmp_path, missing):
+    folder = tmp_path / "model"
+    if missing:
+        shutil.copytree(SHIPPED / "tiny-sd3", folder)
+        (folder / missing).unlink()
+    backbone = Backbone(str(folder), "float32", 8)
+    with pytest.raises(FileNotFoundError, match=r"model\.backbone\.name=.*cannot be read.*Give a folder"):
+        _ = backbone.transformer, backbone.coder
+
+
+def test_prompts_equal_diffusers_and_are_encoded_once(tiny_backbone, monkeypatch):
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        SHIPPED / "tiny-sd3", transformer=None, vae=None, dtype=torch.float32
+    )
+    prompts = ["a cat", "", "a cat"]
+    expected, _, pooled, _ = pipeline.encode_prompt(
+        prompts, prompts, prompts, do_classifier_free_guidance=False, max_sequence_length=8
+    )
+    encoder = tiny_backbone.prompts
+    encoder.known.clear()
+    calls = []
+    encode = type(encoder).encode
+    monkeypatch.setattr(type(encoder), "encode", lambda self, *args: calls.append(args) or encode(self, *args))
+    embeds, pooled_embeds = encoder(prompts, torch.device("cpu"))
+    torch.testing.assert_close(embeds, expected)
+    torch.testing.assert_close(pooled_embeds, pooled)
+    assert embeds.shape == (3, 16, 64) and len(calls) == 2
+
+
+def test_latents_of_tiny_sd3_come_back_as_the_image_and_have_unit_scale(tiny_backbone):
+    image = enlarge(torch.rand(2, 3, 4, 6, generator=generator("cpu", 0)), (64, 96))
+    latents = tiny_backbone.coder.encode(image)
+    assert latents.shape == (2, 16, 8, 12) and 0.2 < latents.std() < 5
+    restored = tiny_backbone.coder.decode(latents)
+    assert (restored - image).square().mean() < 10 ** (-3.0)  # 30 dB
+
+
+def test_posterior_of_a_kl_autoencoder_is_sampled_for_hr_only():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[4, 4],
+        norm_num_groups=2,
+        shift_factor=0.1,
+        scaling_factor=1.5,
+    )
+    coder, image = LatentCoder(vae), torch.rand(2, 3, 16, 16)
+    posterior = vae.encode(2 * image - 1).latent_dist
+    torch.testing.assert_close(coder.encode(image), (posterior.mode() - 0.1) * 1.5)
+
+    generators = [generator("cpu", i) for i in range(2)]
+    noise = torch.stack([torch.randn(4, 8, 8, generator=generator("cpu", i)) for i in range(2)])
+    torch.testing.assert_close(
+        coder.encode(image, generators), (posterior.mean + posterior.std * noise - 0.1) * 1.5
+    )
+    expected = vae.decode(posterior.mode()).sample / 2 + 0.5
+    torch.testing.assert_close(coder.decode(coder.encode(image)), expected.clamp(0, 1))
+    assert coder.factor == 2
+
+
+def test_enlarging_equals_pillow():
+    small = (torch.rand(3, 12, 20) * 128 + 64).byte()  # mid-grey: Pillow also clips between its two passes
+    pillow = Image.fromarray(small.permute(1, 2, 0).numpy()).resize((80, 48), Image.Resampling.BICUBIC)
+    ours = enlarge(small[None] / 255, (48, 80))[0] * 255
+    difference = ours.permute(1, 2, 0) - torch.from_numpy(np.array(pillow))
+    assert difference.abs().max() <= 1.5  # and rounds there

@@ -1,0 +1,27 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dit4sr_pl.color import ALIGNMENTS
+
+GOLDEN = load_file(Path(__file__).parent / "golden" / "color.safetensors")
+
+
+@pytest.mark.parametrize("name", ["adain", "wavelet"])
+def test_agrees_with_the_reference(name):
+    aligned = ALIGNMENTS[name](GOLDEN["restored"], GOLDEN["reference"])
+    torch.testing.assert_close(aligned, GOLDEN[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ALIGNMENTS)
+def test_an_image_aligned_to_itself_stays(name):
+    image = torch.rand(2, 3, 40, 24)
+    torch.testing.assert_close(ALIGNMENTS[name](image, image), image)
+
+
+@pytest.mark.parametrize("name", ["adain", "wavelet"])
+def test_takes_over_the_mean_colour_and_keeps_flat_images_finite(name):
+    flat, red = torch.full((1, 3, 40, 40), 0.5), torch.tensor([0.8, 0.1, 0.1]).view(1, 3, 1, 1).expand(1, 3, 40, 40)
+    torch.testing.assert_close(ALIGNMENTS[name](flat, red), red, atol=1e-5, rtol=0)

@@ -1,0 +1,94 @@
+"""Commands as a user starts them: help, mistakes, and every config composed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from dit4sr_pl.config import conf_folder
+
+GROUPS = {
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+    for folder in conf_folder().iterdir()
+    if folder.is_dir()
+}
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize("command", ["train", "restore", "demo"])
+def test_help_needs_no_pytorch(command, tmp_path):
+    code = "import sys, runpy; sys.argv = ['x', '--help']\n" + (
+        f"try: runpy.run_module('dit4sr_pl.{command}', run_name='__main__')\n"
+        "finally: assert 'torch' not in sys.modules, 'PyTorch was imported for --help'"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "model:" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "+ablation=typo"], "Could not find 'ablation/typo'"),
+        (["train", "trainer.max_stps=3"], "max_stps"),
+        (["train", "data=folder"], "no value for data.folders"),
+        (["train", "data=folder", "data.folders=[nowhere]"], "data.folders=nowhere: no such file or folder"),
+        (["train", "ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt: no such file"),
+        (["train", "ckpt_path=half.ckpt"], "truncated or not a checkpoint"),
+        (["train", "output=/proc/nowhere"], "cannot be written"),
+        (["restore"], "no value for input"),
+        (["restore", "input=nowhere.png"], "input=nowhere.png: no such file"),
+        (["restore", "input=half.ckpt", "scale=0.5"], "scale=0.5"),
+        (["restore", "input=half.ckpt", "output=/proc/nowhere"], "cannot be written"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_no_traceback(arguments, message, tmp_path):
+    (tmp_path / "half.ckpt").write_bytes(b"PK\x03\x04 cut off")
+    result = run(f"dit4sr_pl.{arguments[0]}", *arguments[1:], cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1 and message in result.stderr, result.stderr
+
+
+def test_contracts_spelling_of_an_ablation_and_its_output_folder():
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        arguments = ["+ablation=no_lr_residual", "seed=3", "output=x"]
+        cfg = compose("train", arguments, return_hydra_config=True)
+        assert cfg.model.variant.lr_residual is False
+        assert cfg.hydra.run.dir == "outputs/default/no_lr_residual/seed3"
+        assert compose("train", return_hydra_config=True).hydra.run.dir == "outputs/default/full/seed0"
+
+
+@pytest.mark.parametrize(
+    "group, option", [(group, option) for group, options in sorted(GROUPS.items()) for option in options]
+)
+def test_every_config_composes_and_its_objects_can_be_made(group, option, tmp_path):
+    """Models and data are made where their inputs ship with the package; the rest by their targets' signatures."""
+    plus = "+" if group == "ablation" else ""
+    overrides = [f"{plus}{group}={option}", f"output={tmp_path}"]
+    if (group, option) == ("data", "folder"):
+        overrides += [f"data.folders=[{tmp_path}]"]
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        cfg = compose("train", overrides)
+    OmegaConf.resolve(cfg)
+    assert not OmegaConf.missing_keys(cfg)
+    for part in ("sampler", "callbacks", "logger", "trainer", "degradation", "optimizer"):
+        instantiate(cfg[part])
+    variant = instantiate(cfg.model.variant)
+    assert (variant.as_dict() == instantiate(compose_default().model.variant).as_dict()) == (
+        group != "ablation" or option == "full"
+    )
+
+
+def compose_default():
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return compose("train", ["output=x"])

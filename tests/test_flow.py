@@ -1,0 +1,52 @@
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from dit4sr_pl.flow import RectifiedFlow, interpolate
+from dit4sr_pl.randomness import generator
+
+SCHEDULER = FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def test_one_euler_step_of_diffusers_along_the_true_velocity_ends_at_the_image():
+    """The scheduler is the oracle of all signs: interpolate, velocity and timestep must be what it samples with."""
+    clean, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER.config)
+    scheduler.set_timesteps(3)
+    latent = interpolate(clean, noise, scheduler.sigmas[:1].expand(2))
+    for timestep in scheduler.timesteps:
+        latent = scheduler.step(noise - clean, timestep, latent).prev_sample
+    torch.testing.assert_close(latent, clean, atol=1e-5, rtol=0)
+
+
+def test_timesteps_are_the_schedulers_own_and_shifted_logit_normal():
+    flow = RectifiedFlow(SCHEDULER, "released")
+    timestep, sigma = flow.draw_timesteps([generator("cpu", 0, i) for i in range(4000)])
+    torch.testing.assert_close(timestep, 1000 * sigma)
+    # sigma = 3u / (1 + 2u) is monotone, so quantiles of u = sigmoid(normal) map onto quantiles of sigma
+    quantiles = torch.tensor([0.1, 0.5, 0.9])
+    u = torch.distributions.Normal(0.0, 1.0).icdf(quantiles).sigmoid()
+    torch.testing.assert_close(sigma.quantile(quantiles), 3 * u / (1 + 2 * u), atol=0.02, rtol=0)
+    again, _ = flow.draw_timesteps([generator("cpu", 0, i) for i in (7, 3)])
+    assert torch.equal(again, timestep[[7, 3]])
+
+
+@pytest.mark.parametrize("weighting", ["released", "velocity"])
+def test_loss_is_zero_at_the_true_velocity_only(weighting):
+    flow = RectifiedFlow(SCHEDULER, weighting)
+    clean, noise, sigma = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0.1, 0.5, 1.0])
+    torch.testing.assert_close(flow.loss(noise - clean, clean, noise, sigma), torch.zeros(3), atol=1e-10, rtol=0)
+    assert (flow.loss(noise, clean, noise, sigma) > 0.005).all()
+
+
+def test_released_weighting_is_sigma_squared_times_the_velocity_loss():
+    clean, noise, velocity = torch.randn(3, 3, 4, 8, 8).unbind()
+    sigma = torch.tensor([0.1, 0.5, 1.0])
+    released, plain = (RectifiedFlow(SCHEDULER, weighting) for weighting in ("released", "velocity"))
+    expected = sigma**2 * plain.loss(velocity, clean, noise, sigma)
+    torch.testing.assert_close(released.loss(velocity, clean, noise, sigma), expected)
+
+
+def test_unknown_weighting_is_refused():
+    with pytest.raises(ValueError, match="choose one of released, velocity"):
+        RectifiedFlow(SCHEDULER, "snr")

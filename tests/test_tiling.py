@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from dit4sr_pl.tiling import starts, tiled
+
+
+@pytest.mark.parametrize("length", [16, 18, 32, 34, 50, 64, 100])
+def test_tiles_cover_overlap_and_stay_on_the_patch_grid(length):
+    tile, overlap, patch = 32, 12, 2
+    tops = starts(length, tile, overlap, patch)
+    assert tops[0] == 0 and all(top % patch == 0 for top in tops)
+    assert tops[-1] + min(tile, length) == length
+    assert all(b - a <= tile - overlap for a, b in zip(tops, tops[1:], strict=False))
+
+
+def test_one_tile_is_no_tile():
+    noisy, lr = torch.randn(2, 1, 4, 32, 20)
+    predict = lambda noisy, lr: noisy.cumsum(-1) * lr  # noqa: E731
+    assert torch.equal(tiled(predict, noisy, lr, tile=32, overlap=12, patch=2), predict(noisy, lr))
+
+
+def test_blending_leaves_what_tiles_agree_on():
+    noisy, lr = torch.randn(2, 2, 4, 70, 44)
+    result = tiled(lambda noisy, lr: 2 * noisy - lr, noisy, lr, tile=32, overlap=12, patch=2)
+    torch.testing.assert_close(result, 2 * noisy - lr)
+
+
+def test_weights_are_centred():
+    """Two tiles that predict 0 and 1 cross over in the middle of the image, symmetrically."""
+    noisy = torch.zeros(1, 1, 32, 48)
+    noisy[..., 24:] = 1
+    result = tiled(lambda noisy, lr: noisy.mean().round().expand_as(noisy), noisy, noisy, 32, 12, 2)[0, 0, 0]
+    torch.testing.assert_close(result + result.flip(0), torch.ones(48))

@@ -1,0 +1,154 @@
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dit4sr_pl.config import conf_folder
+from dit4sr_pl.flow import RectifiedFlow
+from dit4sr_pl.images import write_image
+from dit4sr_pl.latents import enlarge
+from dit4sr_pl.model import LRStream, block, load_lr_stream
+from dit4sr_pl.randomness import generator
+from dit4sr_pl.train import train
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(5):
+        picture = enlarge(torch.rand(1, 3, 20, 20, generator=generator("cpu", i)), (80, 80))
+        write_image(folder / f"{i}.png", picture[0])
+    return folder
+
+
+@pytest.fixture
+def run(photos, tmp_path):
+    def run(name: str, *overrides: str) -> dict[str, float]:
+        toy = [
+            "data=folder",
+            f"data.folders=[{photos}]",
+            f"data.validation_folders=[{photos}]",
+            "data.validation_limit=2",
+            "data.crop_size=64",
+            "data.validation_crop=64",
+            "data.batch_size=2",
+            "data.num_workers=0",
+            "data.min_gradient=0",
+            "sampler.steps=1",
+            "trainer.max_steps=2",
+            "trainer.val_check_interval=2",
+            "trainer.log_every_n_steps=1",
+            "callbacks.checkpoint.every_n_train_steps=2",
+            "~callbacks.progress",
+            "+trainer.enable_progress_bar=false",
+            f"output={tmp_path / name}",
+        ]
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            return train(compose("train", [*toy, *overrides]))
+
+    return run
+
+
+def events(folder) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+
+
+def losses(folder) -> list[float]:
+    return [event.value for event in events(folder).Scalars("train/loss")]
+
+
+ABLATIONS = sorted(path.stem for path in (conf_folder() / "ablation").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_every_ablation_takes_a_step_and_leaves_its_lr_stream(run, tmp_path, ablation, tiny_backbone):
+    scores = run("run", f"+ablation={ablation}", "callbacks.scores.metrics=[psnr]")
+    assert {"train/loss", "val/psnr", "val/psnr_bicubic"} <= scores.keys()
+    variant, state = load_lr_stream(tmp_path / "run" / "lr_stream.safetensors")
+    start = LRStream(tiny_backbone.transformer, variant)
+    start.start_from(tiny_backbone.transformer)
+    assert any(not torch.equal(state[name], tensor) for name, tensor in start.state_dict().items())
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (conf_folder() / "experiment").glob("*.yaml")))
+def test_every_experiment_takes_a_step(run, experiment):
+    run("run", f"experiment={experiment}", "callbacks.scores.metrics=[psnr]")
+
+
+def test_log_holds_losses_scores_pictures_and_degradation(run, tmp_path):
+    scores = run("run")
+    log = events(tmp_path / "run")
+    assert len(log.Scalars("train/loss")) == 2
+    assert {f"val/{m}{b}" for m in ("psnr", "ssim", "stlpips") for b in ("", "_bicubic")} <= scores.keys()
+    assert set(log.Tags()["images"]) == {"val/0", "val/1"}
+    assert any(tag.startswith("degradation/") for tag in log.Tags()["histograms"])
+
+
+def test_checkpoint_holds_the_lr_stream_and_its_average_never_the_base(run, tmp_path, tiny_backbone):
+    run("run", "callbacks.ema.decay=0.5")
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    names = {f"lr_stream.{name}" for name in LRStream(tiny_backbone.transformer, variant_of(tmp_path)).state_dict()}
+    assert set(checkpoint["state_dict"]) == set(checkpoint["current_model_state"]) == names
+    averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
+    assert any(not torch.equal(averaged[name], current[name]) for name in names)
+    assert len(checkpoint["optimizer_states"][0]["state"]) == len(names)
+    saved = load_lr_stream(tmp_path / "run" / "lr_stream.safetensors")[1]
+    assert all(torch.equal(saved[name.removeprefix("lr_stream.")], averaged[name]) for name in names)
+
+
+def variant_of(tmp_path):
+    return load_lr_stream(tmp_path / "run" / "lr_stream.safetensors")[0]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
+def test_a_resumed_run_equals_one_that_was_not_stopped(run, tmp_path):
+    run("whole", "trainer.max_steps=4")
+    run("parts", "trainer.max_steps=2")
+    run("parts", "trainer.max_steps=4", f"ckpt_path={tmp_path / 'parts' / 'checkpoints' / 'last.ckpt'}")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = (load_lr_stream(tmp_path / name / "lr_stream.safetensors")[1] for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(run, monkeypatch):
+    loss = RectifiedFlow.loss
+    calls = []
+
+    def poisoned(self, *args):
+        calls.append(1)
+        return loss(self, *args) * (float("nan") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(RectifiedFlow, "loss", poisoned)
+    with pytest.raises(ValueError, match="loss is nan at step 1"):
+        run("run")
+
+
+def test_gradient_checkpointing_switch_reaches_the_blocks(run, monkeypatch):
+    calls = []
+    forward = block.MMDiTControlBlock.forward
+    monkeypatch.setattr(block.MMDiTControlBlock, "forward", lambda *args: calls.append(1) or forward(*args))
+    counts = []
+    for switch in ("false", "true"):
+        calls.clear()
+        arguments = [f"model.gradient_checkpointing={switch}", "trainer.max_steps=1", "+trainer.limit_val_batches=0"]
+        run(switch, *arguments, "callbacks.checkpoint.every_n_train_steps=1")
+        counts.append(len(calls))
+    assert counts[1] == 2 * counts[0]
+
+
+def test_trainable_weights_are_float32_and_the_base_is_no_part_of_the_module(run, tiny_backbone):
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        cfg = compose("train", ["output=x", "model.backbone.dtype=bfloat16"])
+    module = instantiate(cfg.model)
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    assert all(name.startswith("lr_stream.") for name in module.state_dict())
+    assert module.net.base.proj_out.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("ablation", ["linear_lr_injection", "no_lr_residual"])
+def test_a_checkpoint_of_another_variant_is_refused_in_one_line(run, tmp_path, ablation):
+    run("first", f"+ablation={ablation}")
+    checkpoint = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match=r"last\.ckpt: trained as variant .*; this run is"):
+        run("second", f"ckpt_path={checkpoint}")
