@@ -6,6 +6,7 @@ second   blur -> resize -> noise
 final    resize to the LR size -> sinc -> JPEG,  or  JPEG -> resize to the LR size -> sinc
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ class Degradation:
                 (params.final.sinc, self.final.sinc.size.high),
             )
         ]
-        # bfloat16 convolutions would cost more than the noise that is added.
+        # Training runs in bfloat16, whose steps near 1 are coarser than those of an 8-bit image.
         with torch.autocast(images.device.type, enabled=False):
             pairs = [
                 self._degrade(image, *kernels_of_image, params[i])
@@ -115,7 +116,7 @@ class Degradation:
         if min(size) < smallest:
             raise ValueError(
                 f"degradation: {size[0]}x{size[1]} images are too small for its kernels and resizes; "
-                f"give at least {smallest:.0f} pixels a side"
+                f"give at least {math.ceil(smallest)} pixels a side"
             )
 
 
