@@ -2,8 +2,8 @@
 
     python scripts/tiny_pipeline.py --vae outputs/tiny/vae --output src/dit4sr_pl/weights/tiny-sd3
 
-Two CLIP text encoders and one T5 have SD3's classes and interfaces and no knowledge: tiny-sd3 is trained on empty prompts. Vocabularies
-are single characters, and 8 tokens per encoder keep the text stream short beside 64 image tokens.
+Two CLIP text encoders and one T5 have SD3's classes and interfaces and no knowledge: tiny-sd3 is trained on empty
+prompts. Vocabularies are single characters, and 8 tokens per encoder keep the text stream short beside 64 image tokens.
 """
 
 import argparse

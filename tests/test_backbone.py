@@ -3,8 +3,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from diffusers import AutoencoderDC, AutoencoderKL, StableDiffusion3Pipeline
+from PIL import Image
 
 from dit4sr_pl.backbone import SHIPPED, Backbone
 from dit4sr_pl.latents import LatentCoder, enlarge
@@ -81,9 +81,7 @@ def test_posterior_of_a_kl_autoencoder_is_sampled_for_hr_only():
 
     generators = [generator("cpu", i) for i in range(2)]
     noise = torch.stack([torch.randn(4, 8, 8, generator=generator("cpu", i)) for i in range(2)])
-    torch.testing.assert_close(
-        coder.encode(image, generators), (posterior.mean + posterior.std * noise - 0.1) * 1.5
-    )
+    torch.testing.assert_close(coder.encode(image, generators), (posterior.mean + posterior.std * noise - 0.1) * 1.5)
     expected = vae.decode(posterior.mode()).sample / 2 + 0.5
     torch.testing.assert_close(coder.decode(coder.encode(image)), expected.clamp(0, 1))
     assert coder.factor == 2

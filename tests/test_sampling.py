@@ -44,9 +44,7 @@ def test_equals_the_euler_loop_written_out(run, net, tiny_backbone):
     lr_latent = coder.encode(enlarge(lr, (64, 64)))
     latent = draw_noise(lr_latent, [generator("cpu", 0)])
     scheduler.set_timesteps(3)
-    for timestep, sigma, following in zip(
-        scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:], strict=False
-    ):
+    for timestep, sigma, following in zip(scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:], strict=False):
         latent = latent + (following - sigma) * net(latent, lr_latent, timestep[None], embeds, pooled)
     torch.testing.assert_close(run(lr, (64, 64), captions=["a cat"]), coder.decode(latent), atol=1e-4, rtol=0)
 

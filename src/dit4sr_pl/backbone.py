@@ -3,8 +3,8 @@
 from functools import cached_property
 from pathlib import Path
 
-import torch
 import diffusers
+import torch
 import transformers
 from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 

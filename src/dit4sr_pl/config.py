@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
@@ -38,8 +39,7 @@ def command(config_name: str) -> Callable:
                 with mistakes():  # in here, before Hydra adds a line of its own
                     main(cfg)
 
-            # pyiqa brings bitsandbytes, diffusers imports it, and it warns of kernels that nothing here asks for.
-            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+            quiet_libraries()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints several lines and exits by itself
             with mistakes():
                 hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(task)()
@@ -47,6 +47,13 @@ def command(config_name: str) -> Callable:
         return entry_point
 
     return decorate
+
+
+def quiet_libraries() -> None:
+    """Keeps what users read to what this project says; warnings of the libraries stay."""
+    # pyiqa brings bitsandbytes, diffusers imports it, and it warns of kernels that nothing here asks for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning's own use of PyTorch
 
 
 @contextmanager

@@ -101,6 +101,8 @@ class ImageFolder(Dataset):
     - `prompt`: text of the `.txt` beside the image, empty with `empty_prompt_probability`
     - `name`: path below the folder, without suffix
 
+    The first `photos_in_memory` photos that a worker decodes stay decoded in it.
+
     A crop whose `mean_gradient` is under `min_gradient` is drawn again, up to `redraws` times; the last one stands.
 
     An unreadable file is reported once, by name, whichever worker meets it, and the next readable one takes its place.
@@ -116,8 +118,10 @@ class ImageFolder(Dataset):
         min_gradient: float = 0.2,
         redraws: int = 50,
         empty_prompt_probability: float = 0.2,
+        photos_in_memory: int = 0,
     ):
         self.photos = find_photos(folders)
+        self.photos_in_memory, self.decoded = photos_in_memory, {}
         self.crop_size, self.seed, self.flip = crop_size, seed, flip
         self.min_gradient, self.redraws = min_gradient, redraws
         self.empty_prompt_probability = empty_prompt_probability
@@ -145,8 +149,13 @@ class ImageFolder(Dataset):
         """The image at `index`, or the next readable one after it."""
         for candidate in itertools.chain(range(index, len(self)), range(index)):
             photo = self.photos[candidate]
+            if candidate in self.decoded:
+                return photo, self.decoded[candidate]
             try:
-                return photo, read_image(photo.path)
+                image = read_image(photo.path)
+                if len(self.decoded) < self.photos_in_memory:
+                    self.decoded[candidate] = image
+                return photo, image
             except ValueError as error:
                 if not self.reported[candidate]:
                     self.reported[candidate] = True
@@ -245,7 +254,7 @@ class SuperResolutionData(LightningDataModule):
         validation_crop: side of the validation crops; `None` for whole images, which come one by one.
         batch_size: images per device and batch.
         validation_limit: take only so many validation images.
-        flip, min_gradient, redraws, empty_prompt_probability: as for `ImageFolder`.
+        flip, min_gradient, redraws, empty_prompt_probability, photos_in_memory: as for `ImageFolder`.
     """
 
     def __init__(
@@ -262,13 +271,16 @@ class SuperResolutionData(LightningDataModule):
         min_gradient: float = 0.2,
         redraws: int = 50,
         empty_prompt_probability: float = 0.2,
+        photos_in_memory: int = 0,
         validation_limit: int | None = None,
     ):
         super().__init__()
         for name, size in (("crop_size", crop_size), ("validation_crop", validation_crop or TOKEN)):
             if size < 1 or size % TOKEN:
                 raise ValueError(f"{name}={size}: must be a positive multiple of {TOKEN} pixels (one token)")
-        self.training = ImageFolder(folders, crop_size, seed, flip, min_gradient, redraws, empty_prompt_probability)
+        self.training = ImageFolder(
+            folders, crop_size, seed, flip, min_gradient, redraws, empty_prompt_probability, photos_in_memory
+        )
         self.validation = (
             ValidationImages(validation_folders, validation_crop, seed, validation_limit)
             if validation_folders

@@ -28,8 +28,7 @@ def main(cfg: DictConfig) -> None:
     for name, checkpoint in streams.items():
         restorer = Restorer.load(instantiate(cfg.model.backbone), sampler, checkpoint, device)
         columns[name] = [
-            restorer(batch["lr"], batch["hr"].shape[-2:], batch["prompt"], batch["name"], cfg.seed)
-            for batch in batches
+            restorer(batch["lr"], batch["hr"].shape[-2:], batch["prompt"], batch["name"], cfg.seed) for batch in batches
         ]
     columns["ground truth"] = [batch["hr"] for batch in batches]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 from importlib.resources import files
 
 import torch
@@ -48,7 +49,10 @@ class ImageScore(Metric):
 
 
 def create(name: str) -> torch.nn.Module:
+    """pyiqa's own metric on the CPU, from restored and ground truth images `(B, 3, H, W)` in 0..1 to `(B,)`."""
     import pyiqa
+    from pyiqa.utils.logger import get_root_logger
 
+    get_root_logger().setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):  # pyiqa prints the path of every weight file
         return pyiqa.create_metric(name, device="cpu", as_loss=False, **ARGUMENTS[name])

@@ -38,9 +38,7 @@ class Restorer:
         net.lr_stream.to(backbone.dtype)
         return cls(net, backbone, sampler, device)
 
-    def __call__(
-        self, lr: Tensor, size: tuple[int, int], captions: list[str], names: list[str], seed: int
-    ) -> Tensor:
+    def __call__(self, lr: Tensor, size: tuple[int, int], captions: list[str], names: list[str], seed: int) -> Tensor:
         """`(B, 3, h, w)` to `(B, 3, *size)`, both in 0..1; an image's noise depends on the seed and its name."""
         generators = [generator("cpu", "restore", seed, name) for name in names]
         parts = self.backbone.coder, self.backbone.prompts, self.backbone.scheduler

@@ -1,5 +1,6 @@
 """python -m dit4sr_pl.train [+ablation=NAME] [experiment=NAME] [ckpt_path=FILE] [-m ...]"""
 
+import logging
 import zipfile
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     from dit4sr_pl.model import save_lr_stream
 
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # without devices found and advertisements
     seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     data = instantiate(cfg.data)

@@ -88,9 +88,7 @@ class MMDiTControlBlock(nn.Module):
             text = text + text_gate_mlp * frozen.ff_context(text_in)
         return noise, lr, text
 
-    def attend(
-        self, noise: Tensor, lr: Tensor, text: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def attend(self, noise: Tensor, lr: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`attn` over `[noise, lr, text]`, or without text `attn2` over `[noise, lr]`; all after `to_out`."""
         frozen, ours = (self.frozen.attn2, self.lr.attn2) if text is None else (self.frozen.attn, self.lr.attn)
         noise_qkv = noise_projections(frozen, noise)
