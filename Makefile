@@ -26,3 +26,16 @@ $(VENV)/.done: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
+
+# The weights in src/dit4sr_pl/weights, from nothing; hours. Each step goes on where it was stopped. See docs/tiny.md.
+TINY := outputs/tiny
+SHIPPED := src/dit4sr_pl/weights
+tiny: $(VENV)/.done
+	test -d $(TINY)/photos || $(BIN)/python scripts/tiny_photos.py --output $(TINY)/photos
+	$(BIN)/python scripts/tiny_vae.py --photos $(TINY)/photos --output $(TINY)/vae
+	$(BIN)/python scripts/tiny_pipeline.py --vae $(TINY)/vae --output $(SHIPPED)/tiny-sd3
+	$(BIN)/python scripts/tiny_base.py --photos $(TINY)/photos --pipeline $(SHIPPED)/tiny-sd3 --state $(TINY)/base
+	$(BIN)/python -m dit4sr_pl.train experiment=tiny_dit4sr
+	mkdir -p $(SHIPPED)/tiny-dit4sr
+	cp outputs/tiny_dit4sr/full/seed0/lr_stream.safetensors $(SHIPPED)/tiny-dit4sr/
+	$(BIN)/python benchmarks/tiny.py

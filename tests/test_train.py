@@ -131,7 +131,7 @@ def test_gradient_checkpointing_switch_reaches_the_blocks(run, monkeypatch):
     counts = []
     for switch in ("false", "true"):
         calls.clear()
-        arguments = [f"model.gradient_checkpointing={switch}", "trainer.max_steps=1", "+trainer.limit_val_batches=0"]
+        arguments = [f"model.gradient_checkpointing={switch}", "trainer.max_steps=1", "trainer.limit_val_batches=0"]
         run(switch, *arguments, "callbacks.checkpoint.every_n_train_steps=1")
         counts.append(len(calls))
     assert counts[1] == 2 * counts[0]
