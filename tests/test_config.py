@@ -45,6 +45,7 @@ def test_help_needs_no_pytorch(command, tmp_path):
         (["train", "data=folder", "data.folders=[nowhere]"], "data.folders=nowhere: no such file or folder"),
         (["train", "ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt: no such file"),
         (["train", "ckpt_path=half.ckpt"], "truncated or not a checkpoint"),
+        (["train", "model.backbone.name=./sd3"], "model.backbone.name=sd3/model_index.json: no such file"),
         (["train", "output=/proc/nowhere"], "cannot be written"),
         (["restore"], "no value for input"),
         (["restore", "input=nowhere.png"], "input=nowhere.png: no such file"),

@@ -79,6 +79,13 @@ def check_readable(path: str | Path, what: str) -> None:
         raise FileNotFoundError(f"{what}={path}: no such file or folder")
 
 
+def check_backbone(name: str) -> None:
+    """Raises FileNotFoundError for a model folder that is not there; a name without `.`, `/` or `~` in front may be
+    a hub id or a shipped model, which only loading can tell."""
+    if name.startswith((".", "/", "~")):
+        check_readable(Path(name) / "model_index.json", "model.backbone.name")
+
+
 def check_writable(folder: str | Path, what: str) -> None:
     """Raises ValueError unless files can be made in `folder`, which is made if need be."""
     folder = Path(folder)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.config import check_readable, check_writable, command
+from dit4sr_pl.config import check_backbone, check_readable, check_writable, command
 
 
 @command("restore")
@@ -45,6 +45,7 @@ def check(cfg: DictConfig) -> None:
     check_readable(cfg.input, "input")
     if cfg.scale < 1:
         raise ValueError(f"scale={cfg.scale}: must be 1 or more")
+    check_backbone(cfg.model.backbone.name)
     check_writable(cfg.output, "output")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.config import check_readable, check_writable, command
+from dit4sr_pl.config import check_backbone, check_readable, check_writable, command
 
 
 @command("train")
@@ -56,6 +56,7 @@ def check(cfg: DictConfig) -> None:
         check_readable(cfg.ckpt_path, "ckpt_path")
         if not zipfile.is_zipfile(cfg.ckpt_path):
             raise ValueError(f"ckpt_path={cfg.ckpt_path}: truncated or not a checkpoint; resume from an earlier one")
+    check_backbone(cfg.model.backbone.name)
     check_writable(cfg.output, "output")
 
 
