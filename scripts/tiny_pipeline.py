@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the pipeline")
     args = parser.parse_args()
 
-    AutoencoderDC.from_pretrained(args.vae).half().save_pretrained(args.output / "vae")
+    vae = AutoencoderDC.from_pretrained(args.vae).half()
+    vae.register_to_config(_name_or_path="tiny-sd3")  # not the folder it was trained in
+    vae.save_pretrained(args.output / "vae")
 
     for seed, suffix in ((1, ""), (2, "_2")):
         tokenizer = clip_tokenizer()

@@ -21,11 +21,11 @@ RELEASED = re.compile(r"transformer_blocks\.(\d+)\.(?:(attn2?)\.to_(q|k|v|out)_c
 DEAD = re.compile(r"transformer_blocks\.\d+\.attn2\.(add_[qkv]_proj|to_add_out|norm_added_[qk])\.\w+")
 
 
-def save_lr_stream(lr_stream: LRStream, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the LR stream's weights and its variant as one safetensors file, atomically."""
+def save_lr_stream(lr_stream: LRStream, path: str | Path) -> None:
+    """Writes the LR stream's weights (float32) and its variant as one safetensors file, atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in lr_stream.state_dict().items()}
+    state = {name: tensor.detach().cpu().float().contiguous() for name, tensor in lr_stream.state_dict().items()}
     partial = path.with_suffix(".partial")
     save_file(state, partial, metadata={"variant": json.dumps(lr_stream.variant.as_dict())})
     os.replace(partial, path)
