@@ -7,9 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "dit4sr_pl"
 FLOORS = [
-    {"model.variant", "randomness", "images", "config", "color", "tiling", "metrics", "degradation"},
+    {"model.variant", "model.checkpoints", "model.controlnet", "randomness", "images", "config", "color", "tiling"}
+    | {"metrics", "degradation"},
     {"model.lr_stream", "latents", "text"},
-    {"model.block", "model.checkpoints", "backbone", "flow"},
+    {"model.block", "model.released", "backbone", "flow"},
     {"model.transformer"},
     {"model"},
     {"sampling"},
