@@ -119,9 +119,18 @@ def joint_attention(*streams: QKV) -> tuple[Tensor | None, ...]:
     queries = torch.cat([q for q, _, _ in streams if q is not None], dim=2)
     keys = torch.cat([k for _, k, _ in streams], dim=2)
     values = torch.cat([v for _, _, v in streams], dim=2)
-    attended = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
+    attended = attention(queries, keys, values).transpose(1, 2).flatten(2)
     parts = iter(attended.split([q.shape[2] for q, _, _ in streams if q is not None], dim=1))
     return tuple(next(parts) if q is not None else None for q, _, _ in streams)
+
+
+def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Softmax attention, each `(B, heads, tokens, D/heads)`."""
+    # In bfloat16 on a CPU the fused kernel's backward pass takes up to five times as long as plain products.
+    if values.requires_grad and values.dtype == torch.bfloat16 and values.device.type == "cpu":
+        scores = queries * queries.shape[-1] ** -0.5 @ keys.transpose(-1, -2)
+        return scores.softmax(dim=-1) @ values
+    return F.scaled_dot_product_attention(queries, keys, values)
 
 
 def noise_projections(frozen: Attention, tokens: Tensor) -> QKV:
