@@ -13,10 +13,10 @@ FLOORS = [
     {"model.block", "model.released", "backbone", "flow"},
     {"model.transformer"},
     {"model"},
-    {"sampling"},
-    {"data", "restorer"},
+    {"sampling", "skeleton", "cost"},
+    {"data", "restorer", "budget"},
     {"demo_photos", "module", "callbacks"},
-    {"train", "restore", "demo"},
+    {"train", "restore", "demo", "plan"},
 ]
 
 
@@ -56,7 +56,7 @@ def test_imports_go_down_only(name):
     "library, allowed",
     [
         ("lightning", {"module", "data", "callbacks", "train"}),
-        ("hydra", {"config", "train", "restore", "demo"}),
+        ("hydra", {"config", "train", "restore", "demo", "plan"}),
         ("pyiqa", {"metrics"}),
     ],
 )
