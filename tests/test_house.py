@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "dit4sr_pl"
 FLOORS = [
-    {"model.variant", "randomness", "images", "config", "color", "tiling", "metrics", "degradation"},
-    {"model.lr_stream", "latents", "text"},
-    {"model.block", "model.checkpoints", "backbone", "flow"},
+    {"model.variant", "randomness", "images", "config", "color", "tiling", "metrics", "degradation", "captions"},
+    {"model.lr_stream", "latents", "text", "manifest"},
+    {"model.block", "model.checkpoints", "backbone", "flow", "photo_sets"},
     {"model.transformer"},
     {"model"},
     {"sampling"},
