@@ -102,7 +102,7 @@ class PhotoSet:
         without = [photo.name for photo in self.photos if photo.name not in captioned]
         count, total = len(self.photos) - len(without), len(self.photos)
         if without:
-            log.warning("%s: %d of %d photos have a caption (%s has none)", self.name, count, total, without[0])
+            log.warning("%s: %d of %d photos have a caption (none for %s)", self.name, count, total, without[0])
         else:
             log.info("%s: %d of %d photos have a caption", self.name, count, total)
 
