@@ -7,9 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "dit4sr_pl"
 FLOORS = [
-    {"model.variant", "randomness", "images", "config", "color", "tiling", "metrics", "degradation", "captions"},
+    {"model.variant", "model.checkpoints", "model.controlnet", "randomness", "images", "config", "color", "tiling"}
+    | {"metrics", "degradation", "captions"},
     {"model.lr_stream", "latents", "text", "manifest"},
-    {"model.block", "model.checkpoints", "backbone", "flow", "photo_sets"},
+    {"model.block", "model.released", "backbone", "flow", "photo_sets"},
     {"model.transformer"},
     {"model"},
     {"sampling"},
