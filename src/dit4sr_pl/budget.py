@@ -34,7 +34,7 @@ class Budget:
         networks: by whether they checkpoint, what makes the network over the frozen transformer.
         make_optimizer: from parameters to an optimizer.
         batch: images that a GPU holds at a time, of `image` pixels a side. text_tokens: of the text stream.
-        precision, attention: see `step_cost`.
+        precision: see `step_cost`.
         reads_text_encoders: False with cached embeddings. averages: whether weights are averaged as they train.
     """
 
@@ -48,7 +48,6 @@ class Budget:
         image: int,
         text_tokens: int,
         precision: str,
-        attention: str | None,
         reads_text_encoders: bool,
         averages: bool,
     ):
@@ -57,7 +56,7 @@ class Budget:
         self.text_encoders = skeleton.text_encoders() if reads_text_encoders else []
         self.averages = averages
         self.batch = batch
-        sizes = {"image": image, "text_tokens": text_tokens, "precision": precision, "attention": attention}
+        sizes = {"image": image, "text_tokens": text_tokens, "precision": precision}
         self.costs = {
             checkpointing: {
                 count: step_cost(skeleton.network(make), skeleton.coder(), make_optimizer, batch=count, **sizes)

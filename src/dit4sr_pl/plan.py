@@ -86,7 +86,6 @@ def make_budget(cfg: DictConfig, folder: Path):
         image=cfg.data.crop_size,
         text_tokens=skeleton.text_tokens(backbone.t5_tokens),
         precision=cfg.trainer.precision,
-        attention=cfg.model.attention,
         reads_text_encoders=backbone.get("embeddings") is None,
         averages=averages,
     )
@@ -131,7 +130,9 @@ def memory_table(cfg: DictConfig, budget, images: int):
 
     batches = [min(budget.batch, spread.images) for spread in spreads]
     table.add_row("images at a time", *map(str, batches))
-    table.add_row("times accumulated", *(str(spread.images // at_a_time) for spread, at_a_time in rows(spreads, batches)))
+    table.add_row(
+        "times accumulated", *(str(spread.images // at_a_time) for spread, at_a_time in rows(spreads, batches))
+    )
     parts = [budget.per_gpu(spread) for spread in spreads]
     for name in parts[0]:
         table.add_row(name, *gib(part[name] for part in parts))
