@@ -28,7 +28,8 @@ class ShortSkeleton(Skeleton):
 
 
 def skeleton(precision: str) -> Skeleton:
-    return ShortSkeleton(SHIPPED / "tiny-sd3", "float32" if precision == "32-true" else "float16")
+    dtypes = {"32-true": "float32", "16-mixed": "float16", "bf16-mixed": "bfloat16"}
+    return ShortSkeleton(SHIPPED / "tiny-sd3", dtypes[precision])
 
 
 @cache
