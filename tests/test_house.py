@@ -7,15 +7,16 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "dit4sr_pl"
 FLOORS = [
-    {"model.variant", "randomness", "images", "config", "color", "tiling", "metrics", "degradation"},
-    {"model.lr_stream", "latents", "text"},
+    {"model.variant", "randomness", "files", "config", "color", "tiling", "metrics", "degradation"},
+    {"images"},
+    {"model.lr_stream", "latents", "text", "embeddings", "captioner"},
     {"model.block", "model.checkpoints", "backbone", "flow"},
     {"model.transformer"},
     {"model"},
     {"sampling"},
     {"data", "restorer"},
     {"demo_photos", "module", "callbacks"},
-    {"train", "restore", "demo"},
+    {"train", "restore", "demo", "prepare"},
 ]
 
 
@@ -55,7 +56,7 @@ def test_imports_go_down_only(name):
     "library, allowed",
     [
         ("lightning", {"module", "data", "callbacks", "train"}),
-        ("hydra", {"config", "train", "restore", "demo"}),
+        ("hydra", {"config", "train", "restore", "demo", "prepare"}),
         ("pyiqa", {"metrics"}),
     ],
 )

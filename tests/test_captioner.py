@@ -1,0 +1,183 @@
+import json
+import shutil
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from dit4sr_pl.captioner import Captioner, caption_files, drop_sentences, write_captions
+from dit4sr_pl.images import read_image, write_image
+from dit4sr_pl.latents import enlarge
+from dit4sr_pl.prepare import main, read_shard
+from dit4sr_pl.randomness import generator
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER", "ASSISTANT", "What", "is", "it", ":", "?"]
+UNSPOKEN = [0, 1, 3, 4]
+TEMPLATE = (
+    "{% for message in messages %}USER : {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT :{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """LLaVA of two layers with random weights, saved as the real one is."""
+    words = WORDS + [f"word{i}" for i in range(52)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens={"image_token": "<image>"}, **special)
+    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    parts = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = LlavaProcessor(LlavaImageProcessorPil(**size), fast, chat_template=TEMPLATE, **parts)
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=28, patch_size=14, **sizes),
+        text_config=LlamaConfig(vocab_size=len(words), max_position_embeddings=64, **sizes),
+        image_token_index=words.index("<image>"),
+        image_seq_length=4,
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(8)  # at their small start all images would look alike to it
+    model.generation_config.suppress_tokens = UNSPOKEN
+    folder = tmp_path_factory.mktemp("llava")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captioner(model_folder):
+    return Captioner(str(model_folder), "What is it ?", max_tokens=6, max_side=64, dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for i in range(5):
+        picture = enlarge(torch.rand(1, 3, 4, 4, generator=generator("cpu", i)), (40, 30 + 10 * i))
+        write_image(tmp_path / "photos" / "deep" / f"{i}.png", picture[0])
+    return tmp_path / "photos"
+
+
+def test_captions_are_the_models_greedy_answers_to_each_image(captioner, photos):
+    images = [read_image(photos / "deep" / f"{i}.png") for i in range(5)]
+    captions = captioner(images)
+    assert len(set(captions)) > 1 and all(captions)
+    assert captions == [captioner([image])[0] for image in images]
+
+    processor, model = captioner.processor, captioner.model
+    inputs = processor(text="USER : <image> What is it ? ASSISTANT :", images=images[3], return_tensors="pt")
+    ids, answer = inputs["input_ids"], []
+    while len(answer) < 6 and WORDS.index("</s>") not in answer:
+        logits = model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0, -1]
+        logits[UNSPOKEN] = -torch.inf
+        answer.append(int(logits.argmax()))
+        ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], dim=1)
+    assert captions[3] == processor.tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def test_every_caption_is_written_once_and_what_exists_stays(captioner, photos):
+    files = caption_files([photos], None)
+    calls = []
+    count = lambda images: calls.append(len(images)) or captioner(images)  # noqa: E731
+    assert write_captions(files, count, 2, []) == [] and calls == [2, 2, 1]
+    whole = {text: text.read_text() for _, text in files}
+    assert [text.name for text in whole] == [f"{i}.txt" for i in range(5)]
+
+    (photos / "deep" / "1.txt").unlink()
+    (photos / "deep" / "3.txt").write_text("mine\n")
+    assert write_captions(files, count, 2, []) == [] and calls[3:] == [2]
+    assert {text: text.read_text() for _, text in files} == whole | {photos / "deep" / "3.txt": "mine\n"}
+    assert {path.suffix for path in (photos / "deep").iterdir()} == {".png", ".txt"}
+
+
+def test_a_folder_of_captions_mirrors_the_images(captioner, photos, tmp_path):
+    files = caption_files([photos], tmp_path / "captions")
+    write_captions(files, lambda images: ["A cat. It is blurry!\n A  dog?"] * len(images), 8, ["blur"])
+    assert sorted((tmp_path / "captions").rglob("*.*")) == [tmp_path / f"captions/deep/{i}.txt" for i in range(5)]
+    assert (tmp_path / "captions/deep/0.txt").read_text() == "A cat. A dog?\n"
+
+
+def test_two_images_of_one_caption_are_refused(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "again")
+    assert len(caption_files([photos, tmp_path / "again", photos], None)) == 10
+    with pytest.raises(ValueError, match=r"would share the caption .*0\.txt"):
+        caption_files([photos, tmp_path / "again"], tmp_path / "captions")
+
+
+@pytest.mark.parametrize(
+    "caption, left",
+    [
+        ("A red car. In the background, a Blurred tree. It is 3.5 m long!", "A red car. It is 3.5 m long!"),
+        ("Black and  white photo.", ""),
+        ("The focal point is a cat? A mat", "A mat"),
+        ("", ""),
+    ],
+)
+def test_sentences_with_one_of_the_words_go(caption, left):
+    assert drop_sentences(caption, ["focal", "blur", "black and white"]) == left
+
+
+def prepare(capsys, monkeypatch, *arguments) -> tuple[str | None, str]:
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr("sys.argv", ["prepare", "stage=captions", *map(str, arguments)])
+    message = None
+    try:
+        main()
+    except SystemExit as exit:
+        message = exit.code
+    return message, capsys.readouterr().out
+
+
+def toy(model_folder):
+    return [f"captioner.name={model_folder}", "captioner.max_tokens=6", "captioner.dtype=float32", "batch_size=2"]
+
+
+def test_the_command_names_unreadable_images_and_its_shards_make_a_whole(photos, model_folder, capsys, monkeypatch):
+    (photos / "broken.png").write_bytes((photos / "deep" / "0.png").read_bytes()[:60])
+    arguments = [f"folders=[{photos}]", *toy(model_folder)]
+    first, out = prepare(capsys, monkeypatch, *arguments, "shard=1/2")
+    assert first.startswith("error: not captioned:") and "broken.png" in first and "\n" not in first
+    assert "2 of 3 images have captions" in out
+    second, out = prepare(capsys, monkeypatch, *arguments, "shard=2/2")
+    assert second is None and "3 of 3 images have captions" in out
+    assert len(list(photos.rglob("*.txt"))) == 5
+
+
+@pytest.mark.parametrize("damage", ["nothing there", "no weights", "no template", "another kind"])
+def test_a_model_that_cannot_be_used_is_answered_in_one_line(model_folder, tmp_path, photos, damage, capsys, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    if damage == "nothing there":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    if damage == "no weights":
+        (folder / "model.safetensors").unlink()
+    if damage == "no template":
+        (folder / "chat_template.jinja").unlink()
+    if damage == "another kind":
+        config = json.loads((folder / "config.json").read_text())["text_config"] | {"architectures": ["LlamaModel"]}
+        (folder / "config.json").write_text(json.dumps(config))
+    message, _ = prepare(capsys, monkeypatch, f"folders=[{photos}]", *toy(folder))
+    assert message.startswith(f"error: captioner.name={folder}: ") and message.count("\n") == 0
+    assert ("has no chat template" if damage == "no template" else "hf auth login") in message
+
+
+def test_shards_are_read_as_i_of_n():
+    assert read_shard("1/1") == (1, 1) and read_shard("8/8") == (8, 8)
+    for text in ("0/8", "9/8", "1", "-1/4", "a/b", "0/0"):
+        with pytest.raises(ValueError, match="must be i/n"):
+            read_shard(text)
