@@ -53,6 +53,9 @@ def quiet_libraries() -> None:
     """Keeps what users read to what this project says; warnings of the libraries stay."""
     # pyiqa brings bitsandbytes, diffusers imports it, and it warns of kernels that nothing here asks for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Each caption of more than CLIP's 77 tokens is told of three times; that is most of them, and T5 reads on.
+    for name in ("diffusers.pipelines.stable_diffusion_3", "transformers.tokenization_utils_base"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning's own use of PyTorch
 
 
