@@ -7,10 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "dit4sr_pl"
 FLOORS = [
-    {"model.variant", "randomness", "files", "config", "color", "tiling", "metrics", "degradation"},
+    {"model.variant", "randomness", "files", "config", "color", "tiling", "metrics", "degradation", "captions"},
     {"images"},
-    {"model.lr_stream", "latents", "text", "embeddings", "captioner"},
-    {"model.block", "model.checkpoints", "backbone", "flow"},
+    {"model.lr_stream", "latents", "text", "manifest", "embeddings", "captioner"},
+    {"model.block", "model.checkpoints", "backbone", "flow", "photo_sets"},
     {"model.transformer"},
     {"model"},
     {"sampling"},
