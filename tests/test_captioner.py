@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from dit4sr_pl.captioner import Captioner, caption_files, drop_sentences, write_captions
+from dit4sr_pl.captioner import Captioner, drop_sentences, one_per_caption, write_captions
 from dit4sr_pl.images import read_image, write_image
 from dit4sr_pl.latents import enlarge
-from dit4sr_pl.prepare import main, read_shard
+from dit4sr_pl.photo_sets import PhotoSet
+from dit4sr_pl.prepare import main
 from dit4sr_pl.randomness import generator
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER", "ASSISTANT", "What", "is", "it", ":", "?"]
@@ -36,7 +38,9 @@ def model_folder(tmp_path_factory):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens={"image_token": "<image>"}, **special)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, extra_special_tokens={"image_token": "<image>"}, **special
+    )
     size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     parts = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     processor = LlavaProcessor(LlavaImageProcessorPil(**size), fast, chat_template=TEMPLATE, **parts)
@@ -72,6 +76,11 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
+def caption_files(folder, captions):
+    images = sorted((folder / "deep").iterdir())
+    return one_per_caption((image, captions / "deep" / f"{image.stem}.txt") for image in images)
+
+
 def test_captions_are_the_models_greedy_answers_to_each_image(captioner, photos):
     images = [read_image(photos / "deep" / f"{i}.png") for i in range(5)]
     captions = captioner(images)
@@ -90,7 +99,7 @@ def test_captions_are_the_models_greedy_answers_to_each_image(captioner, photos)
 
 
 def test_every_caption_is_written_once_and_what_exists_stays(captioner, photos):
-    files = caption_files([photos], None)
+    files = caption_files(photos, photos)
     calls = []
     count = lambda images: calls.append(len(images)) or captioner(images)  # noqa: E731
     assert write_captions(files, count, 2, []) == [] and calls == [2, 2, 1]
@@ -105,17 +114,18 @@ def test_every_caption_is_written_once_and_what_exists_stays(captioner, photos):
 
 
 def test_a_folder_of_captions_mirrors_the_images(captioner, photos, tmp_path):
-    files = caption_files([photos], tmp_path / "captions")
+    files = caption_files(photos, tmp_path / "captions")
     write_captions(files, lambda images: ["A cat. It is blurry!\n A  dog?"] * len(images), 8, ["blur"])
     assert sorted((tmp_path / "captions").rglob("*.*")) == [tmp_path / f"captions/deep/{i}.txt" for i in range(5)]
     assert (tmp_path / "captions/deep/0.txt").read_text() == "A cat. A dog?\n"
 
 
-def test_two_images_of_one_caption_are_refused(photos, tmp_path):
-    shutil.copytree(photos, tmp_path / "again")
-    assert len(caption_files([photos, tmp_path / "again", photos], None)) == 10
-    with pytest.raises(ValueError, match=r"would share the caption .*0\.txt"):
-        caption_files([photos, tmp_path / "again"], tmp_path / "captions")
+def test_two_images_of_one_caption_are_refused():
+    paths = [Path("a/1.png"), Path("a/2.png"), Path("a/1.png"), Path("a/1.jpg")]
+    files = [(path, path.with_suffix(".txt")) for path in paths]
+    assert one_per_caption(files[:3]) == files[:2]
+    with pytest.raises(ValueError, match=r"a/1\.png and a/1\.jpg would share the caption a/1\.txt"):
+        one_per_caption(files)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +158,7 @@ def toy(model_folder):
 
 def test_the_command_names_unreadable_images_and_its_shards_make_a_whole(photos, model_folder, capsys, monkeypatch):
     (photos / "broken.png").write_bytes((photos / "deep" / "0.png").read_bytes()[:60])
-    arguments = [f"folders=[{photos}]", *toy(model_folder)]
+    arguments = [f"data.folders=[{photos}]", *toy(model_folder)]
     first, out = prepare(capsys, monkeypatch, *arguments, "shard=1/2")
     assert first.startswith("error: not captioned:") and "broken.png" in first and "\n" not in first
     assert "2 of 3 images have captions" in out
@@ -157,8 +167,19 @@ def test_the_command_names_unreadable_images_and_its_shards_make_a_whole(photos,
     assert len(list(photos.rglob("*.txt"))) == 5
 
 
+def test_a_sets_captions_are_written_where_training_reads_them(photos, model_folder, tmp_path, capsys, monkeypatch):
+    options = {"folder": photos, "captions": tmp_path / "captions"}
+    arguments = [f"data.sets.mine.{key}={value}" for key, value in options.items()]
+    assert prepare(capsys, monkeypatch, *(f"+{text}" for text in arguments), *toy(model_folder))[0] is None
+    prompts = [photo.prompt for photo in PhotoSet(**options).photos]
+    assert prompts == [" ".join((tmp_path / f"captions/deep/{i}.txt").read_text().split()) for i in range(5)]
+    assert all(prompts) and not list(photos.rglob("*.txt"))
+
+
 @pytest.mark.parametrize("damage", ["nothing there", "no weights", "no template", "another kind"])
-def test_a_model_that_cannot_be_used_is_answered_in_one_line(model_folder, tmp_path, photos, damage, capsys, monkeypatch):
+def test_a_model_that_cannot_be_used_is_answered_in_one_line(
+    model_folder, tmp_path, photos, damage, capsys, monkeypatch
+):
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     if damage == "nothing there":
@@ -171,13 +192,6 @@ def test_a_model_that_cannot_be_used_is_answered_in_one_line(model_folder, tmp_p
     if damage == "another kind":
         config = json.loads((folder / "config.json").read_text())["text_config"] | {"architectures": ["LlamaModel"]}
         (folder / "config.json").write_text(json.dumps(config))
-    message, _ = prepare(capsys, monkeypatch, f"folders=[{photos}]", *toy(folder))
+    message, _ = prepare(capsys, monkeypatch, f"data.folders=[{photos}]", *toy(folder))
     assert message.startswith(f"error: captioner.name={folder}: ") and message.count("\n") == 0
     assert ("has no chat template" if damage == "no template" else "hf auth login") in message
-
-
-def test_shards_are_read_as_i_of_n():
-    assert read_shard("1/1") == (1, 1) and read_shard("8/8") == (8, 8)
-    for text in ("0/8", "9/8", "1", "-1/4", "a/b", "0/0"):
-        with pytest.raises(ValueError, match="must be i/n"):
-            read_shard(text)

@@ -25,7 +25,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
 
 
-@pytest.mark.parametrize("command", ["train", "restore", "demo"])
+@pytest.mark.parametrize("command", ["train", "restore", "demo", "prepare"])
 def test_help_needs_no_pytorch(command, tmp_path):
     code = "import sys, runpy; sys.argv = ['x', '--help']\n" + (
         f"try: runpy.run_module('dit4sr_pl.{command}', run_name='__main__')\n"
@@ -47,6 +47,7 @@ def test_help_needs_no_pytorch(command, tmp_path):
         (["train", "ckpt_path=half.ckpt"], "truncated or not a checkpoint"),
         (["train", "model.backbone.name=./sd3"], "model.backbone.name=sd3/model_index.json: no such file"),
         (["train", "output=/proc/nowhere"], "cannot be written"),
+        (["prepare", "data.folders=[.]"], "no value for stage; choose one of captions, embeddings, manifest"),
         (["restore"], "no value for input"),
         (["restore", "input=nowhere.png"], "input=nowhere.png: no such file"),
         (["restore", "input=half.ckpt", "scale=0.5"], "scale=0.5"),

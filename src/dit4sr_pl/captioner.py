@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dit4sr_pl.files import replacing
-from dit4sr_pl.images import find_images, read_image
+from dit4sr_pl.images import read_image
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -87,18 +87,16 @@ def drop_sentences(caption: str, words: Iterable[str]) -> str:
     return " ".join(s for s in sentences if not any(word.lower() in s.lower() for word in words))
 
 
-def caption_files(folders: Sequence[str | Path], captions: str | Path | None) -> list[tuple[Path, Path]]:
-    """The images of folders, each with its caption's file: beside it, or of the same relative stem in `captions`.
+def one_per_caption(files: Iterable[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
+    """Pairs of an image and its caption's file, each once.
 
     Raises:
-        FileNotFoundError, ValueError: no such folder, no image in it, two images of one caption.
+        ValueError: two images of one caption.
     """
     images = {}
-    for folder in map(Path, folders):
-        for image in find_images(folder):
-            text = ((captions or folder) / image.relative_to(folder)).with_suffix(".txt")
-            if images.setdefault(text, image) != image:
-                raise ValueError(f"{images[text]} and {image} would share the caption {text}; rename one of them")
+    for image, text in files:
+        if images.setdefault(text, image) != image:
+            raise ValueError(f"{images[text]} and {image} would share the caption {text}; rename one of them")
     return [(image, text) for text, image in images.items()]
 
 

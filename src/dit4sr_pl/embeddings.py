@@ -64,7 +64,9 @@ class PromptCache:
     def read(self, prompt: str) -> tuple[Tensor, Tensor]:
         key = prompt_key(prompt)
         if key not in self.files:
-            raise ValueError(f"{self.folder}: holds no embeddings of the prompt {prompt!r}; run prepare stage=embeddings")
+            raise ValueError(
+                f"{self.folder}: holds no embeddings of the prompt {prompt!r}; run prepare stage=embeddings"
+            )
         file, prompts = self.open(self.files[key])
         check_same_text(self.folder, prompts[key], prompt)
         return file.get_tensor(f"{key}.embeds"), file.get_tensor(f"{key}.pooled")

@@ -1,12 +1,13 @@
-"""python -m dit4sr_pl.prepare stage=captions|embeddings|manifest folders=[PATH,...] [shard=i/n]"""
+"""python -m dit4sr_pl.prepare stage=captions|embeddings|manifest data.folders=[PATH,...] [shard=i/n]"""
 
 import functools
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.config import check_backbone, check_readable, check_writable, command
+from dit4sr_pl.config import check_backbone, check_data, check_readable, check_writable, command
 
 
 @command("prepare")
@@ -19,13 +20,15 @@ def captions(cfg: DictConfig, shard: tuple[int, int]) -> None:
     from hydra.utils import instantiate
     from rich.progress import track
 
-    from dit4sr_pl.captioner import caption_files, write_captions
+    from dit4sr_pl.captioner import one_per_caption, write_captions
+    from dit4sr_pl.photo_sets import open_sets
 
+    photos = [photo for photo_set in open_sets(cfg.data.folders, cfg.data.sets) for photo in photo_set.photos]
+    files = one_per_caption((photo.path, photo.captions.folder / f"{photo.name}.txt") for photo in photos)
     number, count = shard
-    files = caption_files(cfg.folders, cfg.captions)[number - 1 :: count]
-    captioner = instantiate(cfg.captioner)
+    files = files[number - 1 :: count]
     bar = functools.partial(track, description="captions")
-    failed = write_captions(files, captioner, cfg.batch_size, cfg.dropped_words, bar)
+    failed = write_captions(files, instantiate(cfg.captioner), cfg.batch_size, cfg.dropped_words, bar)
     print(f"{len(files) - len(failed)} of {len(files)} images have captions")
     if failed:
         raise ValueError("not captioned: " + "; ".join(failed))
@@ -41,7 +44,7 @@ def embeddings(cfg: DictConfig, shard: tuple[int, int]) -> None:
     backbone, device = instantiate(cfg.model.backbone), torch.device(cfg.device)
     backbone.to(device)
     added = write_embeddings(
-        all_prompts(cfg, instantiate(cfg.sampler)),
+        all_prompts(cfg),
         lambda prompt: backbone.prompts.encode(prompt, device),
         cfg.embeddings,
         backbone.name,
@@ -53,22 +56,50 @@ def embeddings(cfg: DictConfig, shard: tuple[int, int]) -> None:
     print(f"{added} prompts added to {cfg.embeddings}")
 
 
-def all_prompts(cfg: DictConfig, sampler) -> Iterator[str]:
-    """Whatever training on `folders` and restoring `restored_folders` will ask for."""
-    from dit4sr_pl.data import find_photos, read_prompt
+def all_prompts(cfg: DictConfig) -> Iterator[str]:
+    """What training and its validation ask for: captions, and as the sampler words them."""
+    from hydra.utils import instantiate
 
-    for photo in find_photos(cfg.folders) if cfg.folders else []:
-        yield read_prompt(photo.path)
-    for photo in find_photos(cfg.restored_folders) if cfg.restored_folders else []:
-        yield sampler.prompt(read_prompt(photo.path))
+    from dit4sr_pl.photo_sets import open_sets
+
+    sampler = instantiate(cfg.sampler)
+    for photo_set in open_sets(cfg.data.folders, cfg.data.sets):
+        yield from (photo.prompt for photo in photo_set.photos)
+    for photo_set in open_sets(cfg.data.validation_folders) if cfg.data.validation_folders else []:
+        yield from (sampler.prompt(photo.prompt) for photo in photo_set.photos)
     yield from [sampler.prompt(""), sampler.negative_prompt, *cfg.prompts]
 
 
 def manifest(cfg: DictConfig, shard: tuple[int, int]) -> None:
-    raise NotImplementedError
+    from rich.progress import Progress
+
+    from dit4sr_pl.manifest import build_manifest
+
+    damaged = []
+    for folder, path in manifests(cfg):
+        with Progress() as progress:
+            show = functools.partial(progress.update, progress.add_task(f"manifest of {folder}", total=None))
+            built = build_manifest(
+                folder, path, shard, cfg.processes, lambda done, total, show=show: show(completed=done, total=total)
+            )
+        state = built.manifest or "waiting for shards " + ", ".join(map(str, built.waiting_for))
+        print(f"{folder}: {built.files} photos, {len(built.damaged)} of them damaged; {state}")
+        damaged += [f"{Path(folder) / file} ({reason})" for file, reason in built.damaged]
+    if damaged:
+        raise ValueError("damaged, and left out of training until they are mended: " + "; ".join(damaged))
+
+
+def manifests(cfg: DictConfig) -> list[tuple[str, str | None]]:
+    """Folders, each with the path of its manifest, None for the usual place in the folder."""
+    named = [(options.folder, options.get("manifest")) for options in named_sets(cfg).values()]
+    return [(folder, None) for folder in cfg.data.folders] + named
 
 
 STAGES = {"captions": captions, "embeddings": embeddings, "manifest": manifest}
+
+
+def named_sets(cfg: DictConfig) -> dict[str, DictConfig]:
+    return {name: options for name, options in cfg.data.sets.items() if options.folder is not None}
 
 
 def read_shard(text: str) -> tuple[int, int]:
@@ -87,25 +118,38 @@ def check(cfg: DictConfig) -> None:
     """Everything that a user can get wrong and that needs no PyTorch to be seen."""
     if OmegaConf.is_missing(cfg, "stage") or cfg.stage not in STAGES:
         given = "no value for stage" if OmegaConf.is_missing(cfg, "stage") else f"stage={cfg.stage}"
-        raise ValueError(f"{given}: give one of {', '.join(STAGES)}")
+        raise ValueError(f"{given}; choose one of {', '.join(STAGES)}")
     read_shard(cfg.shard)
-    for key in ("folders", "restored_folders"):
-        for folder in cfg[key]:
-            check_readable(folder, key)
-    if cfg.stage != "embeddings" and not cfg.folders:
-        raise ValueError("no value for folders; give folders of images as folders=[PATH,...]")
-    if cfg.stage == "captions":
-        if cfg.captioner.name.startswith((".", "/", "~")):
-            check_readable(cfg.captioner.name, "captioner.name")
-        if cfg.batch_size < 1:
-            raise ValueError(f"batch_size={cfg.batch_size}: must be 1 or more")
-        for folder in cfg.folders if cfg.captions is None else [cfg.captions]:
-            check_writable(folder, "folders" if cfg.captions is None else "captions")
-    if cfg.stage == "embeddings":
-        check_backbone(cfg.model.backbone.name, None)
-        if cfg.model.backbone.embeddings is not None:
-            raise ValueError("model.backbone.embeddings is where training reads; give embeddings=FOLDER to write them")
-        check_writable(cfg.embeddings, "embeddings")
+    check_data(cfg.data, written=cfg.stage)
+    {"captions": check_captions, "embeddings": check_embeddings, "manifest": check_manifest}[cfg.stage](cfg)
+
+
+def check_captions(cfg: DictConfig) -> None:
+    if cfg.batch_size < 1:
+        raise ValueError(f"batch_size={cfg.batch_size}: must be 1 or more")
+    if cfg.captioner.name.startswith((".", "/", "~")):
+        check_readable(cfg.captioner.name, "captioner.name")
+    for folder in cfg.data.folders:
+        check_writable(folder, "data.folders")
+    for name, options in named_sets(cfg).items():
+        captions = options.get("captions") or options.folder
+        if Path(captions).suffix in (".parquet", ".jsonl"):
+            raise ValueError(f"data.sets.{name}.captions={captions}: captions are written as files; give a folder")
+        check_writable(captions, f"data.sets.{name}.captions")
+
+
+def check_embeddings(cfg: DictConfig) -> None:
+    if cfg.model.backbone.embeddings is not None:
+        raise ValueError("model.backbone.embeddings is where training reads; give embeddings=FOLDER to write them")
+    check_backbone(cfg.model.backbone)
+    check_writable(cfg.embeddings, "embeddings")
+
+
+def check_manifest(cfg: DictConfig) -> None:
+    if cfg.processes < 1:
+        raise ValueError(f"processes={cfg.processes}: must be 1 or more")
+    for folder, path in manifests(cfg):
+        check_writable(folder if path is None else Path(path).parent, "the manifest's folder")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def check(cfg: DictConfig) -> None:
         check_readable(cfg.ckpt_path, "ckpt_path")
         if not zipfile.is_zipfile(cfg.ckpt_path):
             raise ValueError(f"ckpt_path={cfg.ckpt_path}: truncated or not a checkpoint; resume from an earlier one")
-    check_backbone(cfg.model.backbone.name)
+    check_backbone(cfg.model.backbone)
     check_writable(cfg.output, "output")
 
 
