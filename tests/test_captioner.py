@@ -1,19 +1,12 @@
+import functools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from killing import assert_kills_change_nothing
+from toy_llava import UNSPOKEN, WORDS, save_toy_llava
 
 from dit4sr_pl.captioner import Captioner, drop_sentences, one_per_caption, write_captions
 from dit4sr_pl.images import read_image, write_image
@@ -22,44 +15,11 @@ from dit4sr_pl.photo_sets import PhotoSet
 from dit4sr_pl.prepare import main
 from dit4sr_pl.randomness import generator
 
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER", "ASSISTANT", "What", "is", "it", ":", "?"]
-UNSPOKEN = [0, 1, 3, 4]
-TEMPLATE = (
-    "{% for message in messages %}USER : {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT :{% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """LLaVA of two layers with random weights, saved as the real one is."""
-    words = WORDS + [f"word{i}" for i in range(52)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, extra_special_tokens={"image_token": "<image>"}, **special
-    )
-    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    parts = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    processor = LlavaProcessor(LlavaImageProcessorPil(**size), fast, chat_template=TEMPLATE, **parts)
-
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=28, patch_size=14, **sizes),
-        text_config=LlamaConfig(vocab_size=len(words), max_position_embeddings=64, **sizes),
-        image_token_index=words.index("<image>"),
-        image_seq_length=4,
-    )
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config)
-    for parameter in model.parameters():
-        parameter.data.mul_(8)  # at their small start all images would look alike to it
-    model.generation_config.suppress_tokens = UNSPOKEN
     folder = tmp_path_factory.mktemp("llava")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_toy_llava(folder)
     return folder
 
 
@@ -68,11 +28,15 @@ def captioner(model_folder):
     return Captioner(str(model_folder), "What is it ?", max_tokens=6, max_side=64, dtype="float32", device="cpu")
 
 
+def write_photos(folder, count):
+    for i in range(count):
+        picture = enlarge(torch.rand(1, 3, 4, 4, generator=generator("cpu", i)), (40, 30 + 10 * (i % 5)))
+        write_image(folder / "deep" / f"{i}.png", picture[0])
+
+
 @pytest.fixture
 def photos(tmp_path):
-    for i in range(5):
-        picture = enlarge(torch.rand(1, 3, 4, 4, generator=generator("cpu", i)), (40, 30 + 10 * i))
-        write_image(tmp_path / "photos" / "deep" / f"{i}.png", picture[0])
+    write_photos(tmp_path / "photos", 5)
     return tmp_path / "photos"
 
 
@@ -111,6 +75,19 @@ def test_every_caption_is_written_once_and_what_exists_stays(captioner, photos):
     assert write_captions(files, count, 2, []) == [] and calls[3:] == [2]
     assert {text: text.read_text() for _, text in files} == whole | {photos / "deep" / "3.txt": "mine\n"}
     assert {path.suffix for path in (photos / "deep").iterdir()} == {".png", ".txt"}
+
+
+def caption_for_killing(model_folder, photos, captions):
+    torch.set_num_threads(1)
+    captioner = Captioner(str(model_folder), "What is it ?", 6, 64, "float32", "cpu")
+    assert write_captions(caption_files(photos, captions), captioner, 2, []) == []
+
+
+def test_killed_at_random_moments_no_caption_is_lost_or_changed(model_folder, tmp_path):
+    write_photos(tmp_path / "photos", 20)
+    target = functools.partial(caption_for_killing, model_folder, tmp_path / "photos")
+    whole = assert_kills_change_nothing(target, tmp_path / "captions", kills=4)
+    assert set(whole) == {f"deep/{i}.txt" for i in range(20)}
 
 
 def test_a_folder_of_captions_mirrors_the_images(captioner, photos, tmp_path):

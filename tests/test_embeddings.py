@@ -1,11 +1,9 @@
 import json
-import multiprocessing
-import random
 import re
-import time
 
 import pytest
 import torch
+from killing import assert_kills_change_nothing
 from safetensors import safe_open
 
 from dit4sr_pl import embeddings
@@ -28,10 +26,6 @@ def write(folder, prompts, encode=toy_encode, file_bytes=200, **arguments):
 
 def read(folder, dtype=torch.float32, backbone="toy", t5_tokens=2) -> PromptCache:
     return PromptCache(folder, backbone, t5_tokens, dtype)
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def stored_prompts(folder) -> list[str]:
@@ -151,7 +145,7 @@ def test_truncated_files_are_named(tmp_path):
         read(tmp_path)
 
 
-PROMPTS = [f"photo {i} of {i % 7} cats" for i in range(200)]
+PROMPTS = [f"photo {i} of {i % 7} cats" for i in range(100)]
 
 
 def encode_for_killing(folder) -> None:
@@ -161,35 +155,6 @@ def encode_for_killing(folder) -> None:
     write_embeddings(PROMPTS, lambda prompt: backbone.prompts.encode(prompt, CPU), folder, "tiny-sd3", 8, 50_000)
 
 
-def test_killed_at_20_random_moments_nothing_is_lost_or_doubled(tmp_path):
-    context = multiprocessing.get_context("forkserver")  # has the imports done: a start costs milliseconds
-    context.set_forkserver_preload(["dit4sr_pl.backbone", "pytest"])
-    processes = [context.Process(target=encode_for_killing, args=(tmp_path / "whole",)) for _ in range(2)]
-    for process in processes:  # the first also starts the server
-        start = time.monotonic()
-        process.start()
-        process.join()
-        seconds = time.monotonic() - start
-        assert process.exitcode == 0
-        whole = contents(tmp_path / "whole")
-        if process is processes[0]:
-            [path.unlink() for path in (tmp_path / "whole").iterdir()]
-
-    draws, kills, rounds = random.Random(0), 0, 0
-    while kills < 20:
-        process = context.Process(target=encode_for_killing, args=(tmp_path / f"killed{rounds}",))
-        process.start()
-        process.join(draws.uniform(0, seconds / 2))
-        if process.is_alive():
-            process.kill()
-            kills += 1
-        else:
-            assert process.exitcode == 0
-            rounds += 1
-        process.join()
-    process = context.Process(target=encode_for_killing, args=(tmp_path / f"killed{rounds}",))
-    process.start()
-    process.join()
-    for round in range(rounds + 1):
-        assert contents(tmp_path / f"killed{round}") == whole
+def test_killed_at_random_moments_nothing_is_lost_or_doubled(tmp_path):
+    assert_kills_change_nothing(encode_for_killing, tmp_path, kills=4)
     assert sorted(stored_prompts(tmp_path / "killed0")) == sorted(["", *PROMPTS])
