@@ -59,7 +59,7 @@ def prepare(stage: str, options: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     sys.argv = ["prepare", f"stage={stage}", *options]
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115: as long as the process
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     torch.set_num_threads(1)
     command()
 
