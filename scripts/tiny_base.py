@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from diffusers import SD3Transformer2DModel
 from photos import Photos
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit4sr_pl.backbone import Backbone
 from dit4sr_pl.flow import RectifiedFlow, interpolate
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True, help="folder of PNG tiles (tiny_photos.py)")
     parser.add_argument("--pipeline", type=Path, required=True, help="all but the transformer (tiny_pipeline.py)")
     parser.add_argument("--state", type=Path, default=Path("outputs/tiny/base"), help="folder to go on from")
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -81,7 +82,8 @@ def main() -> None:
         generators = [generator("cpu", args.seed, step, i) for i in range(len(clean))]
         timestep, sigma = flow.draw_timesteps(generators)
         noise = draw_noise(clean, generators)
-        with torch.autocast("cpu", torch.bfloat16):
+        # A CPU's flash attention is slow in the backward pass.
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
             velocity = net(
                 hidden_states=interpolate(clean, noise, sigma),
                 encoder_hidden_states=embeds.expand(len(clean), -1, -1),

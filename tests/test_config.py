@@ -65,7 +65,7 @@ def test_contracts_spelling_of_an_ablation_and_its_output_folder():
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         arguments = ["+ablation=no_lr_residual", "seed=3", "output=x"]
         cfg = compose("train", arguments, return_hydra_config=True)
-        assert cfg.model.variant.lr_residual is False
+        assert cfg.model.network.variant.lr_residual is False
         assert cfg.hydra.run.dir == "outputs/default/no_lr_residual/seed3"
         assert compose("train", return_hydra_config=True).hydra.run.dir == "outputs/default/full/seed0"
 
@@ -85,12 +85,8 @@ def test_every_config_composes_and_its_objects_can_be_made(group, option, tmp_pa
     assert not OmegaConf.missing_keys(cfg)
     for part in ("sampler", "callbacks", "logger", "trainer", "degradation", "optimizer"):
         instantiate(cfg[part])
-    variant = instantiate(cfg.model.variant)
-    assert (variant.as_dict() == instantiate(compose_default().model.variant).as_dict()) == (
-        group != "ablation" or option == "full"
-    )
-
-
-def compose_default():
+    network = instantiate(cfg.model.network).keywords
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return compose("train", ["output=x"])
+        full = instantiate(compose("train", ["output=x"]).model.network).keywords["variant"]
+    if group == "ablation":
+        assert (network["variant"] == full) == (option == "full")

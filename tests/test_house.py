@@ -7,10 +7,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "dit4sr_pl"
 FLOORS = [
-    {"model.variant", "randomness", "files", "config", "color", "tiling", "metrics", "degradation", "captions"},
+    {"model.variant", "model.controlnet", "randomness", "files", "config", "color", "tiling", "metrics"}
+    | {"degradation", "captions", "model.checkpoints"},
     {"images"},
     {"model.lr_stream", "latents", "text", "manifest", "embeddings", "captioner"},
-    {"model.block", "model.checkpoints", "backbone", "flow", "photo_sets"},
+    {"model.block", "model.released", "backbone", "flow", "photo_sets"},
     {"model.transformer"},
     {"model"},
     {"sampling"},

@@ -1,8 +1,10 @@
+import copy
 import shutil
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -12,8 +14,10 @@ from dit4sr_pl.embeddings import write_embeddings
 from dit4sr_pl.flow import RectifiedFlow
 from dit4sr_pl.images import write_image
 from dit4sr_pl.latents import enlarge
-from dit4sr_pl.model import LRStream, block, load_lr_stream
+from dit4sr_pl.model import LRStream, Variant, block, load_part
 from dit4sr_pl.randomness import generator
+from dit4sr_pl.restorer import Restorer
+from dit4sr_pl.sampling import Sampler
 from dit4sr_pl.train import train
 
 
@@ -69,10 +73,10 @@ ABLATIONS = sorted(path.stem for path in (conf_folder() / "ablation").glob("*.ya
 def test_every_ablation_takes_a_step_and_leaves_its_lr_stream(run, tmp_path, ablation, tiny_backbone):
     scores = run("run", f"+ablation={ablation}", "callbacks.scores.metrics=[psnr]")
     assert {"train/loss", "val/psnr", "val/psnr_bicubic"} <= scores.keys()
-    variant, state = load_lr_stream(tmp_path / "run" / "lr_stream.safetensors")
-    start = LRStream(tiny_backbone.transformer, variant)
+    part = load_part(tmp_path / "run" / "lr_stream.safetensors")
+    start = LRStream(tiny_backbone.transformer, Variant(**part.settings["variant"]))
     start.start_from(tiny_backbone.transformer)
-    assert any(not torch.equal(state[name], tensor) for name, tensor in start.state_dict().items())
+    assert any(not torch.equal(part.state[name], tensor) for name, tensor in start.state_dict().items())
 
 
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (conf_folder() / "experiment").glob("*.yaml")))
@@ -92,17 +96,13 @@ def test_log_holds_losses_scores_pictures_and_degradation(run, tmp_path):
 def test_checkpoint_holds_the_lr_stream_and_its_average_never_the_base(run, tmp_path, tiny_backbone):
     run("run", "callbacks.ema.decay=0.5")
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    names = {f"lr_stream.{name}" for name in LRStream(tiny_backbone.transformer, variant_of(tmp_path)).state_dict()}
+    names = {f"lr_stream.{name}" for name in LRStream(tiny_backbone.transformer, Variant()).state_dict()}
     assert set(checkpoint["state_dict"]) == set(checkpoint["current_model_state"]) == names
     averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
     assert any(not torch.equal(averaged[name], current[name]) for name in names)
     assert len(checkpoint["optimizer_states"][0]["state"]) == len(names)
-    saved = load_lr_stream(tmp_path / "run" / "lr_stream.safetensors")[1]
+    saved = load_part(tmp_path / "run" / "lr_stream.safetensors").state
     assert all(torch.equal(saved[name.removeprefix("lr_stream.")], averaged[name]) for name in names)
-
-
-def variant_of(tmp_path):
-    return load_lr_stream(tmp_path / "run" / "lr_stream.safetensors")[0]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
@@ -111,7 +111,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(run, tmp_path):
     run("parts", "trainer.max_steps=2")
     run("parts", "trainer.max_steps=4", f"ckpt_path={tmp_path / 'parts' / 'checkpoints' / 'last.ckpt'}")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    whole, parts = (load_lr_stream(tmp_path / name / "lr_stream.safetensors")[1] for name in ("whole", "parts"))
+    whole, parts = (load_part(tmp_path / name / "lr_stream.safetensors").state for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -135,7 +135,11 @@ def test_gradient_checkpointing_switch_reaches_the_blocks(run, monkeypatch):
     counts = []
     for switch in ("false", "true"):
         calls.clear()
-        arguments = [f"model.gradient_checkpointing={switch}", "trainer.max_steps=1", "trainer.limit_val_batches=0"]
+        arguments = [
+            f"model.network.gradient_checkpointing={switch}",
+            "trainer.max_steps=1",
+            "trainer.limit_val_batches=0",
+        ]
         run(switch, *arguments, "callbacks.checkpoint.every_n_train_steps=1")
         counts.append(len(calls))
     assert counts[1] == 2 * counts[0]
@@ -180,5 +184,36 @@ def test_trainable_weights_are_float32_and_the_base_is_no_part_of_the_module(run
 def test_a_checkpoint_of_another_variant_is_refused_in_one_line(run, tmp_path, ablation):
     run("first", f"+ablation={ablation}")
     checkpoint = tmp_path / "first" / "checkpoints" / "last.ckpt"
-    with pytest.raises(ValueError, match=r"last\.ckpt: trained as variant .*; this run is"):
+    with pytest.raises(ValueError, match=r"last\.ckpt: trained as .*; this network is"):
         run("second", f"ckpt_path={checkpoint}")
+
+
+def test_sd3_controlnet_trains_validates_and_restores_by_the_same_commands(run, tmp_path, tiny_backbone):
+    scores = run("run", "model=tiny_sd3_controlnet", "callbacks.scores.metrics=[psnr]")
+    assert {"train/loss", "val/psnr"} <= scores.keys()
+    part = load_part(tmp_path / "run" / "controlnet.safetensors")
+    assert part.settings == {"network": "sd3_controlnet", "num_layers": 4} and part.base["name"] == "tiny-sd3"
+    sampler = Sampler(1, 1.0, "", "", 32, 12, "none")
+    lr = torch.rand(1, 3, 16, 16, generator=generator("cpu", 0))
+    for file in ("controlnet.safetensors", "checkpoints/last.ckpt"):
+        restorer = Restorer.load(tiny_backbone, sampler, tmp_path / "run" / file, torch.device("cpu"))
+        assert restorer(lr, (64, 64), [""], ["lr"], 0).shape == (1, 3, 64, 64)
+
+
+def test_fine_tuning_starts_from_a_trained_part(run, tmp_path):
+    run("first")
+    trained = tmp_path / "first" / "lr_stream.safetensors"
+    run("second", f"model.checkpoint={trained}", "optimizer.lr=0.0", "callbacks.ema.decay=0")
+    first, second = (load_part(tmp_path / name / "lr_stream.safetensors").state for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(InstantiationException, match=r"lr_stream\.safetensors: trained as .*; this network is"):
+        run("third", f"model.checkpoint={trained}", "+ablation=no_lr_residual")
+
+
+def test_averaging_copies_what_is_trained_and_nothing_frozen():
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        module = instantiate(compose("train", ["output=x"]).model)
+    copied = copy.deepcopy(module)
+    assert copied.net.base is module.net.base and copied.backbone is module.backbone
+    assert copied.net.lr_stream is copied.lr_stream is not module.lr_stream
+    assert copied.velocity.__self__ is copied.net

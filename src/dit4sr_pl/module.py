@@ -1,56 +1,74 @@
-"""Training DiT4SR (paper Section 5.1) as a LightningModule."""
+"""Training (paper Section 5.1) as a LightningModule: DiT4SR, or a baseline over the same frozen SD3 pipeline."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers import SD3Transformer2DModel
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dit4sr_pl.backbone import Backbone
 from dit4sr_pl.flow import RectifiedFlow, interpolate
 from dit4sr_pl.latents import draw_noise, enlarge
-from dit4sr_pl.model import DiT4SRTransformer, Variant
-from dit4sr_pl.model.checkpoints import fit_lr_stream
+from dit4sr_pl.model import TrainedPart, load_part
+from dit4sr_pl.model.checkpoints import check_settings, fingerprint, fit_part
 from dit4sr_pl.randomness import generator
-from dit4sr_pl.sampling import Sampler, restore
+from dit4sr_pl.restorer import Restorer
+from dit4sr_pl.sampling import Sampler
 
 
-class DiT4SRModule(LightningModule):
-    """Trains the LR stream over a frozen SD3 pipeline.
+class SuperResolutionModule(LightningModule):
+    """Trains one part of a network over a frozen SD3 pipeline.
 
-    Only the LR stream is a submodule: what Lightning counts, averages, optimises, saves and sends between devices is
-    what is trained. The frozen parts stand beside it in `backbone`.
+    Only that part (`lr_stream` or `controlnet`) is a submodule: what Lightning counts, averages, optimises, saves and
+    sends between devices is what is trained. The frozen parts stand beside it in `net` and `backbone`.
 
     Args:
-        backbone: the frozen pipeline. variant: which parts of the LR stream are in.
+        backbone: the frozen pipeline.
+        network: makes the network over the backbone's transformer.
+        checkpoint: trained part to start from, for fine-tuning; its settings must be the network's.
         weighting: of the loss, see `RectifiedFlow`.
         optimizer: from parameters to an optimizer.
         sampler: how validation restores.
-        gradient_checkpointing: recompute the blocks in the backward pass.
+        compile: run training steps through `torch.compile`.
         seed: with a sample's place in the run it gives timestep and noise.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        variant: Variant,
+        network: Callable[[SD3Transformer2DModel], nn.Module],
+        checkpoint: str | None,
         weighting: str,
         optimizer: Callable[[Any], Optimizer],
         sampler: Sampler,
-        gradient_checkpointing: bool,
+        compile: bool,
         seed: int,
     ):
         super().__init__()
         self.backbone = backbone
         self.flow = RectifiedFlow(backbone.scheduler, weighting)
         self.optimizer = optimizer
-        self.sampler = sampler
         self.seed = seed
-        net = DiT4SRTransformer(backbone.transformer, variant, gradient_checkpointing)
-        self.lr_stream = net.lr_stream.float()  # trained in float32 under autocast
+        net = network(backbone.transformer)
+        if checkpoint is not None:
+            part = load_part(checkpoint)
+            check_settings(net, part.settings, checkpoint)
+            fit_part(net, part, checkpoint)
+        self.add_module(net.part, getattr(net, net.part).float())  # trained in float32 under autocast
         object.__setattr__(self, "net", net)  # not a submodule: see above
+        self.velocity = torch.compile(net.forward) if compile else net.forward
+        self.restorer = Restorer(net, backbone, sampler)
+
+    def __deepcopy__(self, memo: dict) -> "SuperResolutionModule":
+        """Lightning's weight averaging copies the module: its trained part, while frozen weights exist once."""
+        memo[id(self.net.base)] = self.net.base
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def setup(self, stage: str) -> None:
         self.backbone.to(self.device)
@@ -65,7 +83,7 @@ class DiT4SRModule(LightningModule):
 
         timestep, sigma = (values.to(self.device) for values in self.flow.draw_timesteps(generators))
         noise = draw_noise(clean, generators)
-        velocity = self.net(interpolate(clean, noise, sigma), lr_latent, timestep, embeds, pooled)
+        velocity = self.velocity(interpolate(clean, noise, sigma), lr_latent, timestep, embeds, pooled)
         loss = self.flow.loss(velocity, clean, noise, sigma).mean()
         self.stop_unless_finite(loss)
         self.log("train/loss", loss, prog_bar=True)
@@ -80,25 +98,17 @@ class DiT4SRModule(LightningModule):
 
     def validation_step(self, batch: dict, batch_idx: int) -> Tensor:
         """The restored images `(B, 3, H, W)`; scores are the callbacks' business."""
-        return self.restore(batch["lr"], batch["hr"].shape[-2:], batch["prompt"], batch["name"])
-
-    def restore(self, lr: Tensor, size: tuple[int, int], captions: list[str], names: list[str]) -> Tensor:
-        """`(B, 3, h, w)` to `(B, 3, *size)`, both in 0..1; an image's noise depends on the seed and its name."""
-        generators = [generator("cpu", "restore", self.seed, name) for name in names]
-        parts = self.backbone.coder, self.backbone.prompts, self.backbone.scheduler
-        return restore(self.net, *parts, self.sampler, lr, size, captions, generators)
+        return self.restorer(batch["lr"], batch["hr"].shape[-2:], batch["prompt"], batch["name"], self.seed)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["variant"] = self.lr_stream.variant.as_dict()
+        checkpoint["settings"] = self.net.settings()
+        checkpoint["base"] = {"name": self.backbone.name, "fingerprint": fingerprint(self.net.base)}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Variants B and FULL have the same weights by name: the checkpoint says which it is."""
-        theirs, ours = checkpoint["variant"], self.lr_stream.variant.as_dict()
-        if theirs != ours:
-            raise ValueError(f"{self.trainer.ckpt_path}: trained as variant {theirs}; this run is {ours}")
-        prefix = "lr_stream."
+        check_settings(self.net, checkpoint["settings"], self.trainer.ckpt_path)
+        prefix = f"{self.net.part}."
         state = {name.removeprefix(prefix): weight for name, weight in checkpoint["state_dict"].items()}
-        fit_lr_stream(self.lr_stream, state, self.trainer.ckpt_path)
+        fit_part(self.net, TrainedPart(checkpoint["settings"], checkpoint["base"], state), self.trainer.ckpt_path)
 
     def configure_optimizers(self) -> Optimizer:
-        return self.optimizer(parameter for parameter in self.lr_stream.parameters() if parameter.requires_grad)
+        return self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)

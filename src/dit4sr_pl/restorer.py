@@ -1,13 +1,14 @@
-"""A trained DiT4SR ready to restore: backbone, LR stream and sampler together."""
+"""A trained network ready to restore: backbone, network and sampler together."""
 
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
 
 from dit4sr_pl.backbone import SHIPPED, Backbone
-from dit4sr_pl.model import DiT4SRTransformer
-from dit4sr_pl.model.checkpoints import fit_lr_stream, load_lr_stream
+from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part
+from dit4sr_pl.model.checkpoints import fit_part
 from dit4sr_pl.randomness import generator
 from dit4sr_pl.sampling import Sampler, restore
 
@@ -19,27 +20,33 @@ class Restorer:
         net: the whole network. backbone: its frozen pipeline. sampler: steps, guidance, tiles, colour.
     """
 
-    def __init__(self, net: DiT4SRTransformer, backbone: Backbone, sampler: Sampler, device: torch.device):
-        self.net, self.backbone, self.sampler = net.to(device).eval(), backbone, sampler
-        backbone.to(device)
+    def __init__(self, net: nn.Module, backbone: Backbone, sampler: Sampler):
+        self.net, self.backbone, self.sampler = net, backbone, sampler
 
     @classmethod
     def load(cls, backbone: Backbone, sampler: Sampler, checkpoint: str | Path, device: torch.device) -> "Restorer":
-        """From an LR-stream file, a training checkpoint (`.ckpt`) or the name of a shipped LR stream.
+        """From an LR-stream or ControlNet file, a training checkpoint (`.ckpt`) or the name of a shipped LR stream.
 
         Raises:
-            FileNotFoundError, ValueError: missing, truncated, or of another architecture than the backbone.
+            FileNotFoundError, ValueError: missing, truncated, or not trained over this backbone.
         """
         shipped = SHIPPED / str(checkpoint) / "lr_stream.safetensors"
         path = shipped if shipped.is_file() else Path(checkpoint)
-        variant, state = load_lr_stream(path)
-        net = DiT4SRTransformer(backbone.transformer, variant)
-        fit_lr_stream(net.lr_stream, state, path)
-        net.lr_stream.to(backbone.dtype)
-        return cls(net, backbone, sampler, device)
+        part = load_part(path)
+        net = build_network(backbone.transformer, part.settings)
+        fit_part(net, part, path)
+        backbone.to(device)
+        return cls(net.to(device, backbone.dtype).eval(), backbone, sampler)
 
     def __call__(self, lr: Tensor, size: tuple[int, int], captions: list[str], names: list[str], seed: int) -> Tensor:
         """`(B, 3, h, w)` to `(B, 3, *size)`, both in 0..1; an image's noise depends on the seed and its name."""
         generators = [generator("cpu", "restore", seed, name) for name in names]
         parts = self.backbone.coder, self.backbone.prompts, self.backbone.scheduler
         return restore(self.net, *parts, self.sampler, lr, size, captions, generators)
+
+
+def build_network(base: SD3Transformer2DModel, settings: dict) -> nn.Module:
+    """The network that a trained part's settings describe, over `base`."""
+    if settings["network"] == "sd3_controlnet":
+        return SD3ControlNet(base, settings["num_layers"])
+    return DiT4SRTransformer(base, Variant(**settings["variant"]))

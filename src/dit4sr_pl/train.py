@@ -25,7 +25,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from hydra.utils import instantiate
     from lightning import Trainer, seed_everything
 
-    from dit4sr_pl.model import save_lr_stream
+    from dit4sr_pl.model import save_part
+    from dit4sr_pl.model.checkpoints import part_of
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # without devices found and advertisements
     seed_everything(cfg.seed, workers=True, verbose=False)
@@ -40,7 +41,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     )
     OmegaConf.save(cfg, Path(cfg.output) / "config.yaml", resolve=True)
     trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
-    save_lr_stream(module.lr_stream, Path(cfg.output) / "lr_stream.safetensors")
+    part = part_of(module.net, module.backbone.name)
+    save_part(part, Path(cfg.output) / f"{module.net.part}.safetensors")
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
 
 
@@ -54,6 +56,8 @@ def check(cfg: DictConfig) -> None:
         check_readable(cfg.ckpt_path, "ckpt_path")
         if not zipfile.is_zipfile(cfg.ckpt_path):
             raise ValueError(f"ckpt_path={cfg.ckpt_path}: truncated or not a checkpoint; resume from an earlier one")
+    if cfg.model.checkpoint is not None:
+        check_readable(cfg.model.checkpoint, "model.checkpoint")
     check_backbone(cfg.model.backbone)
     check_writable(cfg.output, "output")
 

@@ -1,67 +1,56 @@
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import randomise
-from safetensors.torch import load_file, save_file
+from diffusers import SD3Transformer2DModel
+from safetensors.torch import save_file
 
-from dit4sr_pl.model import DiT4SRTransformer, load_lr_stream, save_lr_stream
-from dit4sr_pl.model.checkpoints import WEIGHTS, fit_lr_stream
-
-GOLDEN = Path(__file__).parents[1] / "golden"
+from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part, save_part
+from dit4sr_pl.model.checkpoints import check_settings, fingerprint, fit_part, part_of
 
 
-def test_lr_stream_file_round_trip(base, variant, tmp_path):
+def test_file_round_trip(base, variant, tmp_path):
     net, other = DiT4SRTransformer(base, variant), DiT4SRTransformer(base, variant)
     randomise(net.lr_stream)
-    save_lr_stream(net.lr_stream, tmp_path / "lr_stream.safetensors")
-    stored_variant, state = load_lr_stream(tmp_path / "lr_stream.safetensors")
-    fit_lr_stream(other.lr_stream, state, "file")
-    assert stored_variant == variant
-    torch.testing.assert_close(other.lr_stream.state_dict(), net.lr_stream.state_dict())
-    assert [path.name for path in tmp_path.iterdir()] == ["lr_stream.safetensors"]
-
-
-def test_bad_lr_stream_files_are_told_apart(base, tmp_path):
     path = tmp_path / "lr_stream.safetensors"
-    with pytest.raises(FileNotFoundError, match="no such LR-stream file"):
-        load_lr_stream(path)
-    save_lr_stream(DiT4SRTransformer(base).lr_stream, path)
+    save_part(part_of(net, "toy"), path)
+    part = load_part(path)
+    check_settings(other, part.settings, path)
+    fit_part(other, part, path)
+    assert part.base["name"] == "toy"
+    torch.testing.assert_close(other.lr_stream.state_dict(), net.lr_stream.state_dict())
+    assert [file.name for file in tmp_path.iterdir()] == ["lr_stream.safetensors"]
+
+
+def test_bad_files_are_told_apart(base, tmp_path):
+    path = tmp_path / "lr_stream.safetensors"
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_part(path)
+    save_part(part_of(DiT4SRTransformer(base), "toy"), path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="truncated"):
-        load_lr_stream(path)
+        load_part(path)
     save_file({"weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="not an LR-stream file"):
-        load_lr_stream(path)
-    with pytest.raises(ValueError, match=r"another architecture.*blocks.0"):
-        fit_lr_stream(DiT4SRTransformer(base).lr_stream, {"blocks.0.attn.k.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(ValueError, match="not a trained part"):
+        load_part(path)
 
 
-def test_released_folder_drops_dead_weights_and_nothing_else(tmp_path):
-    folder = tmp_path / "transformer"
-    shutil.copytree(GOLDEN / "r1_dual" / "transformer", folder)
-    state = load_file(folder / WEIGHTS)
-    unused = (".attn2.add_", ".attn2.to_add_out", ".attn2.norm_added")
-    dead = [name for name in state if any(part in name for part in unused)]
-    net = DiT4SRTransformer.from_reference(tmp_path)
-    assert sum(p.numel() for p in net.parameters()) + net.base.pos_embed.pos_embed.numel() == sum(
-        tensor.numel() for name, tensor in state.items() if name not in dead
-    )
-
-    state["transformer_blocks.0.attn.to_x_control.weight"] = state.pop("transformer_blocks.0.attn.to_q_control.weight")
-    save_file(state, folder / WEIGHTS)
-    with pytest.raises(ValueError, match=r"missing: blocks\.0\.attn\.q\.weight; unknown: .*to_x_control"):
-        DiT4SRTransformer.from_reference(folder)
+def test_a_part_of_another_network_or_base_is_refused(base, tmp_path):
+    net = DiT4SRTransformer(base)
+    part = part_of(net, "toy")
+    with pytest.raises(ValueError, match=r"file: of another architecture.*blocks\.0"):
+        fit_part(SD3ControlNet(base, num_layers=1), part, "file")
+    with pytest.raises(ValueError, match="file: trained as .*; this network is .*'lr_residual': False"):
+        check_settings(DiT4SRTransformer(base, Variant(lr_residual=False)), part.settings, "file")
+    torch.manual_seed(3)
+    other = DiT4SRTransformer(SD3Transformer2DModel.from_config(base.config))
+    with pytest.raises(ValueError, match=r"file: trained over toy, and this base model has other weights"):
+        fit_part(other, part, "file")
 
 
-def test_released_folder_that_is_not_whole(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        DiT4SRTransformer.from_reference(tmp_path)
-    shutil.copy(GOLDEN / "r1_dual" / "transformer" / "config.json", tmp_path)
-    with pytest.raises(FileNotFoundError, match="missing"):
-        DiT4SRTransformer.from_reference(tmp_path)
-    whole = (GOLDEN / "r1_dual" / "transformer" / WEIGHTS).read_bytes()
-    (tmp_path / WEIGHTS).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="truncated"):
-        DiT4SRTransformer.from_reference(tmp_path)
+def test_fingerprint_depends_on_the_weights_and_not_on_their_precision(base):
+    base.bfloat16()
+    base.proj_out.weight.data[0, 0] = 2.0**-20  # half of its digits are lost in float16
+    as_trained = fingerprint(base)
+    assert fingerprint(base.half()) == fingerprint(base.float()) == as_trained
+    base.proj_out.weight.data[0, 0] += 0.01
+    assert fingerprint(base) != as_trained

@@ -3,7 +3,19 @@ import torch
 from conftest import randomise
 
 from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant
-from dit4sr_pl.model.lr_stream import ConvInjection, LinearInjection
+from dit4sr_pl.model.lr_stream import ConvInjection, LinearInjection, folded
+
+
+def test_folded_projections_equal_one_after_the_other():
+    """Output and gradients, of the tokens too."""
+    frozen, ours = (torch.nn.Linear(6, 6, dtype=torch.float64) for _ in range(2))
+    frozen.requires_grad_(False)
+    tokens, seen = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True), torch.randn(2, 5, 6)
+    outcomes = []
+    for output in (folded(ours, frozen, tokens), ours(frozen(tokens))):
+        gradients = torch.autograd.grad((output * seen).sum(), (tokens, ours.weight, ours.bias))
+        outcomes.append((output, *gradients))
+    torch.testing.assert_close(*outcomes)
 
 
 @torch.no_grad()

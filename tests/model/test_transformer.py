@@ -64,6 +64,15 @@ def test_zero_start_is_not_identity(base, inputs):
     assert not torch.allclose(DiT4SRTransformer(base)(**inputs), expected, atol=1e-4)
 
 
+def test_attention_that_trains_in_bfloat16_equals_the_fused_one():
+    queries, keys, values = torch.randn(3, 2, 4, 50, 16, dtype=torch.bfloat16)
+    expected = block.attention(queries.float(), keys.float(), values.float())
+    for needs_gradient in (False, True):
+        attended = block.attention(queries, keys, values.requires_grad_(needs_gradient))
+        assert attended.dtype == torch.bfloat16
+        torch.testing.assert_close(attended.float(), expected, atol=1e-2, rtol=1e-2)
+
+
 def test_every_trainable_parameter_has_a_gradient_and_no_frozen_one(base, inputs, variant):
     net = DiT4SRTransformer(base, variant)
     randomise(net.lr_stream)

@@ -57,35 +57,35 @@ class MMDiTControlBlock(nn.Module):
         # 2. LR Integration and LR Residual.
         noise_in, lr_in = modulate(noise_norm, shift, scale), modulate(lr_norm, shift, scale)
         noise_attn, lr_attn, text_attn = self.attend(noise_in, lr_in, text_in)
-        noise = noise + gate * noise_attn
+        noise = gated(noise, gate, noise_attn)
         if self.lr.needs_output:
-            lr = lr + gate * lr_attn
+            lr = gated(lr, gate, lr_attn)
 
         # 3. SD3.5's second attention, without text.
         if dual:
             shift2, scale2, gate2 = dual
             noise_in2, lr_in2 = modulate(noise_norm, shift2, scale2), modulate(lr_norm, shift2, scale2)
             noise_attn2, lr_attn2, _ = self.attend(noise_in2, lr_in2, None)
-            noise = noise + gate2 * noise_attn2
+            noise = gated(noise, gate2, noise_attn2)
             if self.lr.needs_output:
-                lr = lr + gate2 * lr_attn2
+                lr = gated(lr, gate2, lr_attn2)
 
         # 4. MLPs with LR Injection between them: phi(X) += s * injection(eta(L)).
         phi = mlp_in(frozen.ff, modulate(frozen.norm2(noise), shift_mlp, scale_mlp))
         if self.lr.needs_output:
             eta = mlp_in(frozen.ff, modulate(frozen.norm2(lr), shift_mlp, scale_mlp))
         if self.lr.injection is not None:
-            phi = phi + self.injection_scale * self.lr.injection(eta, grid)
-        noise = noise + gate_mlp * mlp_out(frozen.ff, phi)
+            phi = torch.add(phi, self.lr.injection(eta, grid), alpha=self.injection_scale)
+        noise = gated(noise, gate_mlp, mlp_out(frozen.ff, phi))
         if not self.lr.last:
-            lr = lr + gate_mlp * mlp_out(frozen.ff, eta)
+            lr = gated(lr, gate_mlp, mlp_out(frozen.ff, eta))
 
         # 5. Text.
         if not frozen.context_pre_only:
             text_shift_mlp, text_scale_mlp, text_gate_mlp = text_mlp
-            text = text + text_gate * text_attn
+            text = gated(text, text_gate, text_attn)
             text_in = modulate(frozen.norm2_context(text), text_shift_mlp, text_scale_mlp)
-            text = text + text_gate_mlp * frozen.ff_context(text_in)
+            text = gated(text, text_gate_mlp, frozen.ff_context(text_in))
         return noise, lr, text
 
     def attend(self, noise: Tensor, lr: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -119,9 +119,18 @@ def joint_attention(*streams: QKV) -> tuple[Tensor | None, ...]:
     queries = torch.cat([q for q, _, _ in streams if q is not None], dim=2)
     keys = torch.cat([k for _, k, _ in streams], dim=2)
     values = torch.cat([v for _, _, v in streams], dim=2)
-    attended = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
+    attended = attention(queries, keys, values).transpose(1, 2).flatten(2)
     parts = iter(attended.split([q.shape[2] for q, _, _ in streams if q is not None], dim=1))
     return tuple(next(parts) if q is not None else None for q, _, _ in streams)
+
+
+def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Softmax attention, each `(B, heads, tokens, D/heads)`."""
+    # In bfloat16 on a CPU the fused kernel's backward pass takes up to five times as long as plain products.
+    if values.requires_grad and values.dtype == torch.bfloat16 and values.device.type == "cpu":
+        scores = queries * queries.shape[-1] ** -0.5 @ keys.transpose(-1, -2)
+        return scores.softmax(dim=-1) @ values
+    return F.scaled_dot_product_attention(queries, keys, values)
 
 
 def noise_projections(frozen: Attention, tokens: Tensor) -> QKV:
@@ -142,7 +151,12 @@ def modulation(linear: nn.Linear, time: Tensor) -> tuple[Tensor, ...]:
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return tokens * (1 + scale) + shift
+    return torch.addcmul(shift, tokens, 1 + scale)
+
+
+def gated(tokens: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """Outer residual, `tokens + gate * update` in one pass over memory."""
+    return torch.addcmul(tokens, gate, update)
 
 
 def mlp_in(ff: FeedForward, tokens: Tensor) -> Tensor:

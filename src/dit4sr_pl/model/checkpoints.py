@@ -1,8 +1,9 @@
-"""Weights in and out: LR-stream files of our own, and the reference implementation's released folders."""
+"""Trained parts in and out: one safetensors file that knows its network and the base model it was trained over."""
 
+import hashlib
 import json
 import os
-import re
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -10,29 +11,55 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from dit4sr_pl.model.lr_stream import LRStream
-from dit4sr_pl.model.variant import Variant
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-RELEASED = re.compile(r"transformer_blocks\.(\d+)\.(?:(attn2?)\.to_(q|k|v|out)_control|ff\.control_conv)\.(\w+)")
-# The released code builds SD3.5's image-only attention with text projections, and never uses them.
-DEAD = re.compile(r"transformer_blocks\.\d+\.attn2\.(add_[qkv]_proj|to_add_out|norm_added_[qk])\.\w+")
+SAMPLES = 64  # of every weight, in a base model's fingerprint
 
 
-def save_lr_stream(lr_stream: LRStream, path: str | Path) -> None:
-    """Writes the LR stream's weights (float32) and its variant as one safetensors file, atomically."""
+@dataclass(frozen=True)
+class TrainedPart:
+    """What a training made: an LR stream or a ControlNet.
+
+    Args:
+        settings: of its network: `network`, and the switches it was made with.
+        base: `name` and `fingerprint` of the frozen transformer below it.
+        state: its weights by name.
+    """
+
+    settings: dict
+    base: dict[str, str]
+    state: dict[str, Tensor]
+
+
+def fingerprint(base: SD3Transformer2DModel) -> str:
+    """Hash of a base transformer, the same in float32, bfloat16 and float16, and read from a few values per weight."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(base.state_dict().items()):
+        values = weight.flatten()[:: max(1, weight.numel() // SAMPLES)][:SAMPLES]
+        # Steps of 1/1024: what float16 makes of bfloat16's smallest values must not count.
+        levels = (values.bfloat16().float() * 1024).round().int().cpu()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + levels.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def part_of(net: nn.Module, base_name: str) -> TrainedPart:
+    """The trained part of a network, its weights on the CPU in float32."""
+    state = {name: tensor.detach().cpu().float() for name, tensor in getattr(net, net.part).state_dict().items()}
+    return TrainedPart(net.settings(), {"name": base_name, "fingerprint": fingerprint(net.base)}, state)
+
+
+def save_part(part: TrainedPart, path: str | Path) -> None:
+    """Writes a part as one safetensors file, atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().float().contiguous() for name, tensor in lr_stream.state_dict().items()}
     partial = path.with_suffix(".partial")
-    save_file(state, partial, metadata={"variant": json.dumps(lr_stream.variant.as_dict())})
+    state = {name: tensor.contiguous() for name, tensor in part.state.items()}
+    save_file(state, partial, metadata={"settings": json.dumps(part.settings), "base": json.dumps(part.base)})
     os.replace(partial, path)
 
 
-def load_lr_stream(path: str | Path) -> tuple[Variant, dict[str, Tensor]]:
-    """Reads an LR stream: what `save_lr_stream` wrote, or the averaged weights of a training checkpoint (`.ckpt`).
+def load_part(path: str | Path) -> TrainedPart:
+    """Reads what `save_part` wrote, or the averaged weights of a training checkpoint (`.ckpt`).
 
     Raises:
         FileNotFoundError: no such file.
@@ -40,90 +67,59 @@ def load_lr_stream(path: str | Path) -> tuple[Variant, dict[str, Tensor]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such LR-stream file or checkpoint")
+        raise FileNotFoundError(f"{path}: no such file; give an LR stream (.safetensors) or a training checkpoint")
     if path.suffix == ".ckpt":
         return load_checkpoint(path)
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            header = file.metadata() or {}
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or not safetensors ({error}); copy or train it again") from None
-    if "variant" not in metadata:
-        raise ValueError(f"{path}: safetensors, but not an LR-stream file (its header names no variant)")
-    return Variant(**json.loads(metadata["variant"])), state
+    if not {"settings", "base"} <= header.keys():
+        raise ValueError(
+            f"{path}: safetensors, but not a trained part (its header names no network); released folders are read "
+            "by python -m dit4sr_pl.convert"
+        )
+    return TrainedPart(json.loads(header["settings"]), json.loads(header["base"]), state)
 
 
-def load_checkpoint(path: Path) -> tuple[Variant, dict[str, Tensor]]:
+def load_checkpoint(path: Path) -> TrainedPart:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        variant, state = checkpoint["variant"], checkpoint["state_dict"]
+        settings, base, state = checkpoint["settings"], checkpoint["base"], checkpoint["state_dict"]
     except (RuntimeError, EOFError, KeyError, UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: truncated or not a checkpoint of ours ({reason}); use an earlier one") from None
-    return Variant(**variant), {name.removeprefix("lr_stream."): tensor for name, tensor in state.items()}
+    return TrainedPart(settings, base, {name.split(".", 1)[1]: tensor for name, tensor in state.items()})
 
 
-def fit_lr_stream(lr_stream: LRStream, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copies weights into an LR stream of the same architecture.
+def check_settings(net: nn.Module, settings: dict, source: str | Path) -> None:
+    """Variants B and FULL have the same weights by name: only the settings tell them apart.
 
     Raises:
-        ValueError: keys or shapes that differ, with the first few of them.
+        ValueError: the network was made with other settings.
     """
-    ours = {name: tuple(tensor.shape) for name, tensor in lr_stream.state_dict().items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if settings != net.settings():
+        raise ValueError(f"{source}: trained as {settings}; this network is {net.settings()}")
+
+
+def fit_part(net: nn.Module, part: TrainedPart, source: str | Path) -> None:
+    """Copies a part's weights into a network over the same base model.
+
+    Raises:
+        ValueError: another base model, or keys or shapes that differ, with the first few of them.
+    """
+    trained = getattr(net, net.part)
+    ours = {name: tuple(tensor.shape) for name, tensor in trained.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in part.state.items()}
     if ours != theirs:
         different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         listed = ", ".join(f"{name} {theirs.get(name)} (wanted {ours.get(name)})" for name in different[:3])
         raise ValueError(f"{source}: of another architecture: {len(different)} weights differ, such as {listed}")
-    lr_stream.load_state_dict(state)
-
-
-def read_reference(folder: Path) -> tuple[SD3Transformer2DModel, dict[str, Tensor]]:
-    """Splits a released folder into the frozen SD3 transformer and the LR stream's weights by our names."""
-    folder = next((f for f in (folder, folder / "transformer") if (f / "config.json").is_file()), None) or folder
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no config.json; give the released folder or its transformer/")
-
-    base_state, lr_state = {}, {}
-    for name, tensor in read_weights(folder).items():
-        if match := RELEASED.fullmatch(name):
-            lr_state[our_name(match)] = tensor
-        elif not DEAD.fullmatch(name):
-            base_state[name] = tensor
-
-    with torch.device("meta"):
-        base = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder))
-        wanted = set(base.state_dict()), set(LRStream(base, Variant()).state_dict())
-    check_keys(folder, wanted[0] | wanted[1], base_state.keys() | lr_state.keys())
-    base.load_state_dict(base_state, assign=True)
-    return base, lr_state
-
-
-def our_name(match: re.Match) -> str:
-    block, attention, projection, kind = match.groups()
-    return f"blocks.{block}.{attention}.{projection}.{kind}" if attention else f"blocks.{block}.injection.conv.{kind}"
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a diffusers model folder, one file or shards with an index."""
-    index = folder / f"{WEIGHTS}.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = [WEIGHTS]
-    state = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: missing; download the folder again")
-        try:
-            state |= load_file(folder / name)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / name}: truncated ({error}); download it again") from None
-    return state
-
-
-def check_keys(folder: Path, wanted: set[str], found: set[str]) -> None:
-    if wanted != found:
-        missing, unknown = ", ".join(sorted(wanted - found)), ", ".join(sorted(found - wanted))
-        raise ValueError(f"{folder}: not a DiT4SR release; missing: {missing or 'none'}; unknown: {unknown or 'none'}")
+    if part.base["fingerprint"] != fingerprint(net.base):
+        raise ValueError(
+            f"{source}: trained over {part.base['name']}, and this base model has other weights; "
+            "give the same one as model.backbone.name"
+        )
+    trained.load_state_dict(part.state)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dit4sr_pl.model.block import MMDiTControlBlock
-from dit4sr_pl.model.checkpoints import read_reference
 from dit4sr_pl.model.lr_stream import LRStream
+from dit4sr_pl.model.released import read_released
 from dit4sr_pl.model.variant import Variant
 
 
@@ -21,6 +21,8 @@ class DiT4SRTransformer(nn.Module):
         variant: which parts of the LR stream are in.
         gradient_checkpointing: recompute every block in the backward pass instead of keeping its activations.
     """
+
+    part = "lr_stream"
 
     def __init__(self, base: SD3Transformer2DModel, variant: Variant | None = None, gradient_checkpointing=False):
         super().__init__()
@@ -50,10 +52,13 @@ class DiT4SRTransformer(nn.Module):
             FileNotFoundError: no `config.json` or no weights there.
             ValueError: weights that do not fit; the keys are listed.
         """
-        base, lr_state = read_reference(Path(folder))
+        base, lr_state = read_released(Path(folder))
         net = cls(base, Variant(legacy_lr_keys=legacy_lr_keys, injection_scale=injection_scale))
         net.lr_stream.load_state_dict(lr_state)
         return net
+
+    def settings(self) -> dict:
+        return {"network": "dit4sr", "variant": self.variant.as_dict()}
 
     @property
     def patch_size(self) -> int:
