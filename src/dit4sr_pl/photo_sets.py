@@ -71,33 +71,33 @@ class PhotoSet:
             raise ValueError(f"{self.name}: limit={limit}; give a positive number of photos, or null for all")
         if not 0 < weight < math.inf:
             raise ValueError(f"{self.name}: weight={weight}; give a positive number (no folder leaves a set out)")
-        files, self.sizes = self._files(manifest, limit)
+        files, self.sizes, self.damaged = self._files(manifest, limit)
         self.captions = CaptionFiles(self.folder) if captions is None else open_captions(captions)
         self.photos = [Photo(self.folder, file, self.captions) for file in files]
         if round(weight * len(files)) == 0:
             raise ValueError(f"{self.name}: weight={weight} of {len(files)} photos: fewer than one per epoch")
 
-    def _files(self, path: str | Path | None, limit: int | None) -> tuple[list[str], list[int] | None]:
+    def _files(self, path: str | Path | None, limit: int | None) -> tuple[list[str], list[int] | None, list[str]]:
         if path is None and not (self.folder / MANIFEST).exists():
-            return list_files(self.folder)[:limit], None
+            return list_files(self.folder)[:limit], None, []
         path = Path(path or self.folder / MANIFEST)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder}: no such folder; give the path of the photos that {path} lists")
-        files, sizes, damaged = read_manifest(path, limit)
-        if damaged:
-            first = ", ".join(damaged[:3]) + (", ..." if len(damaged) > 3 else "")
-            log.warning("%s: %d damaged photos are left out (%s)", self.name, len(damaged), first)
-        if not files:
+        listed = read_manifest(path, limit)
+        if not listed.files:
             raise ValueError(f"{path}: no readable photo in this manifest")
-        return files, sizes
+        return listed
 
     def check(self) -> None:
-        """Compare every file's size with the manifest's, if there is one, and log how many photos have a caption.
+        """Compare every file's size with the manifest's, and log what the manifest leaves out and who has a caption.
 
-        Raises `ValueError` if a file is missing or has another size.
+        Raises `ValueError` if a file is missing or has another size. Without a manifest no photo is looked at.
         """
         if self.sizes is not None:
             check_sizes(self.folder, [photo.file for photo in self.photos], self.sizes)
+        if self.damaged:
+            first = ", ".join(self.damaged[:3]) + (", ..." if len(self.damaged) > 3 else "")
+            log.warning("%s: %d damaged photos are left out (%s)", self.name, len(self.damaged), first)
         captioned = self.captions.names()
         without = [photo.name for photo in self.photos if photo.name not in captioned]
         count, total = len(self.photos) - len(without), len(self.photos)
