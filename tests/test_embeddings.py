@@ -145,7 +145,7 @@ def test_truncated_files_are_named(tmp_path):
         read(tmp_path)
 
 
-PROMPTS = [f"photo {i} of {i % 7} cats" for i in range(100)]
+PROMPTS = [f"photo {i} of {i % 7} cats" for i in range(60)]
 
 
 def encode_for_killing(folder) -> None:
