@@ -16,7 +16,7 @@ FLOORS = [
     {"sampling"},
     {"data", "restorer"},
     {"demo_photos", "module", "callbacks"},
-    {"train", "restore", "demo"},
+    {"train", "restore", "demo", "convert"},
 ]
 
 
@@ -56,7 +56,7 @@ def test_imports_go_down_only(name):
     "library, allowed",
     [
         ("lightning", {"module", "data", "callbacks", "train"}),
-        ("hydra", {"config", "train", "restore", "demo"}),
+        ("hydra", {"config", "train", "restore", "demo", "convert"}),
         ("pyiqa", {"metrics"}),
     ],
 )
