@@ -43,6 +43,13 @@ def test_help_needs_no_pytorch(command, tmp_path):
         (["train", "trainer.max_stps=3"], "max_stps"),
         (["train", "data=folder"], "no value for data.folders"),
         (["train", "data=folder", "data.folders=[nowhere]"], "data.folders=nowhere: no such file or folder"),
+        (["train", "data=paper"], "no photos to train on; give data.folders=[PATH] or data.sets.NAME.folder=PATH"),
+        (["train", "data=paper", "data.sets.ffhq.folder=nowhere"], "data.sets.ffhq.folder=nowhere: no such file"),
+        (
+            ["train", "data=paper", "data.sets.div2k.folder=.", "data.sets.div2k.captions=nowhere.parquet"],
+            "data.sets.div2k.captions=nowhere.parquet: no such file",
+        ),
+        (["train", "data=paper", "data.sets.div3k.folder=."], "div3k"),
         (["train", "ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt: no such file"),
         (["train", "ckpt_path=half.ckpt"], "truncated or not a checkpoint"),
         (["train", "model.backbone.name=./sd3"], "model.backbone.name=sd3/model_index.json: no such file"),
@@ -89,3 +96,17 @@ def test_every_config_composes_and_its_objects_can_be_made(group, option, tmp_pa
         full = instantiate(compose("train", ["output=x"]).model.network).keywords["variant"]
     if group == "ablation":
         assert (network["variant"] == full) == (option == "full")
+
+
+def test_paper_data_has_the_papers_sets_and_no_validation_set():
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        data = compose("train", ["data=paper", "output=x"]).data
+    assert {name: options.limit for name, options in data.sets.items()} == {
+        "div2k": None,
+        "div8k": None,
+        "flickr2k": None,
+        "ffhq": 10000,
+        "nkusr8k": None,
+    }
+    assert all(options.folder is None and options.weight == 1 for options in data.sets.values())
+    assert data.folders == data.validation_folders == []

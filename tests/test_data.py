@@ -133,6 +133,22 @@ def test_several_folders_follow_each_other_and_names_are_relative(folder, tmp_pa
     assert [photo.name for photo in dataset.photos] == [f"{i:02}" for i in range(10)] + ["sub/last"]
 
 
+def test_samples_are_pinned(folder):
+    """A run can only be replayed if these never change."""
+    for data in (
+        super_resolution_data(folder),
+        SuperResolutionData(
+            [], [], AveragePooling(), 32, None, 4, 0, min_gradient=0.0, sets={"a": {"folder": folder, "weight": 1}}
+        ),
+    ):
+        batches = take(data.train_dataloader(), 3)
+        order = [5, 7, 8, 2, 4, 9, 3, 6, 0, 1, 3, 0]
+        assert sum((batch["name"] for batch in batches), []) == [f"{i:02}" for i in order]
+        assert batches[2]["seed"].tolist()[2:] == [5490874315290678854, 554281402648237845]
+        assert [int(batch["image"].sum()) for batch in batches] == [1557834, 1556353, 1561209]
+        assert batches[0]["prompt"] == ["photo number 5", "", "", ""]
+
+
 # Order
 
 
@@ -155,6 +171,17 @@ def test_resumed_order_equals_the_uninterrupted_one():
 def test_two_devices_share_the_batches_of_one():
     first, second = (draws(5, batch_size=4, rank=rank, world_size=2) for rank in (0, 1))
     assert [a + b for a, b in zip(first, second, strict=True)] == draws(5, batch_size=8)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_weighted_sets_resume_and_do_not_depend_on_the_number_of_workers(folder, workers):
+    sets = {"a": {"folder": folder, "weight": 0.5, "limit": 6}, "b": {"folder": folder, "weight": 1.5}}
+    here = super_resolution_data([], sets=sets)
+    assert len(here.training) == 18
+    batches = take(here.train_dataloader(), 12)
+    there = super_resolution_data([], sets=sets, num_workers=workers)
+    there.trainer = trainer(global_step=3)
+    assert same(take(there.train_dataloader(), 9), batches[3:])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -316,6 +343,13 @@ def test_folder_configuration_has_the_papers_numbers(folder):
     training = data.training
     assert (training.crop_size, training.min_gradient, training.redraws) == (512, 0.2, 50)
     assert training.empty_prompt_probability == 0.2 and data.batch_size == 8 and data.validation is None
+
+
+def test_paper_configuration_joins_the_sets_that_are_given(folder):
+    sets = [f"data.sets.{name}.folder={folder}" for name in ("div2k", "ffhq", "nkusr8k")]
+    data = compose_data("+data=paper", *sets, "data.sets.ffhq.limit=3", "data.sets.nkusr8k.weight=2")
+    assert [(s.name, len(s.photos)) for s in data.training.sets] == [("div2k", 10), ("ffhq", 3), ("nkusr8k", 10)]
+    assert len(data.training) == 33 and data.training.crop_size == 512 and data.validation is None
 
 
 def test_demo_configuration_reads_the_photos_it_writes(tmp_path, monkeypatch):

@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "dit4sr_pl"
 FLOORS = [
     {"model.variant", "model.checkpoints", "model.controlnet", "randomness", "images", "config", "color", "tiling"}
-    | {"metrics", "degradation"},
-    {"model.lr_stream", "latents", "text"},
-    {"model.block", "model.released", "backbone", "flow"},
+    | {"metrics", "degradation", "captions"},
+    {"model.lr_stream", "latents", "text", "manifest"},
+    {"model.block", "model.released", "backbone", "flow", "photo_sets"},
     {"model.transformer"},
     {"model"},
     {"sampling"},

@@ -79,6 +79,20 @@ def check_readable(path: str | Path, what: str) -> None:
         raise FileNotFoundError(f"{what}={path}: no such file or folder")
 
 
+def check_data(data: DictConfig) -> None:
+    """Raises FileNotFoundError for a path of the data config that is not there, ValueError if it names no photos."""
+    for key in ("folders", "validation_folders"):
+        for folder in [] if "photos" in data else data[key]:  # the demo writes its own
+            check_readable(folder, f"data.{key}")
+    named = {name: options for name, options in data.sets.items() if options.folder is not None}
+    for name, options in named.items():
+        for key in ("folder", "captions", "manifest"):
+            if options.get(key) is not None:
+                check_readable(options[key], f"data.sets.{name}.{key}")
+    if not data.folders and not named:
+        raise ValueError("no photos to train on; give data.folders=[PATH] or data.sets.NAME.folder=PATH")
+
+
 def check_backbone(name: str) -> None:
     """Raises FileNotFoundError for a model folder that is not there; a name without `.`, `/` or `~` in front may be
     a hub id or a shipped model, which only loading can tell."""

@@ -8,8 +8,7 @@ the place to resume at of the step number: see `randomness`.
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,22 +18,20 @@ from kornia.filters import sobel
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dit4sr_pl.images import find_images, read_image
+from dit4sr_pl.images import read_image
+from dit4sr_pl.photo_sets import Folders, Mixture, Photo, open_sets
 from dit4sr_pl.randomness import derive_seed, generator, permutation
 
 log = logging.getLogger(__name__)
 
-Folders = str | Path | Sequence[str | Path]
 TOKEN = 16  # pixels a side of a token: the VAE reduces 8x, and 2x2 latents are one token
 
 
-class Photo(NamedTuple):
-    path: Path
-    name: str  # path below its folder, without suffix
-
-
 class Draw(NamedTuple):
-    """One training sample: image `index` in its `epoch`, with `position` samples before it in the run."""
+    """One training sample: `index` of its `epoch`, with `position` samples before it in the run.
+
+    With sets of weight 1, `index` counts photos; else `Mixture` says which photo it is.
+    """
 
     index: int
     epoch: int
@@ -49,29 +46,6 @@ class Degrader(Protocol):
 
     def __call__(self, images: torch.Tensor, params: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, 3, H, W)` in 0..1 -> LR `(B, 3, H/4, W/4)` and the target HR `(B, 3, H, W)`."""
-
-
-def find_photos(folders: Folders) -> list[Photo]:
-    """The images of one or several folders, folder by folder; errors as of `find_images`."""
-    folders = [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
-    if not folders:
-        raise ValueError("no folder of images given; name at least one (data.folders=[PATH])")
-    return [
-        Photo(path, path.relative_to(folder).with_suffix("").as_posix())
-        for folder in folders
-        for path in find_images(folder)
-    ]
-
-
-def read_prompt(image_path: Path) -> str:
-    """The caption in the `.txt` beside an image, on one line; empty if there is none."""
-    path = image_path.with_suffix(".txt")
-    if not path.exists():
-        return ""
-    try:
-        return " ".join(path.read_text(encoding="utf-8").split())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: the caption is not UTF-8 text; convert it or remove it") from error
 
 
 def mean_gradient(image: torch.Tensor) -> float:
@@ -93,15 +67,15 @@ def pad_to(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 class ImageFolder(Dataset):
-    """Random crops of the images in one or several folders; the sample of a `Draw` is a dict:
+    """Random crops of the photos in folders and in named sets (see `open_sets`); the sample of a `Draw` is a dict:
 
     - `image`: uint8 `(3, crop_size, crop_size)`; smaller images are enlarged by reflection first
     - `seed`: for the degradation, in `[0, 2**63)`
     - `position`: of the draw
-    - `prompt`: text of the `.txt` beside the image, empty with `empty_prompt_probability`
+    - `prompt`: the photo's caption, empty with `empty_prompt_probability`
     - `name`: path below the folder, without suffix
 
-    The first `photos_in_memory` photos that a worker decodes stay decoded in it.
+    Its length is that of an epoch. The first `photos_in_memory` photos that a worker decodes stay decoded in it.
 
     A crop whose `mean_gradient` is under `min_gradient` is drawn again, up to `redraws` times; the last one stands.
 
@@ -119,8 +93,11 @@ class ImageFolder(Dataset):
         redraws: int = 50,
         empty_prompt_probability: float = 0.2,
         photos_in_memory: int = 0,
+        sets: Mapping[str, Mapping[str, Any]] | None = None,
     ):
-        self.photos = find_photos(folders)
+        self.sets = open_sets(folders, sets)
+        self.photos = [photo for photo_set in self.sets for photo in photo_set.photos]
+        self.mixture = Mixture([len(s.photos) for s in self.sets], [s.weight for s in self.sets], seed)
         self.photos_in_memory, self.decoded = photos_in_memory, {}
         self.crop_size, self.seed, self.flip = crop_size, seed, flip
         self.min_gradient, self.redraws = min_gradient, redraws
@@ -130,10 +107,10 @@ class ImageFolder(Dataset):
         self._read(0)
 
     def __len__(self) -> int:
-        return len(self.photos)
+        return len(self.mixture)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        photo, image = self._read(draw.index)
+        photo, image = self._read(self.mixture.photo(draw.index, draw.epoch))
         draws = generator("cpu", self.seed, "sample", draw.index, draw.epoch)
         u_flip, u_prompt = torch.rand(2, generator=draws).tolist()
         crop = self._crop(pad_to(image, self.crop_size, self.crop_size), draws)
@@ -141,13 +118,13 @@ class ImageFolder(Dataset):
             "image": crop.flip(-1) if self.flip and u_flip < 0.5 else crop,
             "seed": derive_seed(self.seed, "degradation", draw.index, draw.epoch),
             "position": draw.position,
-            "prompt": "" if u_prompt < self.empty_prompt_probability else read_prompt(photo.path),
+            "prompt": "" if u_prompt < self.empty_prompt_probability else photo.prompt,
             "name": photo.name,
         }
 
     def _read(self, index: int) -> tuple[Photo, torch.Tensor]:
-        """The image at `index`, or the next readable one after it."""
-        for candidate in itertools.chain(range(index, len(self)), range(index)):
+        """Photo number `index`, or the next readable one after it."""
+        for candidate in itertools.chain(range(index, len(self.photos)), range(index)):
             photo = self.photos[candidate]
             if candidate in self.decoded:
                 return photo, self.decoded[candidate]
@@ -160,7 +137,7 @@ class ImageFolder(Dataset):
                 if not self.reported[candidate]:
                     self.reported[candidate] = True
                     log.warning("%s; skipped, the next image takes its place", error)
-        raise ValueError(f"{self.photos[0].path.parent}: none of the {len(self)} images is readable")
+        raise ValueError(f"{self.photos[0].path.parent}: none of the {len(self.photos)} images is readable")
 
     def _crop(self, image: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
         size = self.crop_size
@@ -183,7 +160,8 @@ class ValidationImages(Dataset):
     """
 
     def __init__(self, folders: Folders, crop: int | None, seed: int, limit: int | None = None):
-        self.photos = find_photos(folders)[:limit]
+        self.sets = open_sets(folders)
+        self.photos = [photo for photo_set in self.sets for photo in photo_set.photos][:limit]
         self.crop, self.seed = crop, seed
 
     def __len__(self) -> int:
@@ -199,7 +177,7 @@ class ValidationImages(Dataset):
             "image": image[:, top : top + height, left : left + width],
             "seed": derive_seed(self.seed, "validation", photo.name),
             "position": index,
-            "prompt": read_prompt(photo.path),
+            "prompt": photo.prompt,
             "name": photo.name,
         }
 
@@ -248,6 +226,7 @@ class SuperResolutionData(LightningDataModule):
 
     Args:
         folders: of the training images, one or several; searched recursively.
+        sets: further training images, by name: the arguments of `PhotoSet`. A set whose folder is None is left out.
         validation_folders: the same for validation; none turns validation off.
         degradation: makes LR and HR from images.
         crop_size: side of the training crops in pixels, a multiple of 16.
@@ -273,13 +252,14 @@ class SuperResolutionData(LightningDataModule):
         empty_prompt_probability: float = 0.2,
         photos_in_memory: int = 0,
         validation_limit: int | None = None,
+        sets: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         super().__init__()
         for name, size in (("crop_size", crop_size), ("validation_crop", validation_crop or TOKEN)):
             if size < 1 or size % TOKEN:
                 raise ValueError(f"{name}={size}: must be a positive multiple of {TOKEN} pixels (one token)")
         self.training = ImageFolder(
-            folders, crop_size, seed, flip, min_gradient, redraws, empty_prompt_probability, photos_in_memory
+            folders, crop_size, seed, flip, min_gradient, redraws, empty_prompt_probability, photos_in_memory, sets
         )
         self.validation = (
             ValidationImages(validation_folders, validation_crop, seed, validation_limit)
@@ -288,6 +268,11 @@ class SuperResolutionData(LightningDataModule):
         )
         self.degradation, self.seed = degradation, seed
         self.batch_size, self.num_workers = batch_size, num_workers
+
+    def prepare_data(self) -> None:
+        """Check the photos of all sets as `PhotoSet.check` says. Lightning calls it in one process per machine."""
+        for photo_set in [*self.training.sets, *(self.validation.sets if self.validation else [])]:
+            photo_set.check()
 
     def train_dataloader(self) -> DataLoader:
         rank, world_size = self._place()

@@ -50,6 +50,15 @@ def read_image(path: Path | str) -> torch.Tensor:
     return torch.from_numpy(_to_rgb(_decode(Path(path)), path)).permute(2, 0, 1).contiguous()
 
 
+def check_image(path: Path | str) -> tuple[int, int]:
+    """Width and height in pixels of what `read_image` makes of a file, which is decoded whole, without PyTorch.
+
+    Raises `ValueError` where `read_image` does.
+    """
+    height, width, _ = _to_rgb(_decode(Path(path)), path).shape
+    return width, height
+
+
 def write_image(path: Path | str, image: torch.Tensor) -> None:
     """Write an RGB image `(3, H, W)` in 0..1 as an 8-bit PNG, rounded to the nearest level, clamped outside 0..1.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.config import check_backbone, check_readable, check_writable, command
+from dit4sr_pl.config import check_backbone, check_data, check_readable, check_writable, command
 
 
 @command("train")
@@ -51,9 +51,7 @@ def check(cfg: DictConfig) -> None:
     OmegaConf.resolve(cfg)
     if missing := OmegaConf.missing_keys(cfg):
         raise ValueError(f"no value for {', '.join(sorted(missing))}; give it as key=value")
-    for key in ("folders", "validation_folders"):
-        for folder in [] if "photos" in cfg.data else cfg.data[key]:  # the demo writes its own
-            check_readable(folder, f"data.{key}")
+    check_data(cfg.data)
     if cfg.ckpt_path is not None:
         check_readable(cfg.ckpt_path, "ckpt_path")
         if not zipfile.is_zipfile(cfg.ckpt_path):

@@ -1,0 +1,64 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dit4sr_pl.captions import open_captions
+
+CAPTIONS = {"a": " A dog\n runs. ", "sub.x/b.1": "Zwei Bäume", "empty": " "}
+CLEAN = {"a": "A dog runs.", "sub.x/b.1": "Zwei Bäume", "empty": "", "absent": ""}
+
+
+def write_folder(path):
+    for name, caption in CAPTIONS.items():
+        (path / f"{name}.txt").parent.mkdir(parents=True, exist_ok=True)
+        (path / f"{name}.txt").write_text(caption, encoding="utf-8")
+
+
+def write_parquet(path):
+    captions = [caption if caption.strip() else None for caption in CAPTIONS.values()]
+    pq.write_table(pa.table({"image": list(CAPTIONS), "model": ["m"] * 3, "caption": captions}), path)
+
+
+def write_jsonl(path):
+    lines = [json.dumps({"image": name, "caption": caption, "model": "m"}) for name, caption in CAPTIONS.items()]
+    path.write_text("\n".join(lines) + "\n\n")
+
+
+@pytest.mark.parametrize(
+    "name, write", [("captions", write_folder), ("t.parquet", write_parquet), ("t.jsonl", write_jsonl)]
+)
+def test_every_form_gives_the_same_captions(name, write, tmp_path):
+    write(tmp_path / name)
+    captions = open_captions(tmp_path / name)
+    assert {image: captions[image] for image in CLEAN} == CLEAN
+    assert captions.names() - {"empty"} == {"a", "sub.x/b.1"}  # files are counted without being read
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("t.csv", "image,caption", "t.csv: captions come from a folder of .txt files or a table"),
+        ("t.jsonl", '{"image": "a", "caption": "x"}\n{"image": "b", "capt', "t.jsonl, line 2: not of the form"),
+        ("t.jsonl", '{"image": "a", "caption": null}', "t.jsonl, line 1: not of the form"),
+        ("t.jsonl", '["image", "caption"]', "line 1: not of the form"),
+        ("t.jsonl", '{"image": "a", "caption": "x"}\n{"image": "a", "caption": "y"}', "two captions for a"),
+        ("t.parquet", "rubbish", "t.parquet: not a parquet table with the text columns image and caption"),
+    ],
+)
+def test_mistakes_are_named(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        open_captions(tmp_path / name)
+
+
+def test_parquet_table_without_a_column_is_refused(tmp_path):
+    pq.write_table(pa.table({"image": ["a"], "text": ["x"]}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match="with the text columns image and caption"):
+        open_captions(tmp_path / "t.parquet")
+
+
+def test_absent_source_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent: no such file or folder of captions"):
+        open_captions(tmp_path / "absent")
