@@ -36,6 +36,15 @@ def test_moving_reads_nothing_and_counts_for_what_is_read_later():
         assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
+def test_a_half_downloaded_file_is_named_with_what_to_do(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(SHIPPED / "tiny-sd3", folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5_000_000])
+    with pytest.raises(FileNotFoundError, match=r"model\.backbone\.name=.*transformer cannot be read"):
+        _ = Backbone(str(folder), "float32", 8).transformer
+
+
 @pytest.mark.parametrize("missing", ["", "transformer/config.json", "vae/diffusion_pytorch_model.safetensors"])
 def test_what_is_missing_is_named_with_what_to_do(tmp_path, missing):
     folder = tmp_path / "model"

@@ -17,7 +17,7 @@ FLOORS = [
     {"sampling"},
     {"data", "restorer"},
     {"demo_photos", "module", "callbacks"},
-    {"train", "restore", "demo", "prepare"},
+    {"train", "restore", "demo", "convert", "prepare"},
 ]
 
 
@@ -57,7 +57,7 @@ def test_imports_go_down_only(name):
     "library, allowed",
     [
         ("lightning", {"module", "data", "callbacks", "train"}),
-        ("hydra", {"config", "train", "restore", "demo", "prepare"}),
+        ("hydra", {"config", "train", "restore", "demo", "convert", "prepare"}),
         ("pyiqa", {"metrics"}),
     ],
 )
