@@ -27,7 +27,7 @@ $(VENV)/.done: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-# The weights in src/dit4sr_pl/weights, from nothing; hours. Each step goes on where it was stopped. See docs/tiny.md.
+# The weights in src/dit4sr_pl/weights, from nothing; hours. Scripts go on where they were stopped. See docs/tiny.md.
 TINY := outputs/tiny
 SHIPPED := src/dit4sr_pl/weights
 tiny: $(VENV)/.done
@@ -36,6 +36,6 @@ tiny: $(VENV)/.done
 	$(BIN)/python scripts/tiny_pipeline.py --vae $(TINY)/vae --output $(SHIPPED)/tiny-sd3
 	$(BIN)/python scripts/tiny_base.py --photos $(TINY)/photos --pipeline $(SHIPPED)/tiny-sd3 --state $(TINY)/base
 	$(BIN)/python -m dit4sr_pl.train experiment=tiny_dit4sr
-	mkdir -p $(SHIPPED)/tiny-dit4sr
-	cp outputs/tiny_dit4sr/full/seed0/lr_stream.safetensors $(SHIPPED)/tiny-dit4sr/
+	$(BIN)/python -m dit4sr_pl.train experiment=tiny_dit4sr_256
+	$(BIN)/python scripts/tiny_release.py --trained outputs/tiny_dit4sr_256/full/seed0/lr_stream.safetensors
 	$(BIN)/python benchmarks/tiny.py

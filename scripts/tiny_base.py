@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True, help="folder of PNG tiles (tiny_photos.py)")
     parser.add_argument("--pipeline", type=Path, required=True, help="all but the transformer (tiny_pipeline.py)")
     parser.add_argument("--state", type=Path, default=Path("outputs/tiny/base"), help="folder to go on from")
-    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

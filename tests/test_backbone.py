@@ -27,6 +27,24 @@ def test_parts_are_read_only_when_asked_for(monkeypatch):
     assert read == ["scheduler"]
 
 
+def test_moving_reads_nothing_and_counts_for_what_is_read_later():
+    backbone = Backbone("tiny-sd3", "float32", 8)
+    vae = backbone.coder.vae
+    backbone.to(torch.device("meta"))
+    assert {"transformer", "text_encoders", "prompts"}.isdisjoint(vars(backbone))
+    for model in (vae, backbone.transformer, backbone.text_encoders.text_encoder_3):
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_a_half_downloaded_file_is_named_with_what_to_do(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(SHIPPED / "tiny-sd3", folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5_000_000])
+    with pytest.raises(FileNotFoundError, match=r"model\.backbone\.name=.*transformer cannot be read"):
+        _ = Backbone(str(folder), "float32", 8).transformer
+
+
 @pytest.mark.parametrize("missing", ["", "transformer/config.json", "vae/diffusion_pytorch_model.safetensors"])
 def test_what_is_missing_is_named_with_what_to_do(tmp_path, missing):
     folder = tmp_path / "model"

@@ -7,16 +7,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "dit4sr_pl"
 FLOORS = [
-    {"model.variant", "model.checkpoints", "model.controlnet", "randomness", "images", "config", "color", "tiling"}
-    | {"metrics", "degradation", "captions"},
-    {"model.lr_stream", "latents", "text", "manifest"},
+    {"model.variant", "model.controlnet", "randomness", "files", "config", "color", "tiling", "metrics"}
+    | {"degradation", "captions", "model.checkpoints"},
+    {"images"},
+    {"model.lr_stream", "latents", "text", "manifest", "embeddings", "captioner"},
     {"model.block", "model.released", "backbone", "flow", "photo_sets"},
     {"model.transformer"},
     {"model"},
     {"sampling", "skeleton", "cost"},
     {"data", "restorer", "budget"},
     {"demo_photos", "module", "callbacks"},
-    {"train", "restore", "demo", "plan"},
+    {"train", "restore", "demo", "convert", "prepare", "plan"},
 ]
 
 
@@ -56,7 +57,7 @@ def test_imports_go_down_only(name):
     "library, allowed",
     [
         ("lightning", {"module", "data", "callbacks", "train"}),
-        ("hydra", {"config", "train", "restore", "demo", "plan"}),
+        ("hydra", {"config", "train", "restore", "demo", "convert", "prepare", "plan"}),
         ("pyiqa", {"metrics"}),
     ],
 )

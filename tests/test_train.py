@@ -1,4 +1,5 @@
 import copy
+import shutil
 
 import pytest
 import torch
@@ -7,7 +8,9 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dit4sr_pl.backbone import SHIPPED, Backbone
 from dit4sr_pl.config import conf_folder
+from dit4sr_pl.embeddings import write_embeddings
 from dit4sr_pl.flow import RectifiedFlow
 from dit4sr_pl.images import write_image
 from dit4sr_pl.latents import enlarge
@@ -140,6 +143,32 @@ def test_gradient_checkpointing_switch_reaches_the_blocks(run, monkeypatch):
         run(switch, *arguments, "callbacks.checkpoint.every_n_train_steps=1")
         counts.append(len(calls))
     assert counts[1] == 2 * counts[0]
+
+
+def test_with_cached_embeddings_only_transformer_vae_and_scheduler_are_read(run, photos, tmp_path, monkeypatch):
+    """The text encoders' and tokenizers' folders are gone; training and validation give what they give with them."""
+    model, cache, captioned = tmp_path / "model", tmp_path / "cache", tmp_path / "captioned"
+    shutil.copytree(SHIPPED / "tiny-sd3", model)
+    encoder = Backbone(str(model), "float32", 8).prompts
+    write_embeddings(["a cat"], lambda text: encoder.encode(text, torch.device("cpu")), cache, str(model), 8, 10**6)
+    for folder in [*model.glob("text_encoder*"), *model.glob("tokenizer*")]:
+        shutil.rmtree(folder)
+    shutil.copytree(photos, captioned)
+    for photo in photos.iterdir():
+        (captioned / f"{photo.stem}.txt").write_text("a cat")
+
+    read = []
+    part = Backbone.read
+    monkeypatch.setattr(Backbone, "read", lambda *args, **kw: read.append(kw.get("subfolder")) or part(*args, **kw))
+    arguments = [f"data.folders=[{captioned}]", f"data.validation_folders=[{captioned}]"]
+    arguments += ["data.empty_prompt_probability=0.5", "callbacks.scores.metrics=[psnr]"]
+    cached = run("cached", *arguments, f"model.backbone.name={model}", f"model.backbone.embeddings={cache}")
+    assert sorted(read) == ["scheduler", "transformer", "vae"]
+    assert cached == pytest.approx(run("encoded", *arguments), rel=1e-2)
+
+    (captioned / "0.txt").write_text("a cow")
+    with pytest.raises(ValueError, match="no embeddings of the prompt 'a cow'; run prepare stage=embeddings"):
+        run("other", *arguments, f"model.backbone.name={model}", f"model.backbone.embeddings={cache}")
 
 
 def test_trainable_weights_are_float32_and_the_base_is_no_part_of_the_module(run, tiny_backbone):

@@ -6,8 +6,16 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoModel,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 
+from dit4sr_pl.embeddings import PromptCache
 from dit4sr_pl.latents import LatentCoder
 from dit4sr_pl.text import PromptEncoder
 
@@ -24,15 +32,19 @@ class Backbone:
         name: a folder in diffusers' layout, a hub id, or `tiny-sd3`, which is in this package.
         dtype: of the frozen weights: `float32`, `bfloat16` or `float16`.
         t5_tokens: tokens of T5 in the text stream.
+        embeddings: folder of prompt embeddings (`prepare stage=embeddings`), with which text encoders and tokenizers
+            are never read; None encodes prompts when they come.
 
     Raises (when a part is read):
         FileNotFoundError: nothing there, with what to do.
     """
 
-    def __init__(self, name: str, dtype: str, t5_tokens: int):
+    def __init__(self, name: str, dtype: str, t5_tokens: int, embeddings: str | None = None):
         self.name = name
         self.dtype = getattr(torch, dtype)
         self.t5_tokens = t5_tokens
+        self.embeddings = embeddings
+        self.device = torch.device("cpu")
 
     @property
     def location(self) -> str:
@@ -41,21 +53,31 @@ class Backbone:
 
     @cached_property
     def transformer(self) -> SD3Transformer2DModel:
-        return self.read(SD3Transformer2DModel, subfolder="transformer", dtype=self.dtype)
+        return self.read(SD3Transformer2DModel, subfolder="transformer", dtype=self.dtype).to(self.device)
 
     @cached_property
-    def coder(self) -> LatentCoder:
-        return LatentCoder(self.read(AutoModel, subfolder="vae", dtype=self.dtype))
+    def vae(self) -> AutoencoderKL | AutoencoderDC:
+        return self.read(AutoModel, subfolder="vae", dtype=self.dtype).to(self.device)
+
+    @cached_property
+    def text_encoders(self) -> StableDiffusion3Pipeline:
+        pipeline = self.read(StableDiffusion3Pipeline, transformer=None, vae=None, dtype=self.dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(self.device)
 
     @cached_property
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         return self.read(FlowMatchEulerDiscreteScheduler, subfolder="scheduler")
 
     @cached_property
-    def prompts(self) -> PromptEncoder:
-        pipeline = self.read(StableDiffusion3Pipeline, transformer=None, vae=None, dtype=self.dtype)
-        pipeline.set_progress_bar_config(disable=True)
-        return PromptEncoder(pipeline, self.t5_tokens)
+    def coder(self) -> LatentCoder:
+        return LatentCoder(self.vae)
+
+    @cached_property
+    def prompts(self) -> PromptEncoder | PromptCache:
+        if self.embeddings is not None:
+            return PromptCache(self.embeddings, self.name, self.t5_tokens, self.dtype)
+        return PromptEncoder(self.text_encoders, self.t5_tokens)
 
     def read(self, kind: type, **arguments):
         try:
@@ -69,10 +91,11 @@ class Backbone:
             ) from None
 
     def to(self, device: torch.device) -> None:
-        """Moves what has been read; call it when the training device is known."""
-        self.transformer.to(device)
-        self.coder.vae.to(device)
-        self.prompts.pipeline.to(device)
+        """Moves what has been read, and later what is read; call it when the training device is known."""
+        self.device = device
+        for part in ("transformer", "vae", "text_encoders"):
+            if part in vars(self):  # a cached property that has been asked for
+                getattr(self, part).to(device)
 
     def __deepcopy__(self, memo: dict) -> "Backbone":
         return self  # Lightning's weight averaging copies the module around it: frozen weights exist once

@@ -53,6 +53,9 @@ def quiet_libraries() -> None:
     """Keeps what users read to what this project says; warnings of the libraries stay."""
     # pyiqa brings bitsandbytes, diffusers imports it, and it warns of kernels that nothing here asks for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Each caption of more than CLIP's 77 tokens is told of three times; that is most of them, and T5 reads on.
+    for name in ("diffusers.pipelines.stable_diffusion_3", "transformers.tokenization_utils_base"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning's own use of PyTorch
 
 
@@ -79,25 +82,30 @@ def check_readable(path: str | Path, what: str) -> None:
         raise FileNotFoundError(f"{what}={path}: no such file or folder")
 
 
-def check_data(data: DictConfig) -> None:
-    """Raises FileNotFoundError for a path of the data config that is not there, ValueError if it names no photos."""
+def check_data(data: DictConfig, written: str = "") -> None:
+    """Raises FileNotFoundError for a path of the data config that is not there, ValueError if it names no photos.
+
+    `written` is the option of the sets that the command writes: what it names need not be there.
+    """
     for key in ("folders", "validation_folders"):
         for folder in [] if "photos" in data else data[key]:  # the demo writes its own
             check_readable(folder, f"data.{key}")
     named = {name: options for name, options in data.sets.items() if options.folder is not None}
     for name, options in named.items():
         for key in ("folder", "captions", "manifest"):
-            if options.get(key) is not None:
+            if options.get(key) is not None and key != written:
                 check_readable(options[key], f"data.sets.{name}.{key}")
     if not data.folders and not named:
-        raise ValueError("no photos to train on; give data.folders=[PATH] or data.sets.NAME.folder=PATH")
+        raise ValueError("no photos; give data.folders=[PATH] or data.sets.NAME.folder=PATH")
 
 
-def check_backbone(name: str) -> None:
-    """Raises FileNotFoundError for a model folder that is not there; a name without `.`, `/` or `~` in front may be
-    a hub id or a shipped model, which only loading can tell."""
-    if name.startswith((".", "/", "~")):
-        check_readable(Path(name) / "model_index.json", "model.backbone.name")
+def check_backbone(backbone: DictConfig) -> None:
+    """Raises FileNotFoundError for a model folder or embeddings that are not there; a name without `.`, `/` or `~` in
+    front may be a hub id or a shipped model, which only loading can tell."""
+    if backbone.name.startswith((".", "/", "~")):
+        check_readable(Path(backbone.name) / "model_index.json", "model.backbone.name")
+    if backbone.embeddings is not None:
+        check_readable(Path(backbone.embeddings) / "index.json", "model.backbone.embeddings")
 
 
 def check_writable(folder: str | Path, what: str) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dit4sr_pl.files import replacing
+
 if TYPE_CHECKING:
     import torch
 
@@ -72,7 +74,8 @@ def write_image(path: Path | str, image: torch.Tensor) -> None:
     if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point() or not image.isfinite().all():
         raise ValueError(f"{path}: not a finite float image (3, H, W): {image.dtype} {tuple(image.shape)}")
     levels = (image.detach().float().clamp(0, 1) * 255).round().byte()
-    _save_whole(Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()), path)
+    with replacing(path) as partial:
+        Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()).save(partial, format="PNG")
 
 
 def _decode(path: Path) -> Image.Image:
@@ -96,13 +99,3 @@ def _to_rgb(image: Image.Image, path: Path | str) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
-
-
-def _save_whole(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        image.save(unfinished, format="PNG")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -86,7 +86,7 @@ def make_budget(cfg: DictConfig, folder: Path):
         image=cfg.data.crop_size,
         text_tokens=skeleton.text_tokens(backbone.t5_tokens),
         precision=cfg.trainer.precision,
-        reads_text_encoders=backbone.get("embeddings") is None,
+        reads_text_encoders=backbone.embeddings is None,
         averages=averages,
     )
 

@@ -45,7 +45,7 @@ def check(cfg: DictConfig) -> None:
     check_readable(cfg.input, "input")
     if cfg.scale < 1:
         raise ValueError(f"scale={cfg.scale}: must be 1 or more")
-    check_backbone(cfg.model.backbone.name)
+    check_backbone(cfg.model.backbone)
     check_writable(cfg.output, "output")
 
 

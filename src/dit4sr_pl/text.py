@@ -4,8 +4,6 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-EMPTY = ""
-
 
 class PromptEncoder:
     """Frozen text encoders with a memory: every prompt is encoded once.

@@ -58,7 +58,7 @@ def check(cfg: DictConfig) -> None:
             raise ValueError(f"ckpt_path={cfg.ckpt_path}: truncated or not a checkpoint; resume from an earlier one")
     if cfg.model.checkpoint is not None:
         check_readable(cfg.model.checkpoint, "model.checkpoint")
-    check_backbone(cfg.model.backbone.name)
+    check_backbone(cfg.model.backbone)
     check_writable(cfg.output, "output")
 
 

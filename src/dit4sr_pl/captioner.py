@@ -1,0 +1,137 @@
+"""Captions of images by a vision-language model (paper Section 5.1: LLaVA-1.5), through transformers."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from dit4sr_pl.files import replacing
+from dit4sr_pl.images import read_image
+
+transformers.utils.logging.disable_progress_bar()
+
+
+class Captioner:
+    """A vision-language model with a chat template.
+
+    Args:
+        name: hub id or folder of the model.
+        instruction: what it is asked about every image.
+        max_tokens: of a caption.
+        max_side: longer images are reduced to it, in pixels; models of any resolution take a token per patch.
+        dtype: of the weights: `float32`, `bfloat16` or `float16`.
+        device: to run on.
+
+    Raises:
+        FileNotFoundError: a model that is missing, gated, incomplete or of another kind, with what to do.
+    """
+
+    def __init__(self, name: str, instruction: str, max_tokens: int, max_side: int, dtype: str, device: str):
+        try:
+            self.processor = AutoProcessor.from_pretrained(name)
+            self.model = AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, dtype))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(
+                f"captioner.name={name}: cannot be read ({reason}). Give a folder or hub id of an image-text-to-text "
+                "model (for gated models accept the licence and run `hf auth login`)"
+            ) from None
+        if self.processor.chat_template is None:
+            raise ValueError(f"captioner.name={name}: has no chat template; take an instruction-tuned model")
+        self.model.eval().to(device)
+        self.processor.tokenizer.padding_side = "left"  # answers of a batch begin at one place
+        self.name, self.instruction, self.max_tokens, self.max_side = name, instruction, max_tokens, max_side
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[torch.Tensor]) -> list[str]:
+        """The captions of uint8 RGB images `(3, H, W)`, each the likeliest token by token.
+
+        Raises:
+            ValueError: out of the device's memory.
+        """
+        inputs = self.processor.apply_chat_template(
+            [self.conversation(image) for image in images],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(self.model.device, self.model.dtype)
+        try:
+            tokens = self.model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False, **UNSAMPLED)
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"captioner.name={self.name}: {len(images)} images of {self.max_side} pixels do not fit into the "
+                "device's memory; lower batch_size or captioner.max_side"
+            ) from None
+        answers = tokens[:, inputs["input_ids"].shape[1] :]
+        return self.processor.batch_decode(answers, skip_special_tokens=True)
+
+    def conversation(self, image: torch.Tensor) -> list[dict]:
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        picture.thumbnail((self.max_side, self.max_side))
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": self.instruction}]
+        return [{"role": "user", "content": content}]
+
+
+UNSAMPLED = {"temperature": None, "top_p": None, "top_k": None}  # models bring settings for sampling
+
+
+def drop_sentences(caption: str, words: Iterable[str]) -> str:
+    """A caption on one line without the sentences that contain one of `words`, also inside of a word (`blurry`)."""
+    sentences = re.split(r"(?<=[.!?])\s+", " ".join(caption.split()))
+    return " ".join(s for s in sentences if not any(word.lower() in s.lower() for word in words))
+
+
+def one_per_caption(files: Iterable[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
+    """Pairs of an image and its caption's file, each once.
+
+    Raises:
+        ValueError: two images of one caption.
+    """
+    images = {}
+    for image, text in files:
+        if images.setdefault(text, image) != image:
+            raise ValueError(f"{images[text]} and {image} would share the caption {text}; rename one of them")
+    return [(image, text) for text, image in images.items()]
+
+
+def write_captions(
+    files: Sequence[tuple[Path, Path]],
+    captioner: Callable[[list[torch.Tensor]], list[str]],
+    batch_size: int,
+    dropped_words: Sequence[str],
+    track: Callable[[list], Iterable] = iter,
+) -> list[str]:
+    """Writes the captions that are missing; returns what is wrong with each image that cannot be read.
+
+    Batches are the same on every run, whatever of them is there already: in half precision a caption can depend on
+    the images beside it.
+
+    Args:
+        files: pairs of an image and its caption's file.
+        captioner: uint8 RGB images `(3, H, W)` to captions.
+        dropped_words: sentences that contain one of them are left out.
+        track: what to iterate the batches through, such as a progress bar.
+    """
+    failed = []
+    batches = [files[first : first + batch_size] for first in range(0, len(files), batch_size)]
+    for batch in track([batch for batch in batches if not all(text.exists() for _, text in batch)]):
+        readable = []
+        for image, text in batch:
+            try:
+                readable.append((text, read_image(image)))
+            except ValueError as error:
+                failed.append(str(error))
+        if all(text.exists() for text, _ in readable):
+            continue
+        captions = captioner([image for _, image in readable])
+        for (text, _), caption in zip(readable, captions, strict=True):
+            if not text.exists():
+                with replacing(text) as partial:
+                    partial.write_text(drop_sentences(caption, dropped_words) + "\n", encoding="utf-8")
+    return failed

@@ -1,0 +1,61 @@
+"""python -m dit4sr_pl.convert [release=NAME] input=PATH output=PATH: released folders to LR-stream files, and back"""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from dit4sr_pl.config import check_backbone, check_readable, check_writable, command
+
+
+@command("convert")
+def main(cfg: DictConfig) -> None:
+    check(cfg)
+    if Path(cfg.input).is_dir():
+        read_release(cfg)
+    else:
+        write_release(cfg)
+    print(f"{cfg.output} written")
+
+
+def read_release(cfg: DictConfig) -> None:
+    from dit4sr_pl.model import DiT4SRTransformer, save_part
+    from dit4sr_pl.model.checkpoints import part_of
+
+    net = DiT4SRTransformer.from_reference(cfg.input, **cfg.release)
+    save_part(part_of(net, cfg.model.backbone.name), cfg.output)
+
+
+def write_release(cfg: DictConfig) -> None:
+    from hydra.utils import instantiate
+
+    from dit4sr_pl.model import load_part
+    from dit4sr_pl.model.checkpoints import fit_part
+    from dit4sr_pl.model.released import write_released
+    from dit4sr_pl.restorer import build_network
+
+    part = load_part(cfg.input)
+    if part.settings["network"] != "dit4sr":
+        raise ValueError(f"{cfg.input}: a {part.settings['network']}; the released layout is for DiT4SR's LR stream")
+    net = build_network(instantiate(cfg.model.backbone).transformer, part.settings)
+    fit_part(net, part, cfg.input)
+    write_released(net.base, net.lr_stream, Path(cfg.output))
+
+
+def check(cfg: DictConfig) -> None:
+    for key in ("input", "output"):
+        if OmegaConf.is_missing(cfg, key):
+            raise ValueError(f"no value for {key}; give it as {key}=PATH")
+    check_readable(cfg.input, "input")
+    if Path(cfg.input).is_dir():
+        if "release" not in cfg:
+            raise ValueError("no value for release; say which one the folder is: release=dit4sr_q, dit4sr_f, dit4sr_r1")
+        if Path(cfg.output).suffix != ".safetensors":
+            raise ValueError(f"output={cfg.output}: give a file name that ends in .safetensors")
+        check_writable(Path(cfg.output).parent, "output")
+    else:
+        check_backbone(cfg.model.backbone)
+        check_writable(cfg.output, "output")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""python -m dit4sr_pl.prepare stage=captions|embeddings|manifest data.folders=[PATH,...] [shard=i/n]"""
+
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from dit4sr_pl.config import check_backbone, check_data, check_readable, check_writable, command
+
+
+@command("prepare")
+def main(cfg: DictConfig) -> None:
+    check(cfg)
+    STAGES[cfg.stage](cfg, read_shard(cfg.shard))
+
+
+def captions(cfg: DictConfig, shard: tuple[int, int]) -> None:
+    from hydra.utils import instantiate
+    from rich.progress import track
+
+    from dit4sr_pl.captioner import one_per_caption, write_captions
+    from dit4sr_pl.photo_sets import open_sets
+
+    photos = [photo for photo_set in open_sets(cfg.data.folders, cfg.data.sets) for photo in photo_set.photos]
+    files = one_per_caption((photo.path, photo.captions.folder / f"{photo.name}.txt") for photo in photos)
+    number, count = shard
+    files = files[number - 1 :: count]
+    bar = functools.partial(track, description="captions")
+    failed = write_captions(files, instantiate(cfg.captioner), cfg.batch_size, cfg.dropped_words, bar)
+    print(f"{len(files) - len(failed)} of {len(files)} images have captions")
+    if failed:
+        raise ValueError("not captioned: " + "; ".join(failed))
+
+
+def embeddings(cfg: DictConfig, shard: tuple[int, int]) -> None:
+    import torch
+    from hydra.utils import instantiate
+    from rich.progress import track
+
+    from dit4sr_pl.embeddings import write_embeddings
+
+    backbone, device = instantiate(cfg.model.backbone), torch.device(cfg.device)
+    backbone.to(device)
+    added = write_embeddings(
+        all_prompts(cfg),
+        lambda prompt: backbone.prompts.encode(prompt, device),
+        cfg.embeddings,
+        backbone.name,
+        backbone.t5_tokens,
+        round(cfg.file_megabytes * 1e6),
+        shard,
+        functools.partial(track, description="embeddings"),
+    )
+    print(f"{added} prompts added to {cfg.embeddings}")
+
+
+def all_prompts(cfg: DictConfig) -> Iterator[str]:
+    """What training and its validation ask for: captions, and as the sampler words them."""
+    from hydra.utils import instantiate
+
+    from dit4sr_pl.photo_sets import open_sets
+
+    sampler = instantiate(cfg.sampler)
+    for photo_set in open_sets(cfg.data.folders, cfg.data.sets):
+        yield from (photo.prompt for photo in photo_set.photos)
+    for photo_set in open_sets(cfg.data.validation_folders) if cfg.data.validation_folders else []:
+        yield from (sampler.prompt(photo.prompt) for photo in photo_set.photos)
+    yield from [sampler.prompt(""), sampler.negative_prompt, *cfg.prompts]
+
+
+def manifest(cfg: DictConfig, shard: tuple[int, int]) -> None:
+    from rich.progress import Progress
+
+    from dit4sr_pl.manifest import build_manifest
+
+    damaged = []
+    for folder, path in manifests(cfg):
+        with Progress() as progress:
+            show = functools.partial(progress.update, progress.add_task(f"manifest of {folder}", total=None))
+            built = build_manifest(
+                folder, path, shard, cfg.processes, lambda done, total, show=show: show(completed=done, total=total)
+            )
+        state = built.manifest or "waiting for shards " + ", ".join(map(str, built.waiting_for))
+        print(f"{folder}: {built.files} photos, {len(built.damaged)} of them damaged; {state}")
+        damaged += [f"{Path(folder) / file} ({reason})" for file, reason in built.damaged]
+    if damaged:
+        raise ValueError("damaged, and left out of training until they are mended: " + "; ".join(damaged))
+
+
+def manifests(cfg: DictConfig) -> list[tuple[str, str | None]]:
+    """Folders, each with the path of its manifest, None for the usual place in the folder."""
+    named = [(options.folder, options.get("manifest")) for options in named_sets(cfg).values()]
+    return [(folder, None) for folder in cfg.data.folders] + named
+
+
+STAGES = {"captions": captions, "embeddings": embeddings, "manifest": manifest}
+
+
+def named_sets(cfg: DictConfig) -> dict[str, DictConfig]:
+    return {name: options for name, options in cfg.data.sets.items() if options.folder is not None}
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """`i/n`, this task's number from 1 and how many there are.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", str(text))
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"shard={text}: must be i/n with i from 1 to n, such as 1/8 to 8/8 for eight tasks")
+    return int(match[1]), int(match[2])
+
+
+def check(cfg: DictConfig) -> None:
+    """Everything that a user can get wrong and that needs no PyTorch to be seen."""
+    if OmegaConf.is_missing(cfg, "stage") or cfg.stage not in STAGES:
+        given = "no value for stage" if OmegaConf.is_missing(cfg, "stage") else f"stage={cfg.stage}"
+        raise ValueError(f"{given}; choose one of {', '.join(STAGES)}")
+    read_shard(cfg.shard)
+    check_data(cfg.data, written=cfg.stage)
+    {"captions": check_captions, "embeddings": check_embeddings, "manifest": check_manifest}[cfg.stage](cfg)
+
+
+def check_captions(cfg: DictConfig) -> None:
+    if cfg.batch_size < 1:
+        raise ValueError(f"batch_size={cfg.batch_size}: must be 1 or more")
+    if cfg.captioner.name.startswith((".", "/", "~")):
+        check_readable(cfg.captioner.name, "captioner.name")
+    for folder in cfg.data.folders:
+        check_writable(folder, "data.folders")
+    for name, options in named_sets(cfg).items():
+        captions = options.get("captions") or options.folder
+        if Path(captions).suffix in (".parquet", ".jsonl"):
+            raise ValueError(f"data.sets.{name}.captions={captions}: captions are written as files; give a folder")
+        check_writable(captions, f"data.sets.{name}.captions")
+
+
+def check_embeddings(cfg: DictConfig) -> None:
+    if cfg.model.backbone.embeddings is not None:
+        raise ValueError("model.backbone.embeddings is where training reads; give embeddings=FOLDER to write them")
+    check_backbone(cfg.model.backbone)
+    check_writable(cfg.embeddings, "embeddings")
+
+
+def check_manifest(cfg: DictConfig) -> None:
+    if cfg.processes < 1:
+        raise ValueError(f"processes={cfg.processes}: must be 1 or more")
+    for folder, path in manifests(cfg):
+        check_writable(folder if path is None else Path(path).parent, "the manifest's folder")
+
+
+if __name__ == "__main__":
+    main()
