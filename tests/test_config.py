@@ -54,6 +54,8 @@ def test_help_needs_no_pytorch(command, tmp_path):
         (["train", "ckpt_path=half.ckpt"], "truncated or not a checkpoint"),
         (["train", "model.backbone.name=./sd3"], "model.backbone.name=sd3/model_index.json: no such file"),
         (["train", "output=/proc/nowhere"], "cannot be written"),
+        (["train", "trainer=fsdp", "experiment=demo"], "trainer=fsdp cannot average weights; add ~callbacks.ema"),
+        (["train", "-m", "trainer=ddp", "seed=0,1"], "every process of a run on several devices would sweep anew"),
         (["prepare", "data.folders=[.]"], "no value for stage; choose one of captions, embeddings, manifest"),
         (["restore"], "no value for input"),
         (["restore", "input=nowhere.png"], "input=nowhere.png: no such file"),
@@ -86,6 +88,8 @@ def test_every_config_composes_and_its_objects_can_be_made(group, option, tmp_pa
     overrides = [f"{plus}{group}={option}", f"output={tmp_path}"]
     if (group, option) == ("data", "folder"):
         overrides += [f"data.folders=[{tmp_path}]"]
+    if group == "trainer":
+        overrides += ["trainer.accelerator=cpu"]  # where there may be no GPU
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         cfg = compose("train", overrides)
     OmegaConf.resolve(cfg)

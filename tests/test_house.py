@@ -17,6 +17,7 @@ FLOORS = [
     {"sampling"},
     {"data", "restorer"},
     {"demo_photos", "module", "callbacks"},
+    {"sharded"},
     {"train", "restore", "demo", "convert", "prepare"},
 ]
 
