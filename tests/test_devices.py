@@ -29,7 +29,12 @@ SCORED = ["callbacks=no_ema", "trainer.precision=32-true", "data.validation_limi
 # One step of gradient descent with learning rate 1: weights before minus weights after are the gradients.
 DESCENT = [*QUICK, "callbacks=no_ema", "callbacks.checkpoint.every_n_train_steps=1"]
 DESCENT += ["trainer.max_steps=1", "trainer.precision=32-true", "trainer.gradient_clip_val=0"]
-DESCENT += ["optimizer._target_=torch.optim.SGD", "optimizer.lr=1.0", "optimizer.weight_decay=0"]
+DESCENT += [
+    "optimizer._target_=torch.optim.SGD",
+    "optimizer.lr=1.0",
+    "optimizer.weight_decay=0",
+    "optimizer.fused=false",
+]
 DESCENT += ["~optimizer.betas", "~optimizer.eps"]
 
 

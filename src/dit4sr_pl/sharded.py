@@ -1,5 +1,7 @@
 """Training with the network's weights shared out over devices, frozen ones too: FSDP, as PyTorch's `fully_shard`."""
 
+import warnings
+
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,6 +22,8 @@ class ShardedModule(SuperResolutionModule):
         if self.trainer.ckpt_path is not None:
             start_from(self.net, self.trainer.ckpt_path)  # Lightning loads it again, and cannot say what does not fit
         shard(self.net, self.device_mesh)
+        # PyTorch warns of writing into what a sharded module returns; nothing here does.
+        warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """The strategy has loaded the weights by now: of a run that averaged them, the averaged ones."""
