@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -29,13 +30,8 @@ SCORED = ["callbacks=no_ema", "trainer.precision=32-true", "data.validation_limi
 # One step of gradient descent with learning rate 1: weights before minus weights after are the gradients.
 DESCENT = [*QUICK, "callbacks=no_ema", "callbacks.checkpoint.every_n_train_steps=1"]
 DESCENT += ["trainer.max_steps=1", "trainer.precision=32-true", "trainer.gradient_clip_val=0"]
-DESCENT += [
-    "optimizer._target_=torch.optim.SGD",
-    "optimizer.lr=1.0",
-    "optimizer.weight_decay=0",
-    "optimizer.fused=false",
-]
-DESCENT += ["~optimizer.betas", "~optimizer.eps"]
+DESCENT += ["optimizer._target_=torch.optim.SGD", "optimizer.lr=1.0", "optimizer.weight_decay=0"]
+DESCENT += ["optimizer.fused=false", "~optimizer.betas", "~optimizer.eps"]
 
 
 class Runs:
@@ -56,20 +52,15 @@ class Runs:
             port = str(probe.getsockname()[1])
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
         logs = [self.folder / f"device{rank}.log" for rank in range(2)]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, Path(__file__).with_name("two_devices.py"), arguments],
-                env=os.environ | group | {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-                stdout=log.open("w"),
-                stderr=subprocess.STDOUT,
-            )
-            for rank, log in enumerate(logs)
-        ]
-        try:
-            codes = [process.wait(timeout=400) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
+        command = [sys.executable, Path(__file__).with_name("two_devices.py"), arguments]
+        with ExitStack() as stack:
+            processes = []
+            for rank, log in enumerate(logs):
+                place = os.environ | group | {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+                output = {"stdout": stack.enter_context(log.open("w")), "stderr": subprocess.STDOUT}
+                processes.append(stack.enter_context(subprocess.Popen(command, env=place, **output)))
+                stack.callback(processes[-1].kill)  # before it is waited for
+            codes = [process.wait(timeout=600) for process in processes]
         assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
 
     def losses(self, name: str) -> list[float]:
