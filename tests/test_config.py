@@ -25,7 +25,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
 
 
-@pytest.mark.parametrize("command", ["train", "restore", "demo", "convert", "prepare"])
+@pytest.mark.parametrize("command", ["train", "restore", "demo", "convert", "plan", "prepare"])
 def test_help_needs_no_pytorch(command, tmp_path):
     code = "import sys, runpy; sys.argv = ['x', '--help']\n" + (
         f"try: runpy.run_module('dit4sr_pl.{command}', run_name='__main__')\n"
@@ -57,6 +57,9 @@ def test_help_needs_no_pytorch(command, tmp_path):
         (["train", "trainer=fsdp", "experiment=demo"], "trainer=fsdp cannot average weights; add ~callbacks.ema"),
         (["train", "-m", "trainer=ddp", "seed=0,1"], "every process of a run on several devices would sweep anew"),
         (["prepare", "data.folders=[.]"], "no value for stage; choose one of captions, embeddings, manifest"),
+        (["plan", "trainer.devices=auto"], "trainer.devices=auto: give the number of GPUs"),
+        (["plan", "trainer.precision=8"], "trainer.precision=8; choose one of"),
+        (["plan", "model.backbone.name=nobody/nothing"], "its config is not in this package"),
         (["restore"], "no value for input"),
         (["restore", "input=nowhere.png"], "input=nowhere.png: no such file"),
         (["restore", "input=half.ckpt", "scale=0.5"], "scale=0.5"),

@@ -1,0 +1,162 @@
+"""What a training step costs in FLOPs and bytes: the real step, run on tensors that have shapes and no memory."""
+
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import conv_flop_count, flop_registry, shape_wrapper
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dit4sr_pl.latents import LatentCoder
+
+# The steps run as on a CPU, where the network goes its own way in bfloat16: float16 takes the same bytes.
+AUTOCAST = {"bf16-mixed": torch.float16, "16-mixed": torch.float16, "32-true": None}
+STAND_IN = {torch.bfloat16: torch.float16}
+
+
+def conv_backward_flop(grad_shape, x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """PyTorch's own formula takes a depth-wise convolution's backward for a dense one's; each gradient that is asked
+    for costs what the forward does."""
+    return sum(shape is not None for shape in out_shape[:2]) * conv_flop_count(x_shape, weight_shape, grad_shape)
+
+
+aten = torch.ops.aten
+FORMULAS = flop_registry | {  # where PyTorch has none, or a wrong one
+    aten.convolution_backward: shape_wrapper(conv_backward_flop),
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+class CostCounter(TorchDispatchMode):
+    """Counts the FLOPs of what runs under it, and the bytes of every tensor made under it for as long as it lives.
+
+    PyTorch's `FlopCounterMode` uses the same formulas, but holds on to the tensors of recomputed blocks.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.known = WeakIdKeyDictionary()  # storages: views count once
+        self.flops = self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if formula := FORMULAS.get(func._overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=result)
+        tree_map_only(Tensor, self.see, result)
+        return result
+
+    def see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self.known:
+            self.known[storage] = True
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, storage.nbytes())
+
+    def forget(self, count: int) -> None:
+        self.now -= count
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one step. FLOPs: encoding HR and LR, forward, backward (with what checkpointing computes again).
+    Bytes: the optimizer's moments, and the step's peak above weights, gradients and moments."""
+
+    encode_flops: int
+    forward_flops: int
+    backward_flops: int
+    moments: int
+    activations: int
+
+    @property
+    def flops(self) -> int:
+        return self.encode_flops + self.forward_flops + self.backward_flops
+
+
+def step_cost(
+    network: nn.Module,
+    coder: LatentCoder,
+    make_optimizer: Callable[[Any], Optimizer],
+    batch: int,
+    image: int,
+    text_tokens: int,
+    precision: str,
+) -> StepCost:
+    """One step of `SuperResolutionModule` on `batch` images of `image` pixels a side, as a GPU would run it.
+
+    Args:
+        network, coder: on the meta device; they are left on fake tensors.
+        make_optimizer: from parameters to an optimizer.
+        text_tokens: of the text stream. precision: of Lightning's Trainer, a key of `AUTOCAST`.
+
+    Gradients are there before the step, as with accumulation and in DDP's buckets.
+    """
+    if AUTOCAST[precision] is not None:
+        normalise_in_float32(network)
+        normalise_in_float32(coder.vae)
+    with FakeTensorMode(), CostCounter() as counter:
+        give_storage(network)
+        give_storage(coder.vae)
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer = make_optimizer(parameters)
+        for group in optimizer.param_groups:
+            group["foreach"] = not group["fused"]  # as on a GPU
+        before = counter.now
+        optimizer.step()  # makes the moments
+        moments = counter.now - before
+
+        config, dtype = network.base.config, coder.vae.dtype
+        images = torch.empty(batch, 3, image, image)
+        embeds = torch.empty(batch, text_tokens, config.joint_attention_dim, dtype=dtype)
+        pooled = torch.empty(batch, config.pooled_projection_dim, dtype=dtype)
+        timestep = torch.empty(batch)
+        start = counter.peak = counter.now
+        with autocast(precision):
+            clean, lr_latent = coder.encode(images), coder.encode(images)
+            encode = counter.flops
+            velocity = network(clean, lr_latent, timestep, embeds, pooled)
+            forward = counter.flops
+        (velocity.float() - clean).square().mean().backward()
+        optimizer.step()
+    return StepCost(encode, forward - encode, counter.flops - forward, moments, counter.peak - start)
+
+
+def autocast(precision: str):
+    dtype = AUTOCAST[precision]
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+
+
+def give_storage(module: nn.Module) -> None:
+    """Meta tensors belong to no device and escape autocast; under `FakeTensorMode` these are on a CPU, still empty."""
+    for part in module.modules():
+        for name, weight in part._parameters.items():
+            if weight is not None:
+                part._parameters[name] = nn.Parameter(empty(weight), weight.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = empty(buffer)
+
+
+def normalise_in_float32(module: nn.Module) -> None:
+    """As autocast does on a GPU and not on a CPU: what is float32 there is kept for the backward."""
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm | nn.GroupNorm):
+            part.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+
+def empty(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=STAND_IN.get(like.dtype, like.dtype))

@@ -1,0 +1,168 @@
+"""python -m dit4sr_pl.plan [+ablation=NAME] [experiment=NAME] [key=value ...]: what that training costs, unrun"""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from dit4sr_pl.config import PACKAGE, check_backbone, command
+
+PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
+GIB = 2**30
+
+
+@command("plan")
+def main(cfg: DictConfig) -> None:
+    OmegaConf.resolve(cfg)
+    images = images_per_step(cfg)
+    check_backbone(cfg.model.backbone)
+    folder, source = find_configs(cfg.model.backbone.name)
+
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160  # in a file every row is one line
+    with console.status("running a step without memory"):
+        budget = make_budget(cfg, folder)
+    console.print(f"Backbone {cfg.model.backbone.name}: {source}.\n")
+    console.print(parameter_table(budget))
+    console.print(flops_table(cfg, budget, images))
+    console.print(memory_table(cfg, budget, images))
+
+
+def images_per_step(cfg: DictConfig) -> int:
+    """The global batch; raises ValueError for what cannot be planned."""
+    devices = cfg.trainer.devices
+    if not isinstance(devices, int) or devices < 1:
+        raise ValueError(f"trainer.devices={devices}: give the number of GPUs")
+    if cfg.trainer.precision not in PRECISIONS:
+        raise ValueError(f"trainer.precision={cfg.trainer.precision}; choose one of {', '.join(PRECISIONS)}")
+    return cfg.data.batch_size * devices * cfg.trainer.accumulate_grad_batches
+
+
+def find_configs(name: str) -> tuple[Path, str]:
+    """The folder with the pipeline's `config.json` files, and in words where it is from; nothing is downloaded."""
+    shipped = (PACKAGE / "weights" / name, "shipped in this package")
+    local = (Path(name), "read from the folder")
+    cached = (hub_cache(name), "read from the hub's cache")
+    published = (PACKAGE / "published" / name, "not on this machine, planned by its published config")
+    places = [local] if name.startswith((".", "/", "~")) else [shipped, local, cached, published]
+    for folder, source in places:
+        if (folder / "transformer" / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
+            return folder, source
+    raise FileNotFoundError(
+        f"model.backbone.name={name}: neither here nor in the hub's cache, and its config is not in this package; "
+        "download it, or plan with stabilityai/stable-diffusion-3.5-medium"
+    )
+
+
+def hub_cache(name: str) -> Path:
+    """Where a hub id's files lie if they have been downloaded; an empty path for anything else."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return Path()
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "transformer/config.json")
+    return Path(cached).parents[1] if isinstance(cached, str) else Path()
+
+
+def make_budget(cfg: DictConfig, folder: Path):
+    from hydra.utils import instantiate
+
+    from dit4sr_pl.budget import Budget
+    from dit4sr_pl.skeleton import Skeleton
+
+    backbone = cfg.model.backbone
+    skeleton = Skeleton(folder, backbone.dtype)
+    averages = any(str(callback.get("_target_")).endswith("WeightAveraging") for callback in cfg.callbacks.values())
+    return Budget(
+        skeleton,
+        {
+            checkpointing: instantiate(cfg.model.network, gradient_checkpointing=checkpointing)
+            for checkpointing in (False, True)
+        },
+        instantiate(cfg.optimizer),
+        batch=cfg.data.batch_size,
+        image=cfg.data.crop_size,
+        text_tokens=skeleton.text_tokens(backbone.t5_tokens),
+        precision=cfg.trainer.precision,
+        reads_text_encoders=backbone.get("embeddings") is None,
+        averages=averages,
+    )
+
+
+def new_table(*columns: str):
+    """A table that reads as one in a terminal and in Markdown."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.MARKDOWN)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table
+
+
+def parameter_table(budget):
+    table = new_table("parameters", "")
+    for name, count in budget.parameters().items():
+        table.add_row(name, f"{count:,}")
+    return table
+
+
+def flops_table(cfg: DictConfig, budget, images: int):
+    devices = cfg.trainer.devices
+    table = new_table(
+        "TFLOPs of one step", "per image", f"per GPU of {devices} ({images // devices} images)", f"all {images} images"
+    )
+    for name, flops in budget.flops_per_image().items():
+        table.add_row(name, *(f"{flops * count / 1e12:,.2f}" for count in (1, images // devices, images)))
+    return table
+
+
+def memory_table(cfg: DictConfig, budget, images: int):
+    """One column per way to spread the global batch over GPUs."""
+    from dit4sr_pl.budget import Spread
+
+    gpus = [count for count in cfg.plan.gpus if images % count == 0]
+    spreads = [Spread(count, sharded=False, images=images // count) for count in gpus]
+    spreads += [Spread(count, sharded=True, images=images // count) for count in gpus if count > 1]
+    table = new_table("GiB per GPU", *(str(spread) for spread in spreads))
+
+    batches = [min(budget.batch, spread.images) for spread in spreads]
+    table.add_row("images at a time", *map(str, batches))
+    table.add_row(
+        "times accumulated", *(str(spread.images // at_a_time) for spread, at_a_time in rows(spreads, batches))
+    )
+    parts = [budget.per_gpu(spread) for spread in spreads]
+    for name in parts[0]:
+        table.add_row(name, *gib(part[name] for part in parts))
+    for checkpointing, how in ((False, ""), (True, ", checkpointed")):
+        activations = [budget.activations(at_a_time, checkpointing) for at_a_time in batches]
+        table.add_row(f"activations{how}", *gib(activations))
+        table.add_row(f"in all{how}", *gib(sum(part.values()) + peak for part, peak in rows(parts, activations)))
+    for memory in cfg.plan.memory:
+        free = (memory - cfg.plan.reserved) * GIB
+        table.add_row(f"fits {memory} GB", *(verdict(budget, *row, free) for row in rows(spreads, batches)))
+    return table
+
+
+def verdict(budget, spread, wanted: int, free: float) -> str:
+    """Whether `wanted` images at a time fit, and else how many do."""
+    fit = budget.fitting(spread, free)
+    if fit is None:
+        return "no"
+    at_a_time, checkpointing = fit
+    number = "yes" if at_a_time == wanted else f"{at_a_time} at a time"
+    return f"{number}, checkpointed" if checkpointing else number
+
+
+def rows(*columns: list) -> zip:
+    return zip(*columns, strict=True)
+
+
+def gib(counts) -> list[str]:
+    return [f"{count / GIB:.2f}" for count in counts]
+
+
+if __name__ == "__main__":
+    main()
