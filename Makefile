@@ -36,6 +36,6 @@ tiny: $(VENV)/.done
 	$(BIN)/python scripts/tiny_pipeline.py --vae $(TINY)/vae --output $(SHIPPED)/tiny-sd3
 	$(BIN)/python scripts/tiny_base.py --photos $(TINY)/photos --pipeline $(SHIPPED)/tiny-sd3 --state $(TINY)/base
 	$(BIN)/python -m dit4sr_pl.train experiment=tiny_dit4sr
-	$(BIN)/python -m dit4sr_pl.train experiment=tiny_dit4sr_256
-	$(BIN)/python scripts/tiny_release.py --trained outputs/tiny_dit4sr_256/full/seed0/lr_stream.safetensors
+	$(BIN)/python -m dit4sr_pl.train experiment=tiny_dit4sr_anneal
+	$(BIN)/python scripts/tiny_release.py --trained outputs/tiny_dit4sr_anneal/full/seed0/lr_stream.safetensors
 	$(BIN)/python benchmarks/tiny.py

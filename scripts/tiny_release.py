@@ -1,6 +1,8 @@
-"""Puts a trained LR stream into the package as tiny-dit4sr, with the injection scale that all of DiT4SR's releases have.
+"""Puts a trained LR stream into the package as tiny-dit4sr, with the injection scale of all of DiT4SR's releases.
 
-python scripts/tiny_release.py --trained outputs/tiny_dit4sr_256/full/seed0/lr_stream.safetensors
+    python scripts/tiny_release.py --trained outputs/tiny_dit4sr_anneal/full/seed0/lr_stream.safetensors
+
+The scale is the only thing that changes; the training's file stays as it is.
 """
 
 import argparse

@@ -1,8 +1,36 @@
+from pathlib import Path
+
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from toy import toy
 
 from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.config import conf_folder
+from dit4sr_pl.images import write_image
+from dit4sr_pl.latents import enlarge
+from dit4sr_pl.randomness import generator
+from dit4sr_pl.train import train
 
 
 @pytest.fixture(scope="session")
 def tiny_backbone() -> Backbone:
     return Backbone("tiny-sd3", dtype="float32", t5_tokens=8)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(5):
+        picture = enlarge(torch.rand(1, 3, 20, 20, generator=generator("cpu", i)), (80, 80))
+        write_image(folder / f"{i}.png", picture[0])
+    return folder
+
+
+@pytest.fixture
+def run(photos, tmp_path):
+    def run(name: str, *overrides: str) -> dict[str, float]:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            return train(compose("train", [*toy(photos, tmp_path / name), *overrides]))
+
+    return run

@@ -25,7 +25,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
 
 
-@pytest.mark.parametrize("command", ["train", "restore", "demo", "convert", "prepare", "plan"])
+@pytest.mark.parametrize("command", ["train", "restore", "demo", "convert", "plan", "prepare"])
 def test_help_needs_no_pytorch(command, tmp_path):
     code = "import sys, runpy; sys.argv = ['x', '--help']\n" + (
         f"try: runpy.run_module('dit4sr_pl.{command}', run_name='__main__')\n"
@@ -54,10 +54,12 @@ def test_help_needs_no_pytorch(command, tmp_path):
         (["train", "ckpt_path=half.ckpt"], "truncated or not a checkpoint"),
         (["train", "model.backbone.name=./sd3"], "model.backbone.name=sd3/model_index.json: no such file"),
         (["train", "output=/proc/nowhere"], "cannot be written"),
+        (["train", "trainer=fsdp", "experiment=demo"], "trainer=fsdp cannot average weights; add ~callbacks.ema"),
+        (["train", "-m", "trainer=ddp", "seed=0,1"], "every process of a run on several devices would sweep anew"),
+        (["prepare", "data.folders=[.]"], "no value for stage; choose one of captions, embeddings, manifest"),
         (["plan", "trainer.devices=auto"], "trainer.devices=auto: give the number of GPUs"),
         (["plan", "trainer.precision=8"], "trainer.precision=8; choose one of"),
         (["plan", "model.backbone.name=nobody/nothing"], "its config is not in this package"),
-        (["prepare", "data.folders=[.]"], "no value for stage; choose one of captions, embeddings, manifest"),
         (["restore"], "no value for input"),
         (["restore", "input=nowhere.png"], "input=nowhere.png: no such file"),
         (["restore", "input=half.ckpt", "scale=0.5"], "scale=0.5"),
@@ -89,6 +91,8 @@ def test_every_config_composes_and_its_objects_can_be_made(group, option, tmp_pa
     overrides = [f"{plus}{group}={option}", f"output={tmp_path}"]
     if (group, option) == ("data", "folder"):
         overrides += [f"data.folders=[{tmp_path}]"]
+    if group == "trainer":
+        overrides += ["trainer.accelerator=cpu"]  # where there may be no GPU
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         cfg = compose("train", overrides)
     OmegaConf.resolve(cfg)

@@ -6,65 +6,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy import events, losses
 
 from dit4sr_pl.backbone import SHIPPED, Backbone
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.embeddings import write_embeddings
 from dit4sr_pl.flow import RectifiedFlow
-from dit4sr_pl.images import write_image
-from dit4sr_pl.latents import enlarge
 from dit4sr_pl.model import LRStream, Variant, block, load_part
 from dit4sr_pl.randomness import generator
 from dit4sr_pl.restorer import Restorer
 from dit4sr_pl.sampling import Sampler
-from dit4sr_pl.train import train
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(5):
-        picture = enlarge(torch.rand(1, 3, 20, 20, generator=generator("cpu", i)), (80, 80))
-        write_image(folder / f"{i}.png", picture[0])
-    return folder
-
-
-@pytest.fixture
-def run(photos, tmp_path):
-    def run(name: str, *overrides: str) -> dict[str, float]:
-        toy = [
-            "data=folder",
-            f"data.folders=[{photos}]",
-            f"data.validation_folders=[{photos}]",
-            "data.validation_limit=2",
-            "data.crop_size=64",
-            "data.validation_crop=64",
-            "data.batch_size=2",
-            "data.num_workers=0",
-            "data.min_gradient=0",
-            "sampler.steps=1",
-            "trainer.max_steps=2",
-            "trainer.val_check_interval=2",
-            "trainer.log_every_n_steps=1",
-            "callbacks.checkpoint.every_n_train_steps=2",
-            "~callbacks.progress",
-            "+trainer.enable_progress_bar=false",
-            f"output={tmp_path / name}",
-        ]
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            return train(compose("train", [*toy, *overrides]))
-
-    return run
-
-
-def events(folder) -> EventAccumulator:
-    return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-
-
-def losses(folder) -> list[float]:
-    return [event.value for event in events(folder).Scalars("train/loss")]
-
 
 ABLATIONS = sorted(path.stem for path in (conf_folder() / "ablation").glob("*.yaml"))
 
@@ -217,3 +168,16 @@ def test_averaging_copies_what_is_trained_and_nothing_frozen():
     assert copied.net.base is module.net.base and copied.backbone is module.backbone
     assert copied.net.lr_stream is copied.lr_stream is not module.lr_stream
     assert copied.velocity.__self__ is copied.net
+    for ours, theirs in zip(copied.net.blocks, module.net.blocks, strict=True):
+        assert ours.frozen is theirs.frozen and ours.lr is not theirs.lr
+
+
+def test_gradients_are_clipped_in_half_precision_with_a_fused_optimizer(run, tmp_path):
+    """One step of gradient descent, learning rate 1, is as long as the clipped gradient."""
+    descent = ["optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~optimizer.eps", "optimizer.weight_decay=0"]
+    descent += ["optimizer.lr=1.0", "callbacks=no_ema", "trainer.max_steps=1", "trainer.limit_val_batches=0"]
+    run("still", *descent, "optimizer.lr=0.0", "callbacks.checkpoint.every_n_train_steps=1")
+    run("step", *descent, "trainer.gradient_clip_val=1e-3", "callbacks.checkpoint.every_n_train_steps=1")
+    still, step = (load_part(tmp_path / name / "lr_stream.safetensors").state for name in ("still", "step"))
+    length = sum((still[name] - step[name]).square().sum() for name in still).sqrt()
+    assert length.item() == pytest.approx(1e-3, rel=1e-2)

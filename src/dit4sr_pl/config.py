@@ -115,6 +115,6 @@ def check_writable(folder: str | Path, what: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # several processes of a run may look at once
     except OSError as error:
         raise ValueError(f"{what}={folder}: cannot be written ({error.strerror}); choose another folder") from None

@@ -19,10 +19,10 @@ def main(cfg: DictConfig) -> None:
 
 def read_release(cfg: DictConfig) -> None:
     from dit4sr_pl.model import DiT4SRTransformer, save_part
-    from dit4sr_pl.model.checkpoints import part_of
+    from dit4sr_pl.model.checkpoints import base_of, part_of
 
     net = DiT4SRTransformer.from_reference(cfg.input, **cfg.release)
-    save_part(part_of(net, cfg.model.backbone.name), cfg.output)
+    save_part(part_of(net, base_of(net, cfg.model.backbone.name)), cfg.output)
 
 
 def write_release(cfg: DictConfig) -> None:

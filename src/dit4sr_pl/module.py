@@ -14,7 +14,7 @@ from dit4sr_pl.backbone import Backbone
 from dit4sr_pl.flow import RectifiedFlow, interpolate
 from dit4sr_pl.latents import draw_noise, enlarge
 from dit4sr_pl.model import TrainedPart, load_part
-from dit4sr_pl.model.checkpoints import check_settings, fingerprint, fit_part
+from dit4sr_pl.model.checkpoints import base_of, check_settings, fit_part
 from dit4sr_pl.randomness import generator
 from dit4sr_pl.restorer import Restorer
 from dit4sr_pl.sampling import Sampler
@@ -55,17 +55,16 @@ class SuperResolutionModule(LightningModule):
         self.seed = seed
         net = network(backbone.transformer)
         if checkpoint is not None:
-            part = load_part(checkpoint)
-            check_settings(net, part.settings, checkpoint)
-            fit_part(net, part, checkpoint)
+            start_from(net, checkpoint)
+        self.base = base_of(net, backbone.name)  # read before weights are sharded
         self.add_module(net.part, getattr(net, net.part).float())  # trained in float32 under autocast
         object.__setattr__(self, "net", net)  # not a submodule: see above
-        self.velocity = torch.compile(net.forward) if compile else net.forward
+        self.velocity = torch.compile(net.__call__) if compile else net.__call__  # with FSDP's hooks, unlike forward
         self.restorer = Restorer(net, backbone, sampler)
 
     def __deepcopy__(self, memo: dict) -> "SuperResolutionModule":
         """Lightning's weight averaging copies the module: its trained part, while frozen weights exist once."""
-        memo[id(self.net.base)] = self.net.base
+        memo |= {id(module): module for module in self.net.base.modules()}
         memo[id(self)] = copied = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
@@ -85,8 +84,10 @@ class SuperResolutionModule(LightningModule):
         noise = draw_noise(clean, generators)
         velocity = self.velocity(interpolate(clean, noise, sigma), lr_latent, timestep, embeds, pooled)
         loss = self.flow.loss(velocity, clean, noise, sigma).mean()
-        self.stop_unless_finite(loss)
-        self.log("train/loss", loss, prog_bar=True)
+        # Over the global batch: all devices stop together, and logs do not depend on their number.
+        mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+        self.stop_unless_finite(mean)
+        self.log("train/loss", mean, prog_bar=True)
         return loss
 
     def stop_unless_finite(self, loss: Tensor) -> None:
@@ -102,7 +103,7 @@ class SuperResolutionModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["settings"] = self.net.settings()
-        checkpoint["base"] = {"name": self.backbone.name, "fingerprint": fingerprint(self.net.base)}
+        checkpoint["base"] = self.base
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         check_settings(self.net, checkpoint["settings"], self.trainer.ckpt_path)
@@ -111,4 +112,14 @@ class SuperResolutionModule(LightningModule):
         fit_part(self.net, TrainedPart(checkpoint["settings"], checkpoint["base"], state), self.trainer.ckpt_path)
 
     def configure_optimizers(self) -> Optimizer:
-        return self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        # All parameters: optimizer states count them, and FSDP's counts those without gradients too.
+        optimizer = self.optimizer(self.parameters())
+        # A fused optimizer would unscale float16's gradients by itself, and Lightning then refuses to clip them.
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
+
+
+def start_from(net: nn.Module, checkpoint: str) -> None:
+    part = load_part(checkpoint)
+    check_settings(net, part.settings, checkpoint)
+    fit_part(net, part, checkpoint)

@@ -4,6 +4,8 @@ import logging
 import zipfile
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.config import check_backbone, check_data, check_readable, check_writable, command
@@ -39,10 +41,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
         logger=instantiate(cfg.logger),
         default_root_dir=cfg.output,
     )
-    OmegaConf.save(cfg, Path(cfg.output) / "config.yaml", resolve=True)
+    if trainer.is_global_zero:
+        OmegaConf.save(cfg, Path(cfg.output) / "config.yaml", resolve=True)
     trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
-    part = part_of(module.net, module.backbone.name)
-    save_part(part, Path(cfg.output) / f"{module.net.part}.safetensors")
+    part = part_of(module.net, module.base)
+    if trainer.is_global_zero:
+        save_part(part, Path(cfg.output) / f"{module.net.part}.safetensors")
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
 
 
@@ -58,6 +62,12 @@ def check(cfg: DictConfig) -> None:
             raise ValueError(f"ckpt_path={cfg.ckpt_path}: truncated or not a checkpoint; resume from an earlier one")
     if cfg.model.checkpoint is not None:
         check_readable(cfg.model.checkpoint, "model.checkpoint")
+    if cfg.trainer.devices != 1 and HydraConfig.initialized():
+        hydra = HydraConfig.get()
+        if hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices["hydra/launcher"] == "basic":
+            raise ValueError("every process of a run on several devices would sweep anew; start the runs one by one")
+    if "sharded" in cfg.model._target_ and "ema" in cfg.callbacks:
+        raise ValueError("trainer=fsdp cannot average weights; add ~callbacks.ema, or use trainer=ddp")
     check_backbone(cfg.model.backbone)
     check_writable(cfg.output, "output")
 

@@ -5,14 +5,18 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
 
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part, save_part
-from dit4sr_pl.model.checkpoints import check_settings, fingerprint, fit_part, part_of
+from dit4sr_pl.model.checkpoints import base_of, check_settings, fingerprint, fit_part, part_of
+
+
+def toy_part(net):
+    return part_of(net, base_of(net, "toy"))
 
 
 def test_file_round_trip(base, variant, tmp_path):
     net, other = DiT4SRTransformer(base, variant), DiT4SRTransformer(base, variant)
     randomise(net.lr_stream)
     path = tmp_path / "lr_stream.safetensors"
-    save_part(part_of(net, "toy"), path)
+    save_part(toy_part(net), path)
     part = load_part(path)
     check_settings(other, part.settings, path)
     fit_part(other, part, path)
@@ -25,7 +29,7 @@ def test_bad_files_are_told_apart(base, tmp_path):
     path = tmp_path / "lr_stream.safetensors"
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_part(path)
-    save_part(part_of(DiT4SRTransformer(base), "toy"), path)
+    save_part(toy_part(DiT4SRTransformer(base)), path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="truncated"):
         load_part(path)
@@ -36,7 +40,7 @@ def test_bad_files_are_told_apart(base, tmp_path):
 
 def test_a_part_of_another_network_or_base_is_refused(base, tmp_path):
     net = DiT4SRTransformer(base)
-    part = part_of(net, "toy")
+    part = toy_part(net)
     with pytest.raises(ValueError, match=r"file: of another architecture.*blocks\.0"):
         fit_part(SD3ControlNet(base, num_layers=1), part, "file")
     with pytest.raises(ValueError, match="file: trained as .*; this network is .*'lr_residual': False"):

@@ -39,7 +39,7 @@ class ValidationScores(Callback):
                 writer.add_image(f"val/{name}", strip(*images), trainer.global_step)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.log_dict(self.restored.compute() | self.bicubic.compute(), sync_dist=False)
+        pl_module.log_dict(self.restored.compute() | self.bicubic.compute(), sync_dist=True)
 
 
 def strip(lr: Tensor, *images: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from diffusers import SD3Transformer2DModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 SAMPLES = 64  # of every weight, in a base model's fingerprint
 
@@ -42,10 +43,20 @@ def fingerprint(base: SD3Transformer2DModel) -> str:
     return digest.hexdigest()
 
 
-def part_of(net: nn.Module, base_name: str) -> TrainedPart:
-    """The trained part of a network, its weights on the CPU in float32."""
-    state = {name: tensor.detach().cpu().float() for name, tensor in getattr(net, net.part).state_dict().items()}
-    return TrainedPart(net.settings(), {"name": base_name, "fingerprint": fingerprint(net.base)}, state)
+def base_of(net: nn.Module, name: str) -> dict[str, str]:
+    """What a trained part keeps of the frozen transformer that it was trained over."""
+    return {"name": name, "fingerprint": fingerprint(net.base)}
+
+
+def part_of(net: nn.Module, base: dict[str, str]) -> TrainedPart:
+    """The trained part of a network, its weights on the CPU in float32.
+
+    From a network that is sharded over devices all of them must call this; only the first gets weights.
+    """
+    state = get_model_state_dict(
+        getattr(net, net.part), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return TrainedPart(net.settings(), base, {name: tensor.float() for name, tensor in state.items()})
 
 
 def save_part(part: TrainedPart, path: str | Path) -> None:

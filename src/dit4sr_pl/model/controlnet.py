@@ -40,6 +40,11 @@ class SD3ControlNet(nn.Module):
                 model.enable_gradient_checkpointing()
 
     @property
+    def units(self) -> list[nn.Module]:
+        """What FSDP gathers one after another: modules that are called as a whole."""
+        return [*self.controlnet.transformer_blocks, *self.base.transformer_blocks]
+
+    @property
     def patch_size(self) -> int:
         return self.base.config.patch_size
 

@@ -68,7 +68,9 @@ class ConvInjection(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.conv = zeroed(nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim))
+        # Tokens come channels last; so does then the weight's gradient, and DDP warns if the weight does not.
+        conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+        self.conv = zeroed(conv).to(memory_format=torch.channels_last)
 
     def forward(self, eta: Tensor, grid: tuple[int, int]) -> Tensor:
         """`(B, h*w, 4D) -> (B, h*w, 4D)`, tokens in rows of the grid `(h, w)`."""

@@ -31,8 +31,8 @@ class DiT4SRTransformer(nn.Module):
         self.lr_stream = LRStream(base, self.variant)
         self.lr_stream.start_from(base)
         self.gradient_checkpointing = gradient_checkpointing
-        # A tuple: base and lr_stream own the weights, the blocks only pair them.
-        self.blocks = tuple(
+        # base and lr_stream own the weights, the blocks only pair them; FSDP finds its units among the submodules.
+        self.blocks = nn.ModuleList(
             MMDiTControlBlock(frozen, lr, self.variant)
             for frozen, lr in zip(base.transformer_blocks, self.lr_stream.blocks, strict=True)
         )
@@ -59,6 +59,11 @@ class DiT4SRTransformer(nn.Module):
 
     def settings(self) -> dict:
         return {"network": "dit4sr", "variant": self.variant.as_dict()}
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """What FSDP gathers one after another: modules that are called as a whole."""
+        return list(self.blocks)
 
     @property
     def patch_size(self) -> int:

@@ -1,0 +1,36 @@
+"""Training runs of a few steps on small photos, and what they leave behind."""
+
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def toy(photos: Path, output: Path) -> list[str]:
+    """Overrides that make any run small: two steps of two images, then a validation of two."""
+    return [
+        "data=folder",
+        f"data.folders=[{photos}]",
+        f"data.validation_folders=[{photos}]",
+        "data.validation_limit=2",
+        "data.crop_size=64",
+        "data.validation_crop=64",
+        "data.batch_size=2",
+        "data.num_workers=0",
+        "data.min_gradient=0",
+        "sampler.steps=1",
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+        "trainer.log_every_n_steps=1",
+        "callbacks.checkpoint.every_n_train_steps=2",
+        "~callbacks.progress",
+        "+trainer.enable_progress_bar=false",
+        f"output={output}",
+    ]
+
+
+def events(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+
+
+def losses(folder: Path) -> list[float]:
+    return [event.value for event in events(folder).Scalars("train/loss")]
