@@ -91,7 +91,7 @@ def test_every_config_composes_and_its_objects_can_be_made(group, option, tmp_pa
     overrides = [f"{plus}{group}={option}", f"output={tmp_path}"]
     if (group, option) == ("data", "folder"):
         overrides += [f"data.folders=[{tmp_path}]"]
-    if group == "trainer":
+    if group in ("trainer", "experiment"):
         overrides += ["trainer.accelerator=cpu"]  # where there may be no GPU
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         cfg = compose("train", overrides)
