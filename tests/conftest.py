@@ -13,6 +13,12 @@ from dit4sr_pl.randomness import generator
 from dit4sr_pl.train import train
 
 
+@pytest.fixture(autouse=True)
+def short_messages(monkeypatch) -> None:
+    """What a command called in this process has set must not reach the commands that tests start."""
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny_backbone() -> Backbone:
     return Backbone("tiny-sd3", dtype="float32", t5_tokens=8)

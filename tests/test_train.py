@@ -30,9 +30,15 @@ def test_every_ablation_takes_a_step_and_leaves_its_lr_stream(run, tmp_path, abl
     assert any(not torch.equal(part.state[name], tensor) for name, tensor in start.state_dict().items())
 
 
+ON_TINY_SD3 = ["model.backbone.name=tiny-sd3", "model.backbone.dtype=float32", "model.backbone.t5_tokens=8"]
+ON_A_CPU = ["trainer.accelerator=cpu", "trainer.devices=1", "++trainer.strategy=auto", "degradation=light"]
+OF_ITS_OWN = {"sd3_controlnet": ["model.network.num_layers=4"], "tiny_dit4sr_anneal": ["model.checkpoint=null"]}
+
+
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (conf_folder() / "experiment").glob("*.yaml")))
 def test_every_experiment_takes_a_step(run, experiment):
-    run("run", f"experiment={experiment}", "callbacks.scores.metrics=[psnr]")
+    small = [*ON_TINY_SD3, *ON_A_CPU, *OF_ITS_OWN.get(experiment, [])]
+    run("run", f"experiment={experiment}", *small, "callbacks.scores.metrics=[psnr]")
 
 
 def test_log_holds_losses_scores_pictures_and_degradation(run, tmp_path):

@@ -17,6 +17,7 @@ def toy(photos: Path, output: Path) -> list[str]:
         "data.batch_size=2",
         "data.num_workers=0",
         "data.min_gradient=0",
+        "model.compile=false",
         "sampler.steps=1",
         "trainer.max_steps=2",
         "trainer.val_check_interval=2",
