@@ -66,7 +66,7 @@ class SuperResolutionModule(LightningModule):
         """Lightning's weight averaging copies the module: its trained part, while frozen weights exist once."""
         memo |= {id(module): module for module in self.net.base.modules()}
         memo[id(self)] = copied = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))  # without the trainer
         return copied
 
     def setup(self, stage: str) -> None:
