@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "dit4sr_pl"
 FLOORS = [
     {"model.variant", "model.controlnet", "randomness", "files", "config", "color", "tiling", "metrics"}
-    | {"degradation", "captions", "model.checkpoints"},
-    {"images"},
+    | {"degradation", "captions"},
+    {"images", "model.checkpoints"},
     {"model.lr_stream", "latents", "text", "manifest", "embeddings", "captioner"},
     {"model.block", "model.released", "backbone", "flow", "photo_sets"},
     {"model.transformer"},

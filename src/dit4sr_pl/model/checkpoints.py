@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from dit4sr_pl.files import replacing
 
 SAMPLES = 64  # of every weight, in a base model's fingerprint
 
@@ -61,12 +62,10 @@ def part_of(net: nn.Module, base: dict[str, str]) -> TrainedPart:
 
 def save_part(part: TrainedPart, path: str | Path) -> None:
     """Writes a part as one safetensors file, atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     state = {name: tensor.contiguous() for name, tensor in part.state.items()}
-    save_file(state, partial, metadata={"settings": json.dumps(part.settings), "base": json.dumps(part.base)})
-    os.replace(partial, path)
+    header = {"settings": json.dumps(part.settings), "base": json.dumps(part.base)}
+    with replacing(Path(path)) as partial:
+        save_file(state, partial, header)
 
 
 def load_part(path: str | Path) -> TrainedPart:

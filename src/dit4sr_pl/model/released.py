@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dit4sr_pl.files import replacing
 from dit4sr_pl.model.lr_stream import LRStream
 from dit4sr_pl.model.variant import Variant
 
@@ -60,12 +61,10 @@ def write_released(base: SD3Transformer2DModel, lr_stream: LRStream, folder: Pat
     state = dict(base.state_dict()) | dead_weights(base)
     for name, tensor in lr_stream.state_dict().items():
         state[released_name(name)] = tensor.to(base.dtype)
-    folder = Path(folder) / "transformer"
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{WEIGHTS}"
-    save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, partial, metadata={"format": "pt"})
-    base.save_config(folder)
-    partial.replace(folder / WEIGHTS)
+    state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    with replacing(Path(folder) / "transformer" / WEIGHTS) as partial:
+        save_file(state, partial, metadata={"format": "pt"})
+        base.save_config(partial.parent)
 
 
 def dead_weights(base: SD3Transformer2DModel) -> dict[str, Tensor]:
