@@ -120,6 +120,7 @@ class SuperResolutionModule(LightningModule):
 
 
 def start_from(net: nn.Module, checkpoint: str) -> None:
+    """Gives a network the weights of a trained part of the same settings over the same base; errors name the file."""
     part = load_part(checkpoint)
     check_settings(net, part.settings, checkpoint)
     fit_part(net, part, checkpoint)
