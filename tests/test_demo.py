@@ -26,7 +26,7 @@ def test_table_holds_every_methods_mean_score(columns):
     score = ImageScore("psnr")
     for sr, hr in zip(columns["bicubic"], columns["ground truth"], strict=True):
         score.update(sr, hr)
-    lines = score_table(columns, ["psnr", "ssim"]).splitlines()
+    lines = score_table(columns, {"psnr": ImageScore("psnr"), "ssim": ImageScore("ssim")}).splitlines()
     assert lines[0] == "| | psnr | ssim |" and len(lines) == 4
     assert lines[2].startswith(f"| bicubic | {score.compute():.3f} |") and lines[3].endswith("1.000 |")
 

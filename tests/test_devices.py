@@ -26,7 +26,7 @@ NETWORKS |= {
 CPU = ["trainer.accelerator=cpu", "trainer.devices=2"]
 QUICK = ["~callbacks.scores", "trainer.limit_val_batches=0"]
 FOUR_STEPS = ["trainer.max_steps=4", "trainer.precision=32-true", *QUICK]
-SCORED = ["callbacks=no_ema", "trainer.precision=32-true", "data.validation_limit=3", "callbacks.scores.metrics=[psnr]"]
+SCORED = ["callbacks=no_ema", "trainer.precision=32-true", "data.validation_limit=3", "metrics=[psnr]"]
 # One step of gradient descent with learning rate 1: weights before minus weights after are the gradients.
 DESCENT = [*QUICK, "callbacks=no_ema", "callbacks.checkpoint.every_n_train_steps=1"]
 DESCENT += ["trainer.max_steps=1", "trainer.precision=32-true", "trainer.gradient_clip_val=0"]

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "dit4sr_pl"
 FLOORS = [
     {"model.variant", "model.controlnet", "randomness", "files", "config", "color", "tiling", "metrics"}
     | {"degradation", "captions"},
-    {"images", "model.checkpoints"},
+    {"images", "model.checkpoints", "results"},
     {"model.lr_stream", "latents", "text", "manifest", "embeddings", "captioner"},
     {"model.block", "model.released", "backbone", "flow", "photo_sets"},
     {"model.transformer"},

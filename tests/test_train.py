@@ -22,7 +22,7 @@ ABLATIONS = sorted(path.stem for path in (conf_folder() / "ablation").glob("*.ya
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_every_ablation_takes_a_step_and_leaves_its_lr_stream(run, tmp_path, ablation, tiny_backbone):
-    scores = run("run", f"+ablation={ablation}", "callbacks.scores.metrics=[psnr]")
+    scores = run("run", f"+ablation={ablation}", "metrics=[psnr]")
     assert {"train/loss", "val/psnr", "val/psnr_bicubic"} <= scores.keys()
     part = load_part(tmp_path / "run" / "lr_stream.safetensors")
     start = LRStream(tiny_backbone.transformer, Variant(**part.settings["variant"]))
@@ -38,7 +38,7 @@ OF_ITS_OWN = {"sd3_controlnet": ["model.network.num_layers=4"], "tiny_dit4sr_ann
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (conf_folder() / "experiment").glob("*.yaml")))
 def test_every_experiment_takes_a_step(run, experiment):
     small = [*ON_TINY_SD3, *ON_A_CPU, *OF_ITS_OWN.get(experiment, [])]
-    run("run", f"experiment={experiment}", *small, "callbacks.scores.metrics=[psnr]")
+    run("run", f"experiment={experiment}", *small, "metrics=[psnr]")
 
 
 def test_log_holds_losses_scores_pictures_and_degradation(run, tmp_path):
@@ -118,7 +118,7 @@ def test_with_cached_embeddings_only_transformer_vae_and_scheduler_are_read(run,
     part = Backbone.read
     monkeypatch.setattr(Backbone, "read", lambda *args, **kw: read.append(kw.get("subfolder")) or part(*args, **kw))
     arguments = [f"data.folders=[{captioned}]", f"data.validation_folders=[{captioned}]"]
-    arguments += ["data.empty_prompt_probability=0.5", "callbacks.scores.metrics=[psnr]"]
+    arguments += ["data.empty_prompt_probability=0.5", "metrics=[psnr]"]
     cached = run("cached", *arguments, f"model.backbone.name={model}", f"model.backbone.embeddings={cache}")
     assert sorted(read) == ["scheduler", "transformer", "vae"]
     assert cached == pytest.approx(run("encoded", *arguments), rel=1e-2)
@@ -146,7 +146,7 @@ def test_a_checkpoint_of_another_variant_is_refused_in_one_line(run, tmp_path, a
 
 
 def test_sd3_controlnet_trains_validates_and_restores_by_the_same_commands(run, tmp_path, tiny_backbone):
-    scores = run("run", "model=tiny_sd3_controlnet", "callbacks.scores.metrics=[psnr]")
+    scores = run("run", "model=tiny_sd3_controlnet", "metrics=[psnr]")
     assert {"train/loss", "val/psnr"} <= scores.keys()
     part = load_part(tmp_path / "run" / "controlnet.safetensors")
     assert part.settings == {"network": "sd3_controlnet", "num_layers": 4} and part.base["name"] == "tiny-sd3"

@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
     columns["ground truth"] = [batch["hr"] for batch in batches]
 
     write_image(output / "comparison.png", comparison([batch["lr"] for batch in batches], columns))
-    table = score_table(columns, cfg.metrics)
+    table = score_table(columns, instantiate(cfg.metrics))
     (output / "scores.md").write_text(table)
     print(table)
     print(f"picture     {output / 'comparison.png'}   (LR | {' | '.join(columns)})")
@@ -52,16 +52,14 @@ def comparison(lr: list, columns: dict[str, list]):
     return torch.cat([strip(*images) for images in per_photo], dim=1)
 
 
-def score_table(columns: dict[str, list], metrics: list[str]) -> str:
+def score_table(columns: dict[str, list], metrics: dict) -> str:
     """Mean scores against the last column, as Markdown."""
-    from dit4sr_pl.metrics import ImageScore
-
     rows = ["| | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
     *restored, truth = columns
     for name in restored:
         cells = []
-        for metric in metrics:
-            score = ImageScore(metric)
+        for score in metrics.values():
+            score.reset()
             for sr, hr in zip(columns[name], columns[truth], strict=True):
                 score.update(sr, hr)
             cells.append(f"{score.compute():.3f}")

@@ -15,11 +15,11 @@ class ValidationScores(Callback):
     """Logs `val/<metric>` and `val/<metric>_bicubic`, and per image a strip LR | bicubic | restored | ground truth.
 
     Args:
-        metrics: names that `ImageScore` knows.
+        metrics: by the names that they are logged under.
     """
 
-    def __init__(self, metrics: list[str]):
-        scores = MetricCollection({name: ImageScore(name) for name in metrics})
+    def __init__(self, metrics: dict[str, ImageScore]):
+        scores = MetricCollection(dict(metrics))
         self.restored = scores.clone(prefix="val/")
         self.bicubic = scores.clone(prefix="val/", postfix="_bicubic")
 

@@ -1,0 +1,136 @@
+"""What scoring leaves in a folder, and what `compare` reads:
+
+    scores.csv                     per image: `image`, then one column per metric; empty where it was not measured
+    results.csv, results.parquet   one row: what was scored, its mean scores, and what it takes to score it again
+    images/                        the scored images as PNG by name, where the command made them
+
+No PyTorch in here: tables of many runs are read in a moment.
+"""
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from dit4sr_pl.files import replacing
+
+SCORES, ROW, PICTURES = "scores.csv", "results", "images"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Scores of one set of restored images.
+
+    Args:
+        run: a name to read, such as `demo/no_lr_residual/seed0`.
+        method: row of the paper's Table 1, such as `DiT4SR` or `Bicubic`.
+        variant: row of the paper's Table 3 by its name in `conf/ablation/`; empty where there are no variants.
+        dataset: by its name in `conf/dataset/`.
+        seed: of the sampler's noise, or of the training whose validation this is.
+        pictures: folder of the scored images, seen from the result's folder; empty if they were not kept.
+        config: hash of the settings that count. checkpoint: hash of the weights; empty without any.
+        versions: of the packages that scores depend on.
+        scores: by image and metric; `nan` where a metric was not measured.
+    """
+
+    run: str
+    method: str
+    variant: str
+    dataset: str
+    seed: int
+    pictures: str
+    config: str
+    checkpoint: str
+    versions: dict[str, str]
+    scores: dict[str, dict[str, float]]
+
+    @property
+    def metrics(self) -> list[str]:
+        return list(next(iter(self.scores.values())))
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Over all images; `nan` where one of them was not measured."""
+        columns = {metric: [scores[metric] for scores in self.scores.values()] for metric in self.metrics}
+        return {metric: math.fsum(values) / len(values) for metric, values in columns.items()}
+
+
+FIELDS = ("run", "method", "variant", "dataset", "seed", "pictures", "config", "checkpoint")
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """Writes `scores.csv`, `results.csv` and `results.parquet`, each atomically, the row when the scores are there."""
+    write_scores(result.scores, folder / SCORES)
+    row = {name: getattr(result, name) for name in FIELDS}
+    row |= {"versions": json.dumps(result.versions), "images": len(result.scores)} | result.means
+    table = pa.Table.from_pylist([row])
+    with replacing(folder / f"{ROW}.parquet") as partial:
+        pyarrow.parquet.write_table(table, partial)
+    with replacing(folder / f"{ROW}.csv") as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerow({name: cell(value) for name, value in row.items()})
+
+
+def write_scores(scores: dict[str, dict[str, float]], path: Path) -> None:
+    """Per-image scores; the columns are the first image's."""
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["image", *next(iter(scores.values()))])
+        writer.writeheader()
+        for image, values in scores.items():
+            writer.writerow({"image": image} | {metric: cell(value) for metric, value in values.items()})
+
+
+def cell(value: object) -> object:
+    """`nan` is an empty cell; numbers keep all their digits."""
+    return "" if isinstance(value, float) and math.isnan(value) else value
+
+
+def read_scores(path: Path) -> dict[str, dict[str, float]]:
+    """Scores by image and metric, an empty cell as `nan`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a table, or one image twice.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `evaluate` writes it")
+    scores: dict[str, dict[str, float]] = {}
+    with path.open(newline="") as file:
+        rows = csv.DictReader(file)
+        if not rows.fieldnames or rows.fieldnames[0] != "image" or len(rows.fieldnames) < 2:
+            raise ValueError(f"{path}: not a table of scores (its columns must be `image`, then metrics)")
+        for row in rows:
+            image = row.pop("image")
+            if image in scores:
+                raise ValueError(f"{path}: {image} stands there twice")
+            try:
+                scores[image] = {metric: float("nan" if value == "" else value) for metric, value in row.items()}
+            except (TypeError, ValueError):
+                raise ValueError(f"{path}: {image}: not a number in every column; score it again") from None
+    if not scores:
+        raise ValueError(f"{path}: no scores in this table")
+    return scores
+
+
+def read_result(folder: Path) -> Result:
+    """What `write_result` wrote into a folder.
+
+    Raises:
+        FileNotFoundError: no result there.
+        ValueError: files that are no result.
+    """
+    path = folder / f"{ROW}.parquet"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no {ROW}.parquet in it; `evaluate` and finished trainings write it")
+    try:
+        row = pyarrow.parquet.read_table(path).to_pylist()[0]
+        described = {name: row[name] for name in FIELDS} | {"versions": json.loads(row["versions"])}
+    except (pa.ArrowException, OSError, KeyError, IndexError) as error:
+        raise ValueError(f"{path}: not a result ({error}); score it again") from None
+    return Result(**described, scores=read_scores(folder / SCORES))

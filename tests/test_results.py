@@ -1,0 +1,78 @@
+import csv
+import math
+from dataclasses import replace
+
+import pytest
+
+from dit4sr_pl.results import Result, read_result, read_scores, write_result, write_scores
+
+RESULT = Result(
+    run="demo/no_lr_residual/seed1",
+    method="DiT4SR",
+    variant="no_lr_residual",
+    dataset="realsr",
+    seed=1,
+    pictures="images",
+    config="c0ffee",
+    checkpoint="",
+    versions={"torch": "2.14.1"},
+    scores={
+        "a": {"psnr": 0.1, "lpips": math.nan},
+        "sub/b, c": {"psnr": 1 / 3, "lpips": math.nan},
+    },
+)
+
+
+def test_what_is_written_is_read_to_the_last_bit(tmp_path):
+    write_result(RESULT, tmp_path)
+    read = read_result(tmp_path)
+    assert str(read) == str(RESULT)  # equal but for nan, which equals nothing
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.parquet", "scores.csv"]
+
+
+def test_csv_row_has_the_means_and_an_empty_cell_for_what_was_not_measured(tmp_path):
+    write_result(RESULT, tmp_path)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["psnr"]) == (0.1 + 1 / 3) / 2 and row["lpips"] == "" and row["images"] == "2"
+
+
+def test_a_mean_over_part_of_the_images_is_no_mean():
+    half = {"a": {"psnr": 1.0}, "b": {"psnr": math.nan}}
+    assert math.isnan(replace(RESULT, scores=half).means["psnr"])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "not a table of scores"),
+        ("photo,psnr\na,1\n", "not a table of scores"),
+        ("image,psnr\n", "no scores"),
+        ("image,psnr\na,1\na,2\n", "a stands there twice"),
+        ("image,psnr\na,high\n", "a: not a number"),
+        ("image,psnr\na\n", "a: not a number"),
+        ("image,psnr\na,1,2\n", "a: not a number"),
+    ],
+)
+def test_a_file_that_is_no_table_of_scores_is_named(tmp_path, text, message):
+    path = tmp_path / "scores.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_scores(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_folder_without_or_with_half_a_result_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no results.parquet"):
+        read_result(tmp_path)
+    write_result(RESULT, tmp_path)
+    whole = (tmp_path / "results.parquet").read_bytes()
+    (tmp_path / "results.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="not a result"):
+        read_result(tmp_path)
+
+
+def test_order_of_images_and_metrics_is_kept(tmp_path):
+    scores = {"b": {"ssim": 1.0, "psnr": 2.0}, "a": {"ssim": 3.0, "psnr": 4.0}}
+    write_scores(scores, tmp_path / "scores.csv")
+    assert str(read_scores(tmp_path / "scores.csv")) == str(scores)
