@@ -1,0 +1,43 @@
+"""Bar charts of blocks."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dit4sr_pl import paper
+from dit4sr_pl.blocks import Block
+from dit4sr_pl.files import replacing
+from dit4sr_pl.tables import ARROWS
+
+
+def bar_chart(block: Block) -> Figure:
+    """One panel per metric that a row has: means from zero with their intervals, and the paper's numbers as diamonds."""
+    columns = [column for column in range(len(block.metrics)) if not np.isnan(block.means[:, column]).all()]
+    size = (2.5 + 2.4 * max(1, len(columns)), 1.6 + 0.35 * len(block.rows))
+    figure = Figure(size, layout="constrained")
+    panels = figure.subplots(1, max(1, len(columns)), sharey=True, squeeze=False)[0]
+    places = np.arange(len(block.rows))
+    for panel, column in zip(panels, columns, strict=False):
+        means = block.means[:, column]
+        spread = np.abs(np.stack([block.low[:, column], block.high[:, column]]) - means)
+        panel.barh(places, means, xerr=spread, color="#9ecae1", error_kw={"capsize": 2, "lw": 1})
+        metric = block.metrics[column]
+        numbers = [paper.number(block.dataset, row.method, row.variant, metric) for row in block.rows]
+        panel.plot(numbers, places, "kD", markersize=4)
+        panel.set_title(metric + ARROWS[block.lower[column]])
+    panels[0].set_yticks(places, block.labels)
+    panels[0].invert_yaxis()
+    figure.suptitle(block.dataset)
+    return figure
+
+
+def write_chart(block: Block, path: Path) -> list[Path]:
+    """As PNG and as PDF, by the suffixes added to `path`; they hold no date, so equal charts are equal files."""
+    figure = bar_chart(block)
+    written = []
+    for kind, options in (("png", {"dpi": 150}), ("pdf", {"metadata": {"CreationDate": None}})):
+        with replacing(path.with_name(f"{path.name}.{kind}")) as partial:
+            figure.savefig(partial, format=kind, **options)
+        written.append(path.with_name(f"{path.name}.{kind}"))
+    return written

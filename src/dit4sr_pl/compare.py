@@ -1,0 +1,134 @@
+"""python -m dit4sr_pl.compare RUNS... [key=value ...]: tables, tests, charts and strips of finished runs"""
+
+import functools
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from dit4sr_pl.config import check_readable, check_writable, command, conf_folder
+from dit4sr_pl.files import replacing
+
+# Options of Hydra's that take the next word
+WITH_VALUE = {"--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn"}
+REFERENCES = {1: ("DiT4SR", "DiT4SR FULL"), 3: ("FULL",)}
+
+
+def main() -> None:
+    paths, sys.argv[1:] = split(sys.argv[1:])
+    command("compare")(functools.partial(compare, paths))()
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Paths, and what is Hydra's: options, and key=value for keys of `conf/compare.yaml`.
+
+    Paths never pass through Hydra's grammar, in which `=`, commas and spaces mean something.
+    """
+    keys = "|".join(["hydra", *map(str, OmegaConf.load(conf_folder() / "compare.yaml"))])
+    paths, for_hydra = [], []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_hydras = argument.startswith("-") or before in WITH_VALUE
+        is_hydras = is_hydras or re.match(rf"(\+{{0,2}}({keys})(\.[\w.]+)?=|~({keys})\b)", argument)
+        (for_hydra if is_hydras else paths).append(argument)
+    return paths, for_hydra
+
+
+def compare(paths: Sequence[str], cfg: DictConfig) -> None:
+    check(cfg)
+
+    from dit4sr_pl.blocks import make_block
+    from dit4sr_pl.intervals import Resampling
+    from dit4sr_pl.runs import find_runs, make_rows, metrics_of
+    from dit4sr_pl.tables import csv_table, labels_of, latex, markdown
+
+    if not [*paths, *cfg.runs]:
+        raise ValueError("no runs; give folders with results, or folders above them: compare RUNS...")
+    resampling = Resampling(**cfg.resampling)
+    runs, output = find_runs([*paths, *cfg.runs]), Path(cfg.output)
+    metrics = metrics_of(runs)
+    datasets = make_rows(runs, metrics)
+    table = choose_table(cfg.table, runs)
+    labels = {name: labels_of(table, [(row.method, row.variant) for row in rows]) for name, rows in datasets.items()}
+    against = choose_against(cfg.against, table, [label for names in labels.values() for label in names])
+    lower = lower_is_better()
+    blocks = [
+        make_block(dataset, rows, labels[dataset], metrics, lower, resampling, against)
+        for dataset, rows in datasets.items()
+    ]
+    text = markdown(table, blocks, cfg.paper, against, resampling)
+    print(text)
+    write(output / f"table{table}.md", text)
+    write(output / f"table{table}.tex", latex(table, blocks, cfg.paper))
+    write(output / f"table{table}.csv", csv_table(blocks))
+    draw(blocks, output, cfg.strip)
+
+
+def draw(blocks: Sequence, output: Path, options: DictConfig) -> None:
+    """A chart and a strip of each block; the strips, which look into pictures, come last."""
+    from dit4sr_pl.charts import write_chart
+    from dit4sr_pl.strips import write_strip
+
+    for block in blocks:
+        write_chart(block, output / f"chart_{file_name(block.dataset)}")
+    for block in blocks:
+        for note in write_strip(block, output / f"strip_{file_name(block.dataset)}.png", **options):
+            print(f"- {note}")
+    print(f"written into {output}")
+
+
+def check(cfg: DictConfig) -> None:
+    for key, choices in {"table": ["auto", 1, 3], "paper": ["runs", "all", "none"]}.items():
+        if cfg[key] not in choices:
+            raise ValueError(f"{key}={cfg[key]}; choose one of {', '.join(map(str, choices))}")
+    strip = cfg.strip
+    if strip.crop < 1:
+        raise ValueError(f"strip.crop={strip.crop}: must be 1 or more pixels")
+    if isinstance(strip.images, int) and strip.images < 1:
+        raise ValueError(f"strip.images={strip.images}: must be 1 or more, or a list of names")
+    if strip.at is not None and (len(strip.at) != 2 or min(strip.at) < 0):
+        raise ValueError(f"strip.at={strip.at}: must be [x, y] in pixels")
+    for key in ("lr", "hr"):
+        if strip[key] is not None:
+            check_readable(strip[key], f"strip.{key}")
+    check_writable(cfg.output, "output")
+
+
+def choose_table(wanted: int | str, runs: Sequence) -> int:
+    """3 where the runs are several variants of one method, else 1; raises ValueError for a 3 of several methods."""
+    methods = list(dict.fromkeys(run.result.method for run in runs))
+    variants = {run.result.variant for run in runs}
+    if wanted == "auto":
+        return 3 if len(methods) == 1 and len(variants) > 1 and all(variants) else 1
+    if wanted == 3 and (len(methods) > 1 or "" in variants):
+        raise ValueError(f"table=3: is of variants of one method, and runs are of {', '.join(methods)}; give table=1")
+    return wanted
+
+
+def choose_against(wanted: str | None, table: int, labels: Sequence[str]) -> str:
+    """Label of the row that the others are tested against."""
+    if wanted is None:
+        return next((label for label in REFERENCES[table] if label in labels), REFERENCES[table][0])
+    if wanted not in labels:
+        raise ValueError(f"against={wanted}: no such row; choose one of {', '.join(dict.fromkeys(labels))}")
+    return wanted
+
+
+def lower_is_better() -> dict[str, bool]:
+    """By metric, as `conf/metrics/` has it."""
+    metrics = [OmegaConf.load(file) for file in sorted((conf_folder() / "metrics").glob("*.yaml"))]
+    return {name: options.get("lower_is_better", False) for metric in metrics for name, options in metric.items()}
+
+
+def write(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def file_name(dataset: str) -> str:
+    return re.sub(r"[^\w.-]", "_", dataset)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The paper's numbers: `benchmarks.csv` is Table 1, `ablation.csv` Table 3, `complexity.csv` the supplement's."""
+
+import csv
+from functools import cache
+from pathlib import Path
+
+# Rows of Table 3 by their names in conf/ablation/
+VARIANTS = {
+    "full": "FULL",
+    "no_lr_integration": "A",
+    "no_lr_residual": "B",
+    "no_lr_injection": "C",
+    "linear_lr_injection": "D",
+}
+SWITCHES = ("lr_integration", "lr_residual", "lr_injection")
+
+
+@cache
+def read(name: str) -> tuple[dict[str, str], ...]:
+    with (Path(__file__).parent / f"{name}.csv").open(newline="") as file:
+        return tuple(csv.DictReader(file))
+
+
+def methods() -> list[str]:
+    """In Table 1's order."""
+    return list(dict.fromkeys(row["method"] for row in read("benchmarks")))
+
+
+def spelling(dataset: str) -> str:
+    """The paper's spelling of a dataset that it has, in any letter case: `realsr` is RealSR."""
+    names = {row["dataset"].casefold(): row["dataset"] for row in read("benchmarks")}
+    return names.get(dataset.casefold(), dataset)
+
+
+def switches(variant: str) -> list[str]:
+    """What Table 3 says of a variant; empty cells for one that it does not have."""
+    (row,) = [row for row in read("ablation") if row["variant"] == VARIANTS.get(variant)] or [{}]
+    return [row.get(switch, "") for switch in SWITCHES]
+
+
+def number(dataset: str, method: str, variant: str, metric: str) -> float:
+    """What the paper reports; `nan` where it does not.
+
+    Table 3 for a variant where it has the dataset and metric, else Table 1 for a method itself or its full variant.
+    """
+    dataset = spelling(dataset)
+    found = [
+        row[metric]
+        for row in read("ablation")
+        if method == "DiT4SR" and (row["dataset"], row["variant"]) == (dataset, VARIANTS.get(variant)) and metric in row
+    ]
+    if variant in ("", "full"):
+        wanted = (dataset, method, metric)
+        found += [
+            row["value"] for row in read("benchmarks") if (row["dataset"], row["method"], row["metric"]) == wanted
+        ]
+    return float(found[0]) if found else float("nan")

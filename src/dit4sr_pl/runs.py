@@ -1,0 +1,149 @@
+"""Which results are compared: finding them, and the rows of a table that they make."""
+
+import glob
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dit4sr_pl import paper
+from dit4sr_pl.results import ROW, Result, read_result
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    result: Result
+
+    @property
+    def label(self) -> str:
+        return row_label(self.result.method, self.result.variant)
+
+    @property
+    def pictures(self) -> Path | None:
+        return self.folder / self.result.pictures if self.result.pictures else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method or variant on one dataset.
+
+    Args:
+        runs: its seeds, by number. images: those that were scored with every seed. left_out: those that were not.
+        scores: means over seeds, `(images, metrics)`; `nan` where not measured.
+    """
+
+    runs: list[Run]
+    images: list[str]
+    left_out: list[str]
+    scores: np.ndarray
+
+    @property
+    def method(self) -> str:
+        return self.runs[0].result.method
+
+    @property
+    def variant(self) -> str:
+        return self.runs[0].result.variant
+
+    @property
+    def label(self) -> str:
+        return self.runs[0].label
+
+    def of(self, images: Sequence[str]) -> np.ndarray:
+        """Scores `(images, metrics)` of some of the images, in their order."""
+        place = {image: number for number, image in enumerate(self.images)}
+        return self.scores[[place[image] for image in images]]
+
+
+def row_label(method: str, variant: str) -> str:
+    return f"{method} {variant_label(variant)}".rstrip()
+
+
+def variant_label(variant: str) -> str:
+    """As Table 3 names it, `FULL` or `A: no_lr_integration`; a variant that it does not have by its name."""
+    letter = paper.VARIANTS.get(variant)
+    return variant if letter is None else letter if variant == "full" else f"{letter}: {variant}"
+
+
+def find_runs(paths: Iterable[str]) -> list[Run]:
+    """Every result that paths name: a folder or a file of one, a folder above several, or a glob of such.
+
+    Raises:
+        FileNotFoundError: a path without results.
+        ValueError: a damaged result, or one run twice: by its folder, by what it is, or by its scores.
+    """
+    found: dict[Path, str] = {}
+    for path in paths:
+        for folder in find_folders(path):
+            if folder.resolve() in found:
+                raise ValueError(f"{folder}: named twice, by {found[folder.resolve()]} and by {path}; name it once")
+            found[folder.resolve()] = path
+    runs = [Run(folder, read_result(folder)) for folder in map(shorter, found)]
+    check_distinct(runs)
+    return runs
+
+
+def find_folders(path: str) -> list[Path]:
+    matches = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
+    if not matches:
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    parents = [Path(match) if Path(match).is_dir() else Path(match).parent for match in matches]
+    # Of a folder's own files a glob may match several, and so may `**` of folders one in another
+    folders = dict.fromkeys(file.parent for parent in parents for file in sorted(parent.rglob(f"{ROW}.parquet")))
+    if not folders:
+        raise FileNotFoundError(f"{path}: no {ROW}.parquet in it or below; `evaluate` and finished trainings write it")
+    return list(folders)
+
+
+def shorter(folder: Path) -> Path:
+    """Seen from here where it lies below."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def check_distinct(runs: Iterable[Run]) -> None:
+    seen: dict[tuple, Path] = {}
+    for run in runs:
+        result = run.result
+        names = (result.method, result.variant, paper.spelling(result.dataset), result.seed)
+        contents = (paper.spelling(result.dataset), str(result.scores))
+        what = f"{run.label} on {result.dataset} with seed {result.seed}"
+        if names in seen:
+            raise ValueError(f"{seen[names]} and {run.folder}: both are {what}; leave one out")
+        if contents in seen:
+            raise ValueError(f"{seen[contents]} and {run.folder}: equal scores of every image; one is a copy")
+        seen |= {names: run.folder, contents: run.folder}
+
+
+def metrics_of(runs: Iterable[Run]) -> list[str]:
+    return list(dict.fromkeys(metric for run in runs for metric in run.result.metrics))
+
+
+def make_rows(runs: Iterable[Run], metrics: Sequence[str]) -> dict[str, list[Row]]:
+    """Rows by dataset in the paper's spelling, sorted as the paper's tables are."""
+    seeds: dict[str, dict[tuple[str, str], list[Run]]] = {}
+    for run in sorted(runs, key=lambda run: (order(run.result.method, run.result.variant), run.result.seed)):
+        result = run.result
+        dataset = seeds.setdefault(paper.spelling(result.dataset), {})
+        dataset.setdefault((result.method, result.variant), []).append(run)
+    return {dataset: [average(row, metrics) for row in rows.values()] for dataset, rows in seeds.items()}
+
+
+def order(method: str, variant: str) -> tuple:
+    """Methods that the paper does not have come first, by name; variants that it does not have come last."""
+    methods, variants = paper.methods(), ["", *paper.VARIANTS]
+    place = methods.index(method) if method in methods else -1
+    return place, method, variants.index(variant) if variant in variants else len(variants), variant
+
+
+def average(runs: Sequence[Run], metrics: Sequence[str]) -> Row:
+    """Over seeds, image by image."""
+    scores = [run.result.scores for run in runs]
+    everywhere = set(scores[0]).intersection(*scores)
+    if not everywhere:
+        raise ValueError(f"{runs[0].folder} and {runs[1].folder}: seeds of {runs[0].label} without a common image")
+    images = [image for image in scores[0] if image in everywhere]
+    left_out = sorted(set().union(*scores) - everywhere)
+    table = [[[of_seed[image].get(metric, np.nan) for metric in metrics] for image in images] for of_seed in scores]
+    return Row(list(runs), images, left_out, np.mean(table, axis=0))

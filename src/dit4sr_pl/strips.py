@@ -1,0 +1,132 @@
+"""The same crops of every run side by side, through Pillow alone."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dit4sr_pl.blocks import Block
+from dit4sr_pl.files import replacing
+from dit4sr_pl.runs import Run
+
+GAP, TEXT = 4, 13  # pixels
+Corner = tuple[int, int]
+
+
+def open_picture(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path}: not a readable picture ({error.strerror or error}); restore it again") from None
+
+
+def pictures_of(run: Run, name: str) -> Path:
+    return run.pictures / f"{name}.png"
+
+
+def open_all(runs: Sequence[Run], name: str) -> list[Image.Image]:
+    """Every run's picture; raises ValueError for one of another size than the first run's."""
+    pictures = [open_picture(pictures_of(run, name)) for run in runs]
+    for run, picture in zip(runs, pictures, strict=True):
+        if picture.size != pictures[0].size:
+            sizes = " but ".join("{}x{}".format(*each.size) for each in (picture, pictures[0]))
+            raise ValueError(f"{pictures_of(run, name)}: {sizes} in {pictures_of(runs[0], name)}; no strip without it")
+    return pictures
+
+
+def most_different(pictures: Sequence[Image.Image], crop: int) -> tuple[float, Corner]:
+    """The crop where the pictures differ most: variance over them of its grey pixels, on average, and its corner."""
+    grey = np.stack([np.asarray(picture.convert("L"), dtype=np.float32) for picture in pictures])
+    variance = grey.var(axis=0)
+    height, width = (min(crop, length) for length in variance.shape)
+    sums = np.pad(variance.cumsum(axis=0, dtype=np.float64).cumsum(axis=1), ((1, 0), (1, 0)))
+    boxes = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+    y, x = np.unravel_index(boxes.argmax(), boxes.shape)
+    return boxes[y, x] / (height * width), (int(x), int(y))
+
+
+def common_pictures(runs: Sequence[Run]) -> list[str]:
+    """Names of images of which every run has the picture, in the first run's order."""
+    return [name for name in runs[0].result.scores if all(pictures_of(run, name).is_file() for run in runs)]
+
+
+def choose(runs: Sequence[Run], names: Sequence[str], count: int, crop: int, at: Corner | None) -> dict[str, Corner]:
+    """`count` of the images and the upper left corners of their crops: as given, or where the runs differ most."""
+    with ThreadPoolExecutor(4) as pool:  # Pillow decodes without Python's lock
+        found = pool.map(lambda name: most_different(open_all(runs, name), crop), names)
+        differing = dict(zip(names, found, strict=True))
+    most = sorted(names, key=lambda name: -differing[name][0])[:count]
+    return {name: tuple(at) if at else differing[name][1] for name in names if name in most}
+
+
+def beside(folder: str | None, name: str, size: Corner) -> list[Image.Image]:
+    """The picture of that name in a folder, its pixels enlarged to the size of the runs' pictures."""
+    if folder is None:
+        return []
+    return [open_picture(Path(folder) / f"{name}.png").resize(size, Image.Resampling.NEAREST)]
+
+
+def strip(
+    runs: Sequence[Run], labels: Sequence[str], chosen: dict[str, Corner], crop: int, lr: str | None, hr: str | None
+):
+    """A row per image, a column per run, between LR and ground truth where their folders are given."""
+    labels = ["LR"] * (lr is not None) + list(labels) + ["ground truth"] * (hr is not None)
+    font = ImageFont.load_default(TEXT)
+    width = max(crop, *(int(font.getlength(label)) for label in labels)) + GAP
+    height = crop + TEXT + 2 * GAP
+    page = Image.new("RGB", (width * len(labels) + GAP, height * len(chosen) + TEXT + 2 * GAP), "white")
+    draw = ImageDraw.Draw(page)
+    for column, label in enumerate(labels):
+        draw.text((GAP + column * width, GAP), label, "black", font)
+    for row, (name, corner) in enumerate(chosen.items()):
+        top = TEXT + 2 * GAP + row * height
+        pictures = open_all(runs, name)
+        size = pictures[0].size
+        for column, picture in enumerate(beside(lr, name, size) + pictures + beside(hr, name, size)):
+            page.paste(cut(picture, corner, crop), (GAP + column * width, top))
+        draw.text((GAP, top + crop), "{} at {}, {}".format(name, *corner), "black", font)
+    return page
+
+
+def cut(picture: Image.Image, corner: Corner, crop: int) -> Image.Image:
+    (x, y), (width, height) = corner, picture.size
+    if x >= width or y >= height:
+        raise ValueError(f"strip.at={list(corner)}: outside of a picture of {width}x{height}")
+    return picture.crop((x, y, min(x + crop, width), min(y + crop, height)))
+
+
+def write_strip(
+    block: Block,
+    path: Path,
+    images: int | Sequence[str],
+    crop: int,
+    at: Corner | None = None,
+    lr: str | None = None,
+    hr: str | None = None,
+) -> Iterator[str]:
+    """Writes the strip of a block: of every row the first seed with pictures. Yields what is not in it, and why.
+
+    Raises:
+        ValueError: pictures of different sizes or damaged.
+    """
+    first = {
+        label: next((run for run in row.runs if run.pictures), None)
+        for label, row in zip(block.labels, block.rows, strict=True)
+    }
+    if without := [label for label, run in first.items() if run is None]:
+        yield f"{block.dataset}: no pictures, so not in the strip: {', '.join(without)}."
+    runs = {label: run for label, run in first.items() if run is not None}
+    common = common_pictures(list(runs.values())) if runs else []
+    names = common if isinstance(images, int) else [name for name in images if name in common]
+    if not isinstance(images, int) and (missing := [name for name in images if name not in common]):
+        yield f"{block.dataset}: not in the strip, since not every run has their picture: {', '.join(missing)}."
+    if not names:
+        yield f"{block.dataset}: no strip, since no image has a picture in every run."
+        return
+    chosen = choose(list(runs.values()), names, images if isinstance(images, int) else len(names), crop, at)
+    page = strip(list(runs.values()), list(runs), chosen, crop, lr, hr)
+    with replacing(path) as partial:
+        page.save(partial, format="PNG")

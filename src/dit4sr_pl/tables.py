@@ -1,0 +1,214 @@
+"""The paper's Table 1 and Table 3 from blocks, as Markdown, LaTeX and CSV."""
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dit4sr_pl import paper, results
+from dit4sr_pl.blocks import DIGITS, Block
+from dit4sr_pl.intervals import Resampling
+from dit4sr_pl.runs import order, row_label, variant_label
+
+ARROWS = {True: " ↓", False: " ↑", None: ""}
+LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "[": "{[}",  # after `\\` it would be the start of an option
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+}
+# Columns of the CSV, and where `Paired` has them
+TESTED = {
+    "difference": "difference",
+    "difference_low": "low",
+    "difference_high": "high",
+    "p": "p",
+    "p_holm": "p_holm",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """rank: 1 best, 2 second best. aside: set small after the text."""
+
+    text: str
+    rank: int = 0
+    aside: str = ""
+
+
+Line = list[Cell]
+
+
+def labels_of(table: int, keys: Sequence[tuple[str, str]]) -> list[str]:
+    """Names of rows by (method, variant): Table 3 is of one method, and leaves it out."""
+    return [variant_label(variant) if table == 3 else row_label(method, variant) for method, variant in keys]
+
+
+def header(table: int, block: Block) -> list[str]:
+    first = ["variant", *(switch.removeprefix("lr_") for switch in paper.SWITCHES)] if table == 3 else ["method"]
+    metrics = [metric + ARROWS[lower] for metric, lower in zip(block.metrics, block.lower, strict=True)]
+    return [*first, "images", "seeds", *metrics]
+
+
+def lines(table: int, block: Block, which: str) -> Iterator[Line]:
+    """Each row, and after it the paper's; `which` of those: `runs`, `all` or `none`."""
+    places = {(row.method, row.variant): place for place, row in enumerate(block.rows)}
+    for key in sorted({*places, *(absent(table, block) if which == "all" else [])}, key=lambda key: order(*key)):
+        (label,) = labels_of(table, [key])
+        variant = [Cell(text) for text in paper.switches(key[1])] if table == 3 else []
+        if key in places:
+            row = block.rows[places[key]]
+            counts = [Cell(str(len(row.images))), Cell(str(len(row.runs)))]
+            yield [Cell(label), *variant, *counts, *scores(block, places[key])]
+        numbers = [paper.number(block.dataset, *key, metric) for metric in block.metrics]
+        if which != "none" and not all(map(math.isnan, numbers)):
+            yield [Cell(f"{label} (paper)"), *variant, Cell(""), Cell(""), *(Cell(fixed(value)) for value in numbers)]
+
+
+def absent(table: int, block: Block) -> list[tuple[str, str]]:
+    """The paper's rows of methods and variants that were not run."""
+    there = {(row.method, "" if row.variant == "full" and table == 1 else row.variant) for row in block.rows}
+    keys = [(method, "") for method in paper.methods()] if table == 1 else [("DiT4SR", name) for name in paper.VARIANTS]
+    return [key for key in keys if key not in there]
+
+
+def scores(block: Block, place: int) -> Line:
+    columns = (block.means[place], block.low[place], block.high[place], block.ranks[place])
+    return [Cell(fixed(mean), rank, interval(low, high)) for mean, low, high, rank in zip(*columns, strict=True)]
+
+
+def differences(block: Block) -> Iterator[Line]:
+    """Of each row to the one that it is tested against."""
+    for place, pair in block.paired.items():
+        columns = zip(pair.difference, pair.low, pair.high, pair.p_holm, strict=True)
+        tests = [
+            Cell(fixed(mean, "+"), aside=" ".join(filter(None, [interval(low, high), p_value(p)])))
+            for mean, low, high, p in columns
+        ]
+        yield [Cell(block.labels[place]), Cell(str(pair.images)), *tests]
+
+
+def fixed(value: float, sign: str = "") -> str:
+    return "" if math.isnan(value) else f"{value:{sign}.{DIGITS}f}"
+
+
+def interval(low: float, high: float) -> str:
+    return "" if math.isnan(low) else f"[{fixed(low)}, {fixed(high)}]"
+
+
+def p_value(p: float) -> str:
+    return "" if math.isnan(p) else "p<0.001" if p < 0.001 else f"p={p:.3f}"
+
+
+def notes(block: Block) -> Iterator[str]:
+    """What a reader of this block must know."""
+    for label, row in zip(block.labels, block.rows, strict=True):
+        if row.left_out:
+            yield f"{label}: left out, not scored with every seed: {', '.join(row.left_out)}."
+    for metric, lower in zip(block.metrics, block.lower, strict=True):
+        if lower is None:
+            yield f"{metric}: nothing in conf/metrics/ says whether lower is better; its best is not marked."
+    versions = [run.result.versions for row in block.rows for run in row.runs]
+    for package in sorted(set().union(*versions)):
+        if len(found := {version.get(package, "none") for version in versions}) > 1:
+            yield f"Scored with several versions of {package}, for which alone scores may differ: {', '.join(sorted(found))}."
+    for place, pair in block.paired.items():
+        if pair.left_out:
+            yield f"{block.labels[place]}: tested without images that only one of the two has: {', '.join(pair.left_out)}."
+
+
+def markdown(table: int, blocks: Sequence[Block], which: str, against: str, resampling: Resampling) -> str:
+    parts = []
+    for block in blocks:
+        parts += [f"## {block.dataset}", markdown_table(header(table, block), lines(table, block, which))]
+        if block.paired:
+            title = [f"difference to {against}", "images", *block.metrics]
+            parts += [markdown_table(title, differences(block))]
+        parts += ["\n".join(f"- {note}" for note in notes(block))]
+    return "\n\n".join(filter(None, [*parts, how_to_read(blocks, against, resampling)])) + "\n"
+
+
+def how_to_read(blocks: Sequence[Block], against: str, resampling: Resampling) -> str:
+    text = (
+        f"Means over images, [{100 * resampling.level:g}% intervals]: percentile bootstrap over images, "
+        f"{resampling.resamples} resamples, seed {resampling.seed}; seeds of a row are averaged image by image before. "
+        "**Best**, <u>second best</u> of the rows that were run, equal if they print equally. "
+    )
+    if any(block.paired for block in blocks):
+        return text + (
+            f"Differences to {against} on the images that both have; p: two-sided paired sign-flip permutation test, "
+            "Holm-corrected for all tests of the dataset."
+        )
+    return text + f"No tests: {against} and another row must be there (against=ROW takes another)."
+
+
+def markdown_table(head: Sequence[str], body: Iterator[Line]) -> str:
+    texts = [list(head)] + [[markdown_cell(cell) for cell in line] for line in body]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    rows = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in texts
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([rows[0], rule, *rows[1:]])
+
+
+def markdown_cell(cell: Cell) -> str:
+    text = cell.text.replace("|", "\\|")
+    return f"{('{}', '**{}**', '<u>{}</u>')[cell.rank].format(text)} {cell.aside}".rstrip()
+
+
+def latex(table: int, blocks: Sequence[Block], which: str) -> str:
+    r"""A `tabular` for `\usepackage{booktabs}`, a block per dataset."""
+    head = header(table, blocks[0])
+    body = [" & ".join(map(escaped, head))]
+    for block in blocks:
+        title = rf"\multicolumn{{{len(head)}}}{{l}}{{\textit{{{escaped(block.dataset)}}}}}"
+        body += [rf"\midrule {title}", *(" & ".join(map(latex_cell, line)) for line in lines(table, block, which))]
+    columns = "l" * (len(head) - len(blocks[0].metrics)) + "c" * len(blocks[0].metrics)
+    rows = "".join(f"{row} \\\\\n" for row in body)
+    return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{rows}\\bottomrule\n\\end{{tabular}}\n"
+
+
+def latex_cell(cell: Cell) -> str:
+    text = ("{}", r"\textbf{{{}}}", r"\underline{{{}}}")[cell.rank].format(escaped(cell.text))
+    return text + (rf" {{\scriptsize {escaped(cell.aside)}}}" if cell.aside else "")
+
+
+def escaped(text: str) -> str:
+    return "".join(LATEX.get(character, character) for character in text)
+
+
+def csv_table(blocks: Sequence[Block]) -> str:
+    """One line per dataset, row and metric with all digits; empty where not measured or not tested."""
+    file = io.StringIO(newline="")
+    records = [record for block in blocks for record in csv_records(block)]
+    writer = csv.DictWriter(file, records[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: results.cell(value) for name, value in record.items()} for record in records)
+    return file.getvalue()
+
+
+def csv_records(block: Block) -> Iterator[dict]:
+    for place, row in enumerate(block.rows):
+        pair = block.paired.get(place)
+        for column, metric in enumerate(block.metrics):
+            tested = {name: float(getattr(pair, field)[column]) if pair else "" for name, field in TESTED.items()}
+            yield {
+                "dataset": block.dataset,
+                "method": row.method,
+                "variant": row.variant,
+                "metric": metric,
+                "images": len(row.images),
+                "seeds": len(row.runs),
+                "mean": float(block.means[place, column]),
+                "low": float(block.low[place, column]),
+                "high": float(block.high[place, column]),
+                "rank": int(block.ranks[place, column]) or "",
+                "paper": paper.number(block.dataset, row.method, row.variant, metric),
+                "paired_images": pair.images if pair else "",
+            } | tested
