@@ -2,7 +2,7 @@
 
     python benchmarks/compare.py [--images 100] [--repeats 3] [--folder FOLDER]
 
-The five variants of Table 3 and a second seed of FULL, seven metrics, pictures of 512x512 (smooth, some 60 kB each),
+The five variants of Table 3 and a second seed of FULL, seven metrics, pictures of 512x512 (smooth, some 230 kB each),
 of which the strip's crops are chosen; written into a temporary folder or into FOLDER, which is left there.
 """
 

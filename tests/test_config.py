@@ -27,7 +27,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
 
 
-@pytest.mark.parametrize("command", ["train", "restore", "demo", "convert", "plan", "prepare"])
+@pytest.mark.parametrize("command", ["train", "restore", "demo", "convert", "plan", "prepare", "compare"])
 def test_help_needs_no_pytorch(command, tmp_path):
     code = "import sys, runpy; sys.argv = ['x', '--help']\n" + (
         f"try: runpy.run_module('dit4sr_pl.{command}', run_name='__main__')\n"
@@ -35,7 +35,7 @@ def test_help_needs_no_pytorch(command, tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert "model:" in result.stdout
+    assert "== Config ==" in result.stdout and "output:" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,13 @@ def test_help_needs_no_pytorch(command, tmp_path):
         (["plan", "trainer.devices=auto"], "trainer.devices=auto: give the number of GPUs"),
         (["plan", "trainer.precision=8"], "trainer.precision=8; choose one of"),
         (["plan", "model.backbone.name=nobody/nothing"], "its config is not in this package"),
+        (["compare"], "no runs; give folders with results"),
+        (["compare", "nowhere"], "nowhere: no such file or folder"),
+        (["compare", "."], "no results.parquet in it or below"),
+        (["compare", ".", "table=2"], "table=2; choose one of auto, 1, 3"),
+        (["compare", ".", "resampling.level=95"], "resampling.level=95: must be between 0 and 1"),
+        (["compare", ".", "strip.crop=0"], "strip.crop=0"),
+        (["compare", ".", "output=/proc/nowhere"], "cannot be written"),
         (["restore"], "no value for input"),
         (["restore", "input=nowhere.png"], "input=nowhere.png: no such file"),
         (["restore", "input=half.ckpt", "scale=0.5"], "scale=0.5"),

@@ -8,17 +8,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "dit4sr_pl"
 FLOORS = [
     {"model.variant", "model.controlnet", "randomness", "files", "config", "color", "tiling", "metrics"}
-    | {"degradation", "captions"},
+    | {"degradation", "captions", "paper", "intervals"},
     {"images", "model.checkpoints", "results"},
-    {"model.lr_stream", "latents", "text", "manifest", "embeddings", "captioner"},
-    {"model.block", "model.released", "backbone", "flow", "photo_sets"},
-    {"model.transformer"},
-    {"model"},
+    {"model.lr_stream", "latents", "text", "manifest", "embeddings", "captioner", "runs"},
+    {"model.block", "model.released", "backbone", "flow", "photo_sets", "blocks"},
+    {"model.transformer", "tables", "strips"},
+    {"model", "charts"},
     {"sampling", "skeleton", "cost"},
     {"data", "restorer", "budget"},
     {"demo_photos", "module", "callbacks"},
     {"sharded"},
-    {"train", "restore", "demo", "convert", "plan", "prepare"},
+    {"train", "restore", "demo", "convert", "plan", "prepare", "compare"},
 ]
 
 

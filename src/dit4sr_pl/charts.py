@@ -12,7 +12,7 @@ from dit4sr_pl.tables import ARROWS
 
 
 def bar_chart(block: Block) -> Figure:
-    """One panel per metric that a row has: means from zero with their intervals, and the paper's numbers as diamonds."""
+    """One panel per measured metric: means from zero with their intervals, the paper's numbers as diamonds."""
     columns = [column for column in range(len(block.metrics)) if not np.isnan(block.means[:, column]).all()]
     size = (2.5 + 2.4 * max(1, len(columns)), 1.6 + 0.35 * len(block.rows))
     figure = Figure(size, layout="constrained")

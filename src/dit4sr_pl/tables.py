@@ -94,7 +94,7 @@ def differences(block: Block) -> Iterator[Line]:
 
 
 def fixed(value: float, sign: str = "") -> str:
-    return "" if math.isnan(value) else f"{value:{sign}.{DIGITS}f}"
+    return "" if math.isnan(value) else f"{value:{sign}z.{DIGITS}f}"
 
 
 def interval(low: float, high: float) -> str:
@@ -116,10 +116,10 @@ def notes(block: Block) -> Iterator[str]:
     versions = [run.result.versions for row in block.rows for run in row.runs]
     for package in sorted(set().union(*versions)):
         if len(found := {version.get(package, "none") for version in versions}) > 1:
-            yield f"Scored with several versions of {package}, for which alone scores may differ: {', '.join(sorted(found))}."
+            yield f"Scored with {package} {' and '.join(sorted(found))}: scores may differ for that alone."
     for place, pair in block.paired.items():
         if pair.left_out:
-            yield f"{block.labels[place]}: tested without images that only one of the two has: {', '.join(pair.left_out)}."
+            yield f"{block.labels[place]}: tested without images that one of the two lacks: {', '.join(pair.left_out)}."
 
 
 def markdown(table: int, blocks: Sequence[Block], which: str, against: str, resampling: Resampling) -> str:
