@@ -75,7 +75,9 @@ def test_seeds_are_averaged_image_by_image_and_images_without_every_seed_named()
 
 
 def test_datasets_are_never_mixed():
-    datasets = rows(made_up(draw_scores(0)), made_up(draw_scores(1), dataset="DRealSR"), made_up(draw_scores(2), seed=1))
+    datasets = rows(
+        made_up(draw_scores(0)), made_up(draw_scores(1), dataset="DRealSR"), made_up(draw_scores(2), seed=1)
+    )
     assert {name: len(of.runs) for name, (of,) in datasets.items()} == {"RealSR": 2, "DrealSR": 1}
 
 

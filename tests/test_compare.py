@@ -1,0 +1,96 @@
+"""The command as typed."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from scored import draw_scores, made_up, write_run
+from test_config import run
+
+from dit4sr_pl.compare import choose_against, choose_table, split
+from dit4sr_pl.runs import Run
+
+VARIANTS = ("full", "no_lr_residual")
+
+
+def test_paths_and_keys_are_told_apart():
+    keys = ["output=x", "strip.images=[a, b]", "+hydra.verbose=true", "~strip.at", "table=1", "runs=[x]"]
+    paths = ["outputs/a", "./output=x", "outputs/lr=0.1,seed=3", "a b/*", "stripes=2", "output", "${x}", "it's"]
+    options = ["--cfg", "job", "--help", "-c=job"]
+    assert split([*paths, *options, *keys]) == (paths, [*options, *keys])
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    for variant in VARIANTS:
+        for seed in range(2):
+            scores = draw_scores(VARIANTS.index(variant) * 2 + seed, metrics=("psnr", "stlpips"))
+            result = made_up(scores, variant=variant, seed=seed, pictures="images")
+            write_run(tmp_path / f"outputs/lr=0.1, a b/{variant}/seed{seed}", result)
+    return tmp_path
+
+
+FULL, OTHER = "outputs/lr=0.1, a b/full", "outputs/lr=0.1, a b/no_lr_residual"
+
+
+@pytest.mark.parametrize(
+    "paths", [["outputs"], [FULL, OTHER], ["outputs/*/*/seed?"], [f"{FULL}/*", f"runs=['{OTHER}']"]]
+)
+def test_the_command_writes_and_prints_everything(outputs, paths):
+    result = run("dit4sr_pl.compare", *paths, "output=to", "resampling.resamples=200", "strip.crop=16", cwd=outputs)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    names = ["chart_RealSR.pdf", "chart_RealSR.png", "strip_RealSR.png", "table3.csv", "table3.md", "table3.tex"]
+    assert sorted(path.name for path in (outputs / "to").iterdir()) == names
+    assert (outputs / "to/table3.md").read_text() in result.stdout
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert any(line.startswith("| FULL | yes | yes | conv | 6 | 2 | ") for line in lines)
+    assert any(line.startswith("| B: no_lr_residual | 6 | ") and line.count("p=") == 2 for line in lines)
+
+
+def test_pytorch_is_not_imported(outputs):
+    (outputs / "torch.py").write_text("raise SystemExit('PyTorch was imported')")
+    result = run("dit4sr_pl.compare", "outputs", "resampling.resamples=100", cwd=outputs)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_tables_are_there_even_if_a_strip_cannot_be_made(outputs):
+    Image.new("RGB", (9, 9)).save(outputs / OTHER / "seed0/images/01.png")
+    result = run("dit4sr_pl.compare", "outputs", "resampling.resamples=100", cwd=outputs)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "seed0/images/01.png: 9x9 but 40x40 in" in result.stderr
+    assert {"table3.md", "chart_RealSR.png"} <= {path.name for path in (outputs / "outputs/compare").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["outputs", FULL], "named twice, by outputs and by"),
+        (["outputs", "against=A"], "against=A: no such row; choose one of FULL, B: no_lr_residual"),
+        (["outputs", "ouput=x"], "ouput=x: no such file or folder"),
+        (["outputs", "strip.images=0"], "strip.images=0"),
+        (["outputs", "strip.hr=nowhere"], "strip.hr=nowhere: no such file"),
+    ],
+)
+def test_a_mistake_gets_one_line(outputs, arguments, message):
+    result = run("dit4sr_pl.compare", *arguments, cwd=outputs)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1 and message in result.stderr, result.stderr
+
+
+def runs(*keys: tuple[str, str]) -> list[Run]:
+    return [Run(Path(str(n)), made_up(draw_scores(n), method, variant)) for n, (method, variant) in enumerate(keys)]
+
+
+def test_the_table_follows_from_the_runs():
+    variants, methods = runs(("DiT4SR", "full"), ("DiT4SR", "own")), runs(("DiT4SR", "full"), ("Bicubic", ""))
+    assert [choose_table("auto", of) for of in (variants, methods, variants[:1])] == [3, 1, 1]
+    assert choose_table(1, variants) == 1 and choose_table(3, variants[:1]) == 3
+    with pytest.raises(ValueError, match="table=3: .* DiT4SR, Bicubic; give table=1"):
+        choose_table(3, methods)
+
+
+def test_the_row_to_test_against():
+    assert choose_against(None, 3, ["A: x", "FULL"]) == "FULL"
+    assert choose_against(None, 1, ["Bicubic", "DiT4SR FULL"]) == "DiT4SR FULL"
+    assert choose_against(None, 1, ["Bicubic"]) == "DiT4SR"
+    assert choose_against("Bicubic", 1, ["Bicubic"]) == "Bicubic"

@@ -1,0 +1,225 @@
+"""Tables from made-up results against slow clear loops, and from the paper's own numbers against a list by hand."""
+
+import csv
+import io
+import math
+import re
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scored import draw_scores, made_up
+
+from dit4sr_pl import paper
+from dit4sr_pl.blocks import make_block, rank
+from dit4sr_pl.config import conf_folder
+from dit4sr_pl.intervals import Resampling
+from dit4sr_pl.runs import Run, make_rows, metrics_of
+from dit4sr_pl.tables import absent, csv_table, escaped, labels_of, latex, markdown
+
+LOWER = {"psnr": False, "ssim": False, "lpips": True, "musiq": False, "maniqa": False, "clipiqa": False, "liqe": False}
+RESAMPLING = Resampling(0.95, 500, 0)
+
+# Best and second best of the paper's Table 1, by eye
+BEST = """
+DrealSR psnr ResShift | Real-ESRGAN
+DrealSR ssim Real-ESRGAN | SwinIR
+DrealSR lpips StableSR | SwinIR
+DrealSR musiq DiffBIR | SeeSR
+DrealSR maniqa DiffBIR | DiT4SR
+DrealSR clipiqa DiffBIR | DiT4SR
+DrealSR liqe SeeSR | DiT4SR
+RealSR psnr ResShift | SwinIR
+RealSR ssim SwinIR | Real-ESRGAN
+RealSR lpips SwinIR | Real-ESRGAN
+RealSR musiq SeeSR | OSEDiff
+RealSR maniqa DiT4SR | DiffBIR
+RealSR clipiqa DiffBIR | SeeSR
+RealSR liqe SeeSR | OSEDiff
+RealLR200 musiq DiT4SR | OSEDiff
+RealLR200 maniqa DiT4SR | DiffBIR
+RealLR200 clipiqa DiT4SR | DiffBIR
+RealLR200 liqe DiT4SR | OSEDiff
+RealLQ250 musiq DiT4SR | SeeSR
+RealLQ250 maniqa DiT4SR | DiffBIR
+RealLQ250 clipiqa DiffBIR DiT4SR | SeeSR
+RealLQ250 liqe DiT4SR | SeeSR
+"""
+METHODS = "Real-ESRGAN SwinIR ResShift StableSR SeeSR DiffBIR OSEDiff SUPIR DreamClear SD3-ControlNet DiT4SR".split()
+
+
+def blocks_of(table, results, against="DiT4SR"):
+    runs = [Run(Path(str(number)), result) for number, result in enumerate(results)]
+    metrics = metrics_of(runs)
+    return [
+        make_block(
+            dataset, rows, labels_of(table, [(r.method, r.variant) for r in rows]), metrics, LOWER, RESAMPLING, against
+        )
+        for dataset, rows in make_rows(runs, metrics).items()
+    ]
+
+
+def parsed(table: str) -> list[list[str]]:
+    """Cells of a Markdown table's lines, but for the rule."""
+    lines = [line for line in table.splitlines() if line.startswith("|") and not line.startswith("|--")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_the_papers_own_numbers_are_sorted_and_marked_as_in_the_paper():
+    datasets = list(dict.fromkeys(row["dataset"] for row in paper.read("benchmarks")))
+    results = []
+    for dataset in datasets:
+        for method in reversed(METHODS):
+            scores = {metric: paper.number(dataset, method, "", metric) for metric in LOWER}
+            results.append(made_up({"all": scores}, method, dataset=dataset))
+    marked = []
+    for block in blocks_of(1, results):
+        assert block.labels == METHODS
+        for column, metric in enumerate(block.metrics):
+            best, second = (
+                " ".join(
+                    label for label, ranks in zip(block.labels, block.ranks, strict=True) if ranks[column] == place
+                )
+                for place in (1, 2)
+            )
+            if best:
+                marked.append(f"{block.dataset} {metric} {best} | {second}")
+    assert sorted(marked) == sorted(BEST.split("\n")[1:-1])
+
+
+def test_table_1_of_made_up_results_against_loops():
+    metrics = ("psnr", "lpips", "own")
+    methods = ["SeeSR", "Bicubic", "DiT4SR", "SwinIR"]
+    results = [made_up(draw_scores(number, 9, metrics), method) for number, method in enumerate(methods)]
+    results.append(made_up(draw_scores(9, 9, metrics), "DiT4SR", seed=1))
+    expected = {}
+    for metric in metrics:
+        for method in methods:
+            of_method = [result.scores for result in results if result.method == method]
+            per_image = [statistics.fmean(scores[image][metric] for scores in of_method) for image in of_method[0]]
+            expected[method, metric] = statistics.fmean(per_image)
+    (block,) = blocks_of(1, results)
+    text = markdown(1, [block], "none", "DiT4SR", RESAMPLING)
+    head, *rows = parsed(text)[:5]
+    assert head == ["method", "images", "seeds", "psnr ↑", "lpips ↓", "own"]
+    assert [row[0] for row in rows] == ["Bicubic", "SwinIR", "SeeSR", "DiT4SR"]
+    assert [row[1:3] for row in rows] == [["9", "1"], ["9", "1"], ["9", "1"], ["9", "2"]]
+    for row in rows:
+        for metric, cell in zip(metrics, row[3:], strict=True):
+            better = [expected[row[0], metric] - expected[other, metric] for other in methods if other != row[0]]
+            ahead = sum(difference > 0 if metric == "lpips" else difference < 0 for difference in better)
+            shown = f"{expected[row[0], metric]:.3f}"
+            if metric != "own" and ahead < 2:
+                shown = (f"**{shown}**", f"<u>{shown}</u>")[ahead]
+            assert cell.split(" [")[0] == shown
+    assert "own: nothing in conf/metrics/ says whether lower is better" in text
+
+    tex = latex(1, [block], "none")
+    for cell in (cell for row in rows for cell in row[3:]):
+        number = re.sub(r"<u>(.*)</u>", r"\\underline{\1}", re.sub(r"\*\*(.*)\*\*", r"\\textbf{\1}", cell.split()[0]))
+        assert f"& {number} {{\\scriptsize" in tex
+
+    for record in csv.DictReader(io.StringIO(csv_table([block]))):
+        assert float(record["mean"]) == pytest.approx(expected[record["method"], record["metric"]])
+        assert float(record["low"]) < float(record["mean"]) < float(record["high"])
+        assert (record["p"] == "") == (record["method"] == "DiT4SR") == (record["difference"] == "")
+
+
+def test_rank_of_ties_and_of_numbers_that_are_missing():
+    nan = math.nan
+    means = np.array([[1.0004, nan, nan], [1.0001, 5, nan], [0.5, 7, 3], [0.5, 9, nan], [0.1, 9, nan]])
+    expected = [[1, 0, 0], [1, 1, 0], [2, 2, 0], [2, 0, 0], [0, 0, 0]]
+    assert rank(means, [False, True, False]).tolist() == expected
+    assert rank(means[:, :1], [None]).tolist() == [[0]] * 5
+
+
+VARIANTS = ["no_lr_injection", "full", "own", "no_lr_integration"]
+
+
+def test_table_3_has_variants_in_the_papers_order_beside_its_numbers():
+    metrics = ("musiq", "maniqa", "psnr")
+    results = [made_up(draw_scores(n, 8, metrics), variant=v, dataset="reallq250") for n, v in enumerate(VARIANTS)]
+    head, *rows = parsed(markdown(3, blocks_of(3, results, "FULL"), "runs", "FULL", RESAMPLING))
+    assert head[:6] == ["variant", "integration", "residual", "injection", "images", "seeds"]
+    names = ["FULL", "FULL (paper)", "A: no_lr_integration", "A: no_lr_integration (paper)"]
+    names += ["C: no_lr_injection", "C: no_lr_injection (paper)", "own"]
+    assert [row[0] for row in rows[:7]] == names
+    assert rows[3][1:] == ["no", "yes", "conv", "", "", "66.963", "0.574", ""]
+    assert rows[6][1:4] == ["", "", ""]
+    assert rows[7][0] == "difference to FULL" and [row[0] for row in rows[8:]] == [names[2], names[4], "own"]
+
+
+def test_all_of_the_papers_rows_or_none():
+    blocks = blocks_of(1, [made_up(draw_scores(0), variant="full"), made_up(draw_scores(1), "Bicubic")])
+    everything = [row[0] for row in parsed(markdown(1, blocks, "all", "DiT4SR", RESAMPLING))[1:]]
+    assert everything == [
+        "Bicubic",
+        *(f"{name} (paper)" for name in METHODS[:-1]),
+        "DiT4SR FULL",
+        "DiT4SR FULL (paper)",
+    ]
+    assert "(paper)" not in markdown(1, blocks, "none", "DiT4SR", RESAMPLING)
+    assert [name for _, name in absent(3, blocks[0])] == list(paper.VARIANTS)[1:]
+
+
+def test_differences_are_of_common_images_and_the_others_are_named():
+    scores = {variant: draw_scores(number, 8) for number, variant in enumerate(("full", "no_lr_residual"))}
+    del scores["full"]["02"], scores["no_lr_residual"]["05"]
+    (block,) = blocks_of(3, [made_up(of, variant=variant) for variant, of in scores.items()], "FULL")
+    (pair,) = block.paired.values()
+    common = [image for image in draw_scores(0, 8) if image not in ("02", "05")]
+    for column, metric in enumerate(("psnr", "ssim")):
+        differences = [scores["no_lr_residual"][image][metric] - scores["full"][image][metric] for image in common]
+        assert pair.difference[column] == pytest.approx(statistics.fmean(differences))
+        assert pair.low[column] < pair.difference[column] < pair.high[column]
+    assert sorted(pair.p_holm) == pytest.approx(sorted([min(1, 2 * min(pair.p)), max(max(pair.p), 2 * min(pair.p))]))
+    text = markdown(3, [block], "none", "FULL", RESAMPLING)
+    assert "- B: no_lr_residual: tested without images that one of the two lacks: 02, 05." in text
+
+
+def test_what_was_not_measured_is_an_empty_cell():
+    scores = draw_scores(0)
+    scores["03"]["ssim"] = math.nan
+    (block,) = blocks_of(1, [made_up(scores), made_up(draw_scores(1), "Bicubic")])
+    rows = parsed(markdown(1, [block], "none", "DiT4SR", RESAMPLING))
+    assert rows[2][0] == "DiT4SR" and rows[2][4] == ""
+    assert rows[4][0] == "Bicubic" and rows[4][3] == "" and "p=" in rows[4][2]
+    assert {r["mean"] == "" for r in csv.DictReader(io.StringIO(csv_table([block]))) if r["metric"] == "ssim"} == {
+        True,
+        False,
+    }
+
+
+def test_notes_name_seeds_images_and_versions():
+    scores = draw_scores(0)
+    del scores["04"]
+    results = [made_up(scores, versions={"pyiqa": "0.1.14"}), made_up(draw_scores(1), seed=1)]
+    text = markdown(1, blocks_of(1, results), "none", "DiT4SR", RESAMPLING)
+    assert "- DiT4SR: left out, not scored with every seed: 04." in text
+    assert "- Scored with pyiqa 0.1.14 and none" in text
+    assert "No tests: DiT4SR and another row must be there" in text
+
+
+def test_latex_is_escaped_and_every_line_has_all_columns():
+    names = [r"a_b & 100% #1 {x} ~ ^ \ $", "[0] < 1"]
+    results = [made_up(draw_scores(number), name) for number, name in enumerate(names)]
+    tex = latex(1, blocks_of(1, results), "all")
+    assert escaped(names[0]) == (r"a\_b \& 100\% \#1 \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \$")
+    assert f"\n{escaped(names[0])} & 6 & 1 & " in tex and "\n{[}0] $<$ 1 & 6" in tex
+    lines = tex.splitlines()
+    body = [line for line in lines if re.search(r"(?<!\\)&", line)]
+    assert len(body) == 1 + 2 + 11
+    assert all(len(re.findall(r"(?<!\\)&", line)) == 4 and line.endswith(r"\\") for line in body)
+    assert lines[0] == r"\begin{tabular}{lllcc}" and lines[-1] == r"\end{tabular}"
+    bare = re.sub(r"\\[{}]", "", tex)
+    assert bare.count("{") == bare.count("}")
+
+
+def test_paper_package_agrees_with_the_ablations_and_with_itself():
+    assert set(paper.VARIANTS) == {file.stem for file in (conf_folder() / "ablation").glob("*.yaml")}
+    assert [row["variant"] for row in paper.read("ablation")] == ["FULL", "A", "B", "C", "D"]
+    assert paper.methods() == METHODS and paper.spelling("drealsr") == "DrealSR" and paper.spelling("own") == "own"
+    assert paper.number("reallq250", "DiT4SR", "full", "musiq") == paper.number("RealLQ250", "DiT4SR", "", "musiq")
+    assert math.isnan(paper.number("realsr", "Bicubic", "", "psnr"))
+    assert {row["method"] for row in paper.read("complexity")} < set(METHODS)
