@@ -33,10 +33,9 @@ def outputs(tmp_path):
 FULL, OTHER = "outputs/lr=0.1, a b/full", "outputs/lr=0.1, a b/no_lr_residual"
 
 
-@pytest.mark.parametrize(
-    "paths", [["outputs"], [FULL, OTHER], ["outputs/*/*/seed?"], [f"{FULL}/*", f"runs=['{OTHER}']"]]
-)
-def test_the_command_writes_and_prints_everything(outputs, paths):
+@pytest.mark.parametrize("paths", [["outputs"], [f"{FULL}/seed0", f"{FULL}/*1", f"runs=['{OTHER}']"]])
+def test_the_command_writes_and_prints_everything_without_pytorch(outputs, paths):
+    (outputs / "torch.py").write_text("raise SystemExit('PyTorch was imported')")
     result = run("dit4sr_pl.compare", *paths, "output=to", "resampling.resamples=200", "strip.crop=16", cwd=outputs)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     names = ["chart_RealSR.pdf", "chart_RealSR.png", "strip_RealSR.png", "table3.csv", "table3.md", "table3.tex"]
@@ -45,12 +44,6 @@ def test_the_command_writes_and_prints_everything(outputs, paths):
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert any(line.startswith("| FULL | yes | yes | conv | 6 | 2 | ") for line in lines)
     assert any(line.startswith("| B: no_lr_residual | 6 | ") and line.count("p=") == 2 for line in lines)
-
-
-def test_pytorch_is_not_imported(outputs):
-    (outputs / "torch.py").write_text("raise SystemExit('PyTorch was imported')")
-    result = run("dit4sr_pl.compare", "outputs", "resampling.resamples=100", cwd=outputs)
-    assert result.returncode == 0, result.stderr
 
 
 def test_the_tables_are_there_even_if_a_strip_cannot_be_made(outputs):
@@ -65,8 +58,8 @@ def test_the_tables_are_there_even_if_a_strip_cannot_be_made(outputs):
     "arguments, message",
     [
         (["outputs", FULL], "named twice, by outputs and by"),
-        (["outputs", "against=A"], "against=A: no such row; choose one of FULL, B: no_lr_residual"),
         (["outputs", "ouput=x"], "ouput=x: no such file or folder"),
+        (["outputs", "table=1", "against=A"], "against=A: no such row; choose one of DiT4SR FULL, DiT4SR B: no_lr"),
         (["outputs", "strip.images=0"], "strip.images=0"),
         (["outputs", "strip.hr=nowhere"], "strip.hr=nowhere: no such file"),
     ],

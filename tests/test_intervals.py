@@ -71,9 +71,3 @@ def test_holm_by_hand():
     # Never falling: 0.01 x 3, then 0.011 x 2 is less and stays 0.03; never over 1
     assert holm(np.array([0.01, 0.011, 0.9])) == pytest.approx([0.03, 0.03, 0.9])
     assert holm(np.array([0.6, 0.7])) == pytest.approx([1, 1])
-
-
-@pytest.mark.parametrize("options, message", [((95, 10, 0), "level=95"), ((0.95, 0, 0), "resamples=0")])
-def test_impossible_settings_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        Resampling(*options)

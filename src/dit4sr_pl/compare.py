@@ -38,24 +38,25 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def compare(paths: Sequence[str], cfg: DictConfig) -> None:
     check(cfg)
 
+    from dit4sr_pl.runs import find_runs, make_rows, metrics_of
+
+    paths, output = [*paths, *cfg.runs], Path(cfg.output)
+    if not paths:
+        raise ValueError("no runs; give folders with results, or folders above them: compare RUNS...")
+    runs = find_runs(paths)
+    metrics, table = metrics_of(runs), choose_table(cfg.table, runs)
+    datasets = make_rows(runs, metrics)
+
     from dit4sr_pl.blocks import make_block
     from dit4sr_pl.intervals import Resampling
-    from dit4sr_pl.runs import find_runs, make_rows, metrics_of
     from dit4sr_pl.tables import csv_table, labels_of, latex, markdown
 
-    if not [*paths, *cfg.runs]:
-        raise ValueError("no runs; give folders with results, or folders above them: compare RUNS...")
-    resampling = Resampling(**cfg.resampling)
-    runs, output = find_runs([*paths, *cfg.runs]), Path(cfg.output)
-    metrics = metrics_of(runs)
-    datasets = make_rows(runs, metrics)
-    table = choose_table(cfg.table, runs)
-    labels = {name: labels_of(table, [(row.method, row.variant) for row in rows]) for name, rows in datasets.items()}
-    against = choose_against(cfg.against, table, [label for names in labels.values() for label in names])
-    lower = lower_is_better()
+    labels = [labels_of(table, [(row.method, row.variant) for row in rows]) for rows in datasets.values()]
+    against = choose_against(cfg.against, table, [label for names in labels for label in names])
+    lower, resampling = lower_is_better(), Resampling(**cfg.resampling)
     blocks = [
-        make_block(dataset, rows, labels[dataset], metrics, lower, resampling, against)
-        for dataset, rows in datasets.items()
+        make_block(dataset, rows, names, metrics, lower, resampling, against)
+        for (dataset, rows), names in zip(datasets.items(), labels, strict=True)
     ]
     text = markdown(table, blocks, cfg.paper, against, resampling)
     print(text)
@@ -82,6 +83,10 @@ def check(cfg: DictConfig) -> None:
     for key, choices in {"table": ["auto", 1, 3], "paper": ["runs", "all", "none"]}.items():
         if cfg[key] not in choices:
             raise ValueError(f"{key}={cfg[key]}; choose one of {', '.join(map(str, choices))}")
+    if not 0 < cfg.resampling.level < 1:
+        raise ValueError(f"resampling.level={cfg.resampling.level}: must be between 0 and 1, such as 0.95")
+    if cfg.resampling.resamples < 1:
+        raise ValueError(f"resampling.resamples={cfg.resampling.resamples}: must be 1 or more")
     strip = cfg.strip
     if strip.crop < 1:
         raise ValueError(f"strip.crop={strip.crop}: must be 1 or more pixels")

@@ -20,12 +20,6 @@ class Resampling:
     resamples: int
     seed: int
 
-    def __post_init__(self):
-        if not 0 < self.level < 1:
-            raise ValueError(f"resampling.level={self.level}: must be between 0 and 1, such as 0.95")
-        if self.resamples < 1:
-            raise ValueError(f"resampling.resamples={self.resamples}: must be 1 or more")
-
     def interval(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Percentile bootstrap interval of the means of columns `(images, columns)`.
 
