@@ -122,8 +122,9 @@ def choose_against(wanted: str | None, table: int, labels: Sequence[str]) -> str
 
 def lower_is_better() -> dict[str, bool]:
     """By metric, as `conf/metrics/` has it."""
-    metrics = [OmegaConf.load(file) for file in sorted((conf_folder() / "metrics").glob("*.yaml"))]
-    return {name: options.get("lower_is_better", False) for metric in metrics for name, options in metric.items()}
+    files = [OmegaConf.load(file) for file in sorted((conf_folder() / "metrics").glob("*.yaml"))]
+    metrics = [metric for file in files for metric in file.items() if metric[0] != "defaults"]  # which lists others
+    return {name: options.get("lower_is_better", False) for name, options in metrics}
 
 
 def write(path: Path, text: str) -> None:

@@ -120,8 +120,9 @@ def write_strip(
         yield f"{block.dataset}: no pictures, so not in the strip: {', '.join(without)}."
     runs = {label: run for label, run in first.items() if run is not None}
     common = common_pictures(list(runs.values())) if runs else []
-    names = common if isinstance(images, int) else [name for name in images if name in common]
-    if not isinstance(images, int) and (missing := [name for name in images if name not in common]):
+    wanted = common if isinstance(images, int) else list(map(str, images))  # YAML reads some names as numbers
+    names = [name for name in wanted if name in common]
+    if missing := [name for name in wanted if name not in common]:
         yield f"{block.dataset}: not in the strip, since not every run has their picture: {', '.join(missing)}."
     if not names:
         yield f"{block.dataset}: no strip, since no image has a picture in every run."
