@@ -1,8 +1,11 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from browser import chromium
 from hydra import compose, initialize_config_dir
+from selenium.webdriver import Chrome
 from toy import toy
 
 from dit4sr_pl.backbone import Backbone
@@ -40,3 +43,22 @@ def run(photos, tmp_path):
             return train(compose("train", [*toy(photos, tmp_path / name), *overrides]))
 
     return run
+
+
+@pytest.fixture
+def browser(tmp_path, request) -> Iterator[Chrome]:
+    """A window of Chromium; what it shows when a test fails is kept as `page.png` in the test's `tmp_path`."""
+    with chromium(tmp_path / "profile") as window:
+        request.node.stash[PAGE] = lambda: window.save_screenshot(str(tmp_path / "page.png"))
+        yield window
+
+
+PAGE = pytest.StashKey()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.when == "call" and report.failed and PAGE in item.stash:
+        item.stash[PAGE]()
+    return report

@@ -6,6 +6,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 def toy(photos: Path, output: Path) -> list[str]:
+    return [*small(photos), f"output={output}"]
+
+
+def small(photos: Path) -> list[str]:
     """Overrides that make any run small: two steps of two images, then a validation of two."""
     return [
         "data=folder",
@@ -25,7 +29,6 @@ def toy(photos: Path, output: Path) -> list[str]:
         "callbacks.checkpoint.every_n_train_steps=2",
         "~callbacks.progress",
         "+trainer.enable_progress_bar=false",
-        f"output={output}",
     ]
 
 

@@ -10,8 +10,9 @@ from functools import wraps
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 PACKAGE = Path(__file__).parent
@@ -22,6 +23,14 @@ def conf_folder() -> Path:
     """`conf/`: inside the package where it was installed from a wheel, two floors up in a checkout."""
     installed = PACKAGE / "conf"
     return installed if installed.is_dir() else PACKAGE.parents[1] / "conf"
+
+
+def choice(group: str, unchosen: str | None = None) -> str | None:
+    """`${choice:GROUP,unchosen}`: the option that a command took of a config group; None outside of commands."""
+    return HydraConfig.get().runtime.choices.get(group, unchosen) if HydraConfig.initialized() else None
+
+
+OmegaConf.register_new_resolver("choice", choice, replace=True)
 
 
 def command(config_name: str) -> Callable:
