@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.remote.webelement import WebElement
 
 # Nothing of the browser's own asks the network for anything.
 OPTIONS = (
@@ -18,12 +19,11 @@ OPTIONS = (
 
 # Components keep their elements in shadow roots, which selectors do not enter.
 EVERYWHERE = """
-    const [selector, root] = [arguments[0], arguments[1] ?? document];
     const found = node => [
-        ...node.querySelectorAll(selector),
+        ...node.querySelectorAll(arguments[0]),
         ...[...node.querySelectorAll("*")].flatMap(inner => inner.shadowRoot ? found(inner.shadowRoot) : []),
     ];
-    return found(root);
+    return found(document);
 """
 
 
@@ -48,6 +48,6 @@ def chromium(profile: Path, size: tuple[int, int] = (1600, 1000)) -> Iterator[Ch
         window.quit()
 
 
-def everywhere(window: Chrome, selector: str) -> list:
+def everywhere(window: Chrome, selector: str) -> list[WebElement]:
     """Elements of a CSS selector in the document and in all of its shadow roots."""
     return window.execute_script(EVERYWHERE, selector)
