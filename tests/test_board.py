@@ -85,9 +85,10 @@ def last(outputs: Path, run: str, tag: str) -> float:
 
 CHARTS = """
     const text = node => node.textContent.trim();
-    const rows = card => [...card.querySelectorAll("tb-data-table-content-row")].map(row => [...row.children].map(text));
-    const cards = [...document.querySelectorAll("scalar-card")].filter(card => card.querySelector("tb-truncated-path"));
-    return cards.map(card => [text(card.querySelector("tb-truncated-path")), rows(card)]);
+    const rows = card => [...card.querySelectorAll("tb-data-table-content-row")];
+    const charts = [...document.querySelectorAll("tb-truncated-path")].map(tag => [tag, tag.closest("scalar-card")]);
+    return charts.filter(([_, card]) => card)
+        .map(([tag, card]) => [text(tag), rows(card).map(row => [...row.children].map(text))]);
 """
 
 

@@ -9,9 +9,9 @@ from dit4sr_pl.callbacks.validation_scores import tensorboards
 class HyperParameters(Callback):
     """Makes a run a row of TensorBoard's HPARAMS tab: the network's settings, then `columns`.
 
-    The row is written into the run's own events when training starts; the last value of each of the run's scalars
-    stands beside it as a metric. A list of columns and metrics (TensorBoard's "experiment") is never written: of several
-    runs' lists TensorBoard takes one, without it the union of all.
+    The row is written into the run's own events when training starts; TensorBoard adds the last value of each of the
+    run's scalars. A list of columns and metrics (an "experiment") is never written: TensorBoard would take one run's
+    for all, without any it takes the union.
 
     Args:
         columns: further values by their names; those that are None are left out.
