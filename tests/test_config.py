@@ -35,7 +35,7 @@ def test_help_needs_no_pytorch(command, tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert "== Config ==" in result.stdout and "output:" in result.stdout
+    assert "== Config ==" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,14 @@ def test_help_needs_no_pytorch(command, tmp_path):
         (["train", "output=/proc/nowhere"], "cannot be written"),
         (["train", "trainer=fsdp", "experiment=demo"], "trainer=fsdp cannot average weights; add ~callbacks.ema"),
         (["train", "-m", "trainer=ddp", "seed=0,1"], "every process of a run on several devices would sweep anew"),
-        (["prepare", "data.folders=[.]"], "no value for stage; choose one of captions, embeddings, manifest"),
+        (["train", "metrics=paper", "metric_weights.folder=."], "alexnet-owt-7be5be79.pth: no such file"),
+        (["train", "metrics=[musiq]", "metric_weights.on_missing=never"], "choose one of stop, skip"),
+        (
+            ["train", "metrics=[liqe]", "data.validation_crop=128"],
+            "metrics=liqe needs images of 224 pixels a side, not 128",
+        ),
+        (["prepare", "data.folders=[.]"], "no value for stage; choose one of captions, embeddings, manifest, metrics"),
+        (["prepare", "stage=metrics", "metric_weights.folder=/proc/nowhere"], "cannot be written"),
         (["plan", "trainer.devices=auto"], "trainer.devices=auto: give the number of GPUs"),
         (["plan", "trainer.precision=8"], "trainer.precision=8; choose one of"),
         (["plan", "model.backbone.name=nobody/nothing"], "its config is not in this package"),
@@ -99,6 +106,7 @@ def test_every_config_composes_and_its_objects_can_be_made(group, option, tmp_pa
     """Models and data are made where their inputs ship with the package; the rest by their targets' signatures."""
     plus = "+" if group == "ablation" else ""
     overrides = [f"{plus}{group}={option}", f"output={tmp_path}"]
+    overrides += [f"metric_weights.folder={tmp_path}", "metric_weights.on_missing=skip"]  # where none were downloaded
     if (group, option) == ("data", "folder"):
         overrides += [f"data.folders=[{tmp_path}]"]
     if group in ("trainer", "experiment"):

@@ -15,6 +15,7 @@ from toy import events, losses, toy
 
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.model import load_part
+from dit4sr_pl.results import read_result
 from dit4sr_pl.train import train
 
 STRATEGIES = ("ddp", "fsdp")
@@ -154,6 +155,12 @@ def test_scores_are_means_over_the_images_of_both_devices(runs, strategy):
     for score in ("val/psnr", "val/psnr_bicubic"):
         one, two = (events(runs.folder / run).Scalars(score) for run in ("scored", f"scored_{strategy}"))
         assert [event.value for event in two] == pytest.approx([event.value for event in one], rel=1e-4)
+    one, two = (read_result(runs.folder / run) for run in ("scored", f"scored_{strategy}"))
+    assert list(one.scores) == list(two.scores) == ["0", "1", "2"]
+    for name in one.scores:
+        assert two.scores[name] == pytest.approx(one.scores[name], rel=1e-4)
+        assert (runs.folder / f"scored_{strategy}" / two.pictures / f"{name}.png").is_file()
+    assert set(events(runs.folder / f"scored_{strategy}").Tags()["images"]) == {"val/0", "val/1", "val/2"}
 
 
 def test_the_command_starts_the_second_process_and_writes_once(photos, tmp_path):

@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "dit4sr_pl"
 FLOORS = [
-    {"model.variant", "model.controlnet", "randomness", "files", "config", "color", "tiling", "metrics"}
-    | {"degradation", "captions", "paper", "intervals"},
-    {"images", "model.checkpoints", "results"},
+    {"model.variant", "model.controlnet", "randomness", "files", "config", "color", "tiling"}
+    | {"degradation", "captions", "paper", "intervals", "metric_weights"},
+    {"images", "model.checkpoints", "results", "metrics"},
     {"model.lr_stream", "latents", "text", "manifest", "embeddings", "captioner", "runs"},
     {"model.block", "model.released", "backbone", "flow", "photo_sets", "blocks"},
     {"model.transformer", "tables", "strips"},

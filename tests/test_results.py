@@ -3,8 +3,18 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
-from dit4sr_pl.results import Result, read_result, read_scores, write_result, write_scores
+from dit4sr_pl.results import (
+    Result,
+    read_result,
+    read_scores,
+    run_name,
+    settings_hash,
+    weights_hash,
+    write_result,
+    write_scores,
+)
 
 RESULT = Result(
     run="demo/no_lr_residual/seed1",
@@ -76,3 +86,25 @@ def test_order_of_images_and_metrics_is_kept(tmp_path):
     scores = {"b": {"ssim": 1.0, "psnr": 2.0}, "a": {"ssim": 3.0, "psnr": 4.0}}
     write_scores(scores, tmp_path / "scores.csv")
     assert str(read_scores(tmp_path / "scores.csv")) == str(scores)
+
+
+@pytest.mark.parametrize(
+    "output, name",
+    [
+        ("outputs/default/full/seed0", "default/full/seed0"),
+        ("/outputs/old/outputs/demo/full/seed1", "demo/full/seed1"),
+        ("/scratch/run7", "run7"),
+        ("/scratch/outputs", "outputs"),
+    ],
+)
+def test_a_run_is_named_by_its_path_below_outputs(output, name):
+    assert run_name(output) == name
+
+
+def test_hashes_tell_settings_and_weights_apart_and_nothing_else():
+    assert settings_hash({"a": 1, "b": [2.0]}) == settings_hash({"b": [2.0], "a": 1}) != settings_hash({"a": 1})
+    state = {"a": torch.arange(6.0), "b": torch.ones(2)}
+    same = {"b": torch.ones(2, dtype=torch.bfloat16), "a": torch.arange(12.0)[::2] / 2}
+    assert weights_hash(state) == weights_hash(same)
+    for other in ({"a": torch.arange(6.0)}, state | {"a": torch.arange(6.0).view(2, 3)}, state | {"b": torch.zeros(2)}):
+        assert weights_hash(other) != weights_hash(state)

@@ -1,20 +1,25 @@
 import copy
+import io
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from PIL import Image
 from toy import events, losses
 
 from dit4sr_pl.backbone import SHIPPED, Backbone
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.embeddings import write_embeddings
 from dit4sr_pl.flow import RectifiedFlow
+from dit4sr_pl.images import read_image
 from dit4sr_pl.model import LRStream, Variant, block, load_part
 from dit4sr_pl.randomness import generator
 from dit4sr_pl.restorer import Restorer
+from dit4sr_pl.results import read_result, weights_hash
 from dit4sr_pl.sampling import Sampler
 
 ABLATIONS = sorted(path.stem for path in (conf_folder() / "ablation").glob("*.yaml"))
@@ -28,6 +33,7 @@ def test_every_ablation_takes_a_step_and_leaves_its_lr_stream(run, tmp_path, abl
     start = LRStream(tiny_backbone.transformer, Variant(**part.settings["variant"]))
     start.start_from(tiny_backbone.transformer)
     assert any(not torch.equal(part.state[name], tensor) for name, tensor in start.state_dict().items())
+    assert read_result(tmp_path / "run").variant == ablation
 
 
 ON_TINY_SD3 = ["model.backbone.name=tiny-sd3", "model.backbone.dtype=float32", "model.backbone.t5_tokens=8"]
@@ -48,6 +54,58 @@ def test_log_holds_losses_scores_pictures_and_degradation(run, tmp_path):
     assert {f"val/{m}{b}" for m in ("psnr", "ssim", "stlpips") for b in ("", "_bicubic")} <= scores.keys()
     assert set(log.Tags()["images"]) == {"val/0", "val/1"}
     assert any(tag.startswith("degradation/") for tag in log.Tags()["histograms"])
+
+
+def test_a_run_leaves_the_scores_and_images_of_its_last_validation(run, tmp_path):
+    output = tmp_path / "outputs" / "default" / "some" / "seed0"
+    logged = run("run", "trainer.max_steps=4", "+ablation=no_lr_residual", "metrics=[psnr,ssim]", f"output={output}")
+    result = read_result(output)
+    assert (result.run, result.method, result.variant) == ("default/some/seed0", "DiT4SR", "no_lr_residual")
+    assert (result.dataset, result.seed, list(result.scores)) == ("validation", 0, ["0", "1"])
+    assert result.metrics == ["psnr", "ssim"]
+    for metric, mean in result.means.items():
+        assert events(output).Scalars(f"val/{metric}")[-1].value == pytest.approx(mean, rel=1e-6)
+        assert logged[f"val/{metric}"] == pytest.approx(mean, rel=1e-6)
+    assert result.checkpoint == weights_hash(load_part(output / "lr_stream.safetensors").state)
+    assert {"torch", "lightning", "diffusers", "pyiqa", "dit4sr_pl"} == result.versions.keys()
+    images = [read_image(output / result.pictures / f"{name}.png") for name in result.scores]
+    strips = events(output).Images("val/0")
+    assert len(strips) == 2  # one tag, two validations
+    last = torch.from_numpy(np.array(Image.open(io.BytesIO(strips[-1].encoded_image_string)))).permute(2, 0, 1)
+    assert torch.equal(last[:, :, 128:192], images[0])
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_hash_of_the_settings_is_of_all_that_counts_but_not_of_the_seed(run, tmp_path):
+    quick = ["metrics=[psnr]", "trainer.max_steps=1", "trainer.val_check_interval=1"]
+    quick += ["callbacks.checkpoint.every_n_train_steps=1"]
+    run("first", *quick)
+    run("again", *quick, "seed=1")
+    run("other", *quick, "optimizer.lr=1e-4")
+    first, again, other = (read_result(tmp_path / name) for name in ("first", "again", "other"))
+    assert first.config == again.config != other.config
+    assert (first.seed, again.seed) == (0, 1) and first.checkpoint != again.checkpoint
+
+
+def test_metrics_without_weights_are_empty_columns_and_not_logged(run, tmp_path):
+    lacking = ["metrics=[psnr,musiq]", f"metric_weights.folder={tmp_path}"]
+    with pytest.raises(FileNotFoundError, match=r"musiq_koniq_ckpt-e95806b9[.]pth: no such file"):
+        run("stopped", *lacking)
+    logged = run("run", *lacking, "metric_weights.on_missing=skip")
+    assert "val/psnr" in logged and not any("musiq" in name for name in logged)
+    assert not any("musiq" in tag for tag in events(tmp_path / "run").Tags()["scalars"])
+    assert (tmp_path / "run" / "scores.csv").read_text().splitlines()[1].endswith(",")
+
+
+@pytest.mark.parametrize("share, steps", [("0.01", [1, 6]), ("0.99", [1, 2, 3, 4, 5, 6]), ("null", [1, 2, 3, 4, 5, 6])])
+def test_validations_that_take_too_much_of_the_time_are_left_out_but_for_the_last(run, tmp_path, caplog, share, steps):
+    every = ["trainer.max_steps=6", "trainer.val_check_interval=1", "metrics=[psnr]"]
+    run("run", *every, f"callbacks.scores.max_share={share}")
+    log = events(tmp_path / "run")
+    assert [event.step + 1 for event in log.Scalars("val/psnr")] == steps
+    assert all(event.value > 0 for event in log.Scalars("val/seconds"))
+    assert caplog.text.count("validation left out") == 6 - len(steps)
+    assert len({event.value for event in log.Scalars("val/psnr_bicubic")}) == 1  # the same images every time
 
 
 def test_checkpoint_holds_the_lr_stream_and_its_average_never_the_base(run, tmp_path, tiny_backbone):
@@ -149,6 +207,7 @@ def test_sd3_controlnet_trains_validates_and_restores_by_the_same_commands(run, 
     scores = run("run", "model=tiny_sd3_controlnet", "metrics=[psnr]")
     assert {"train/loss", "val/psnr"} <= scores.keys()
     part = load_part(tmp_path / "run" / "controlnet.safetensors")
+    assert (read_result(tmp_path / "run").method, read_result(tmp_path / "run").variant) == ("SD3-ControlNet", "")
     assert part.settings == {"network": "sd3_controlnet", "num_layers": 4} and part.base["name"] == "tiny-sd3"
     sampler = Sampler(1, 1.0, "", "", 32, 12, "none")
     lr = torch.rand(1, 3, 16, 16, generator=generator("cpu", 0))

@@ -1,4 +1,7 @@
-"""python -m dit4sr_pl.prepare stage=captions|embeddings|manifest data.folders=[PATH,...] [shard=i/n]"""
+"""python -m dit4sr_pl.prepare stage=captions|embeddings|manifest data.folders=[PATH,...] [shard=i/n]
+
+python -m dit4sr_pl.prepare stage=metrics metrics=paper
+"""
 
 import functools
 import re
@@ -8,6 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.config import check_backbone, check_data, check_readable, check_writable, command
+from dit4sr_pl.metric_weights import Weights, check_digest, download
 
 
 @command("prepare")
@@ -95,7 +99,29 @@ def manifests(cfg: DictConfig) -> list[tuple[str, str | None]]:
     return [(folder, None) for folder in cfg.data.folders] + named
 
 
-STAGES = {"captions": captions, "embeddings": embeddings, "manifest": manifest}
+def metrics(cfg: DictConfig, shard: tuple[int, int]) -> None:
+    """Every weight file of the chosen metrics; those that are there are read through, and kept if they are whole."""
+    failed = []
+    for weights in weights_of(cfg):
+        for file in weights.files:
+            path = weights.path(file["url"])
+            try:
+                if found := path.is_file():
+                    check_digest(path, file["sha256"])
+                else:
+                    download(file["url"], path, file["sha256"])
+                print(f"{path}: {'was there' if found else 'downloaded'}")
+            except (OSError, ValueError) as error:
+                failed.append(f"{path.name} from {file['url']} ({error})")
+    if failed:
+        raise ValueError(f"not downloaded; copy them into {Path(cfg.metric_weights.folder)}: " + "; ".join(failed))
+
+
+def weights_of(cfg: DictConfig) -> list[Weights]:
+    return [Weights(**metric.weights) for metric in cfg.metrics.values() if "weights" in metric]
+
+
+STAGES = {"captions": captions, "embeddings": embeddings, "manifest": manifest, "metrics": metrics}
 
 
 def named_sets(cfg: DictConfig) -> dict[str, DictConfig]:
@@ -120,8 +146,11 @@ def check(cfg: DictConfig) -> None:
         given = "no value for stage" if OmegaConf.is_missing(cfg, "stage") else f"stage={cfg.stage}"
         raise ValueError(f"{given}; choose one of {', '.join(STAGES)}")
     read_shard(cfg.shard)
-    check_data(cfg.data, written=cfg.stage)
-    {"captions": check_captions, "embeddings": check_embeddings, "manifest": check_manifest}[cfg.stage](cfg)
+    if cfg.stage == "metrics":
+        check_writable(Path(cfg.metric_weights.folder).expanduser(), "metric_weights.folder")
+    else:
+        check_data(cfg.data, written=cfg.stage)
+        {"captions": check_captions, "embeddings": check_embeddings, "manifest": check_manifest}[cfg.stage](cfg)
 
 
 def check_captions(cfg: DictConfig) -> None:

@@ -7,11 +7,17 @@
 No PyTorch in here: tables of many runs are read in a moment.
 """
 
+from __future__ import annotations
+
 import csv
+import hashlib
+import importlib.metadata
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.csv
@@ -19,7 +25,11 @@ import pyarrow.parquet
 
 from dit4sr_pl.files import replacing
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SCORES, ROW, PICTURES = "scores.csv", "results", "images"
+MEASURED_WITH = ("torch", "lightning", "diffusers", "pyiqa", "dit4sr_pl")
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,32 @@ def write_scores(scores: dict[str, dict[str, float]], path: Path) -> None:
 def cell(value: object) -> object:
     """`nan` is an empty cell; numbers keep all their digits."""
     return "" if isinstance(value, float) and math.isnan(value) else value
+
+
+def run_name(output: Path | str) -> str:
+    """The path below `outputs/`, such as `default/full/seed0`; of a folder elsewhere its own name."""
+    *above, name = Path(output).resolve().parts
+    below = above[::-1].index("outputs") if "outputs" in above else 0
+    return "/".join([*above[len(above) - below :], name])
+
+
+def settings_hash(settings: Mapping) -> str:
+    """Of plain values, whatever the order of their keys."""
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """Of weights by name, the same wherever they lie and in whatever file they came."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(state.items()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that scores depend on."""
+    return {package: importlib.metadata.version(package) for package in MEASURED_WITH}
 
 
 def read_scores(path: Path) -> dict[str, dict[str, float]]:

@@ -1,14 +1,21 @@
 """python -m dit4sr_pl.train [+ablation=NAME] [experiment=NAME] [ckpt_path=FILE] [-m ...]"""
 
+import copy
 import logging
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.config import check_backbone, check_data, check_readable, check_writable, command
+from dit4sr_pl.metric_weights import check_metrics
+
+if TYPE_CHECKING:
+    from dit4sr_pl.model import TrainedPart
+    from dit4sr_pl.results import Result
 
 
 @command("train")
@@ -18,6 +25,7 @@ def main(cfg: DictConfig) -> None:
 
 def train(cfg: DictConfig) -> dict[str, float]:
     """Runs one training from its composed config; returns the last validation's scores."""
+    settings = settings_that_count(cfg)
     check(cfg)
 
     import torch
@@ -29,15 +37,17 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     from dit4sr_pl.model import save_part
     from dit4sr_pl.model.checkpoints import part_of
+    from dit4sr_pl.results import write_result
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # without devices found and advertisements
     seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
+    callbacks = instantiate(cfg.callbacks)
     data = instantiate(cfg.data)
     module = instantiate(cfg.model)
     trainer: Trainer = instantiate(
         cfg.trainer,
-        callbacks=list(instantiate(cfg.callbacks).values()),
+        callbacks=list(callbacks.values()),
         logger=instantiate(cfg.logger),
         default_root_dir=cfg.output,
     )
@@ -47,7 +57,35 @@ def train(cfg: DictConfig) -> dict[str, float]:
     part = part_of(module.net, module.base)
     if trainer.is_global_zero:
         save_part(part, Path(cfg.output) / f"{module.net.part}.safetensors")
+        if "scores" in callbacks and callbacks.scores.restored:
+            write_result(result_of(cfg, settings, part, callbacks.scores.restored), Path(cfg.output))
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def settings_that_count(cfg: DictConfig) -> DictConfig:
+    """The config of a run's repetitions: without its seed, and without where it reads and writes."""
+    here = {"seed": None, "output": "", "ckpt_path": None, "metric_weights": {"folder": ""}}
+    return OmegaConf.merge(copy.deepcopy(cfg), here)
+
+
+def result_of(cfg: DictConfig, settings: DictConfig, part: "TrainedPart", scores: dict) -> "Result":
+    """The last validation, in the form of a finished evaluation."""
+    from dit4sr_pl.model.checkpoints import method_and_variant
+    from dit4sr_pl.results import PICTURES, Result, run_name, settings_hash, versions, weights_hash
+
+    method, variant = method_and_variant(part.settings)
+    return Result(
+        run=run_name(cfg.output),
+        method=method,
+        variant=variant,
+        dataset="validation",
+        seed=cfg.seed,
+        pictures=PICTURES,
+        config=settings_hash(OmegaConf.to_container(settings, resolve=True)),
+        checkpoint=weights_hash(part.state),
+        versions=versions(),
+        scores=scores,
+    )
 
 
 def check(cfg: DictConfig) -> None:
@@ -69,6 +107,8 @@ def check(cfg: DictConfig) -> None:
     if "sharded" in cfg.model._target_ and "ema" in cfg.callbacks:
         raise ValueError("trainer=fsdp cannot average weights; add ~callbacks.ema, or use trainer=ddp")
     check_backbone(cfg.model.backbone)
+    if "scores" in cfg.callbacks:
+        check_metrics(cfg.callbacks.scores.metrics, cfg.data.validation_crop)
     check_writable(cfg.output, "output")
 
 

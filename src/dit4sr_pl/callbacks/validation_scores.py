@@ -1,45 +1,127 @@
 """Scores and pictures of every validation, beside bicubic's."""
 
+import logging
+import math
+import time
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torchmetrics import MetricCollection
 
+from dit4sr_pl.images import write_image
 from dit4sr_pl.latents import enlarge
 from dit4sr_pl.metrics import ImageScore
+from dit4sr_pl.results import PICTURES
+
+log = logging.getLogger(__name__)
+
+Scores = dict[str, float]  # of one image, by metric
 
 
 class ValidationScores(Callback):
     """Logs `val/<metric>` and `val/<metric>_bicubic`, and per image a strip LR | bicubic | restored | ground truth.
 
+    After a validation `restored` and `bicubic` hold the scores by image, on every device those of all images, and
+    `folder/images/` the restored images. Metrics without weights are not logged.
+
+    A validation that falls due while the earlier ones have taken more than `max_share` of the run's time is left out,
+    on all devices alike; the one at the end of the run is not.
+
     Args:
         metrics: by the names that they are logged under.
+        max_share: between 0 and 1; `None` for no bound.
+        folder: of the run.
     """
 
-    def __init__(self, metrics: dict[str, ImageScore]):
-        scores = MetricCollection(dict(metrics))
-        self.restored = scores.clone(prefix="val/")
-        self.bicubic = scores.clone(prefix="val/", postfix="_bicubic")
+    def __init__(self, metrics: dict[str, ImageScore], max_share: float | None, folder: str):
+        self.metrics = dict(metrics)
+        self.max_share = max_share
+        self.pictures = Path(folder) / PICTURES
+        self.restored: dict[str, Scores] = {}
+        self.bicubic: dict[str, Scores] = {}  # the images never change: measured once
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for scores in (self.restored, self.bicubic):
-            scores.to(pl_module.device).reset()
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.limit = trainer.limit_val_batches
+        self.began, self.spent = time.monotonic(), 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, *_) -> None:
+        trainer.limit_val_batches = self.limit
+
+    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+        """Lightning validates after this, unless there are no batches to do so."""
+        if self.due(trainer) and (share := self.share_too_large(trainer)):
+            trainer.limit_val_batches = 0
+            if trainer.is_global_zero:
+                log.warning(
+                    "step %d: validation left out, the earlier ones took %.0f%% of the run's time "
+                    "(callbacks.scores.max_share=%s)",
+                    *(trainer.global_step, 100 * share, self.max_share),
+                )
+
+    def due(self, trainer: Trainer) -> bool:
+        """Whether a validation comes next that may be left out."""
+        if self.max_share is None or not self.limit or trainer.val_check_batch is None:
+            return False
+        at_the_end = 0 <= trainer.max_steps <= trainer.global_step
+        return not at_the_end and (trainer.fit_loop.total_batch_idx + 1) % trainer.val_check_batch == 0
+
+    def share_too_large(self, trainer: Trainer) -> float:
+        """Validation's share of the time so far, 0 while it is under the bound: the first device's clock decides."""
+        share = trainer.strategy.broadcast(self.spent / (time.monotonic() - self.began))
+        return share if share > self.max_share else 0.0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = time.monotonic()
+        self.rows: dict[str, tuple[Scores, Scores, Tensor]] = {}
+        for score in self.metrics.values():
+            score.to(pl_module.device)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Tensor, batch: dict, *_
     ) -> None:
-        sr, hr = outputs, batch["hr"]
+        sr, hr, names = outputs, batch["hr"], batch["name"]
         bicubic = enlarge(batch["lr"], hr.shape[-2:])
-        self.restored.update(sr, hr)
-        self.bicubic.update(bicubic, hr)
-        for name, *images in zip(batch["name"], batch["lr"], bicubic, sr, hr, strict=True):
-            for writer in tensorboards(trainer):
-                writer.add_image(f"val/{name}", strip(*images), trainer.global_step)
+        if not self.bicubic.keys() >= set(names):
+            self.bicubic |= zip(names, self.measure(bicubic, hr), strict=True)
+        for name, scores, *images in zip(names, self.measure(sr, hr), batch["lr"], bicubic, sr, hr, strict=True):
+            self.rows[name] = scores, self.bicubic[name], strip(*images).mul(255).round().byte()
+        for name, image in zip(names, sr, strict=True):
+            write_image(self.pictures / f"{name}.png", image)
+
+    def measure(self, images: Tensor, hr: Tensor) -> list[Scores]:
+        columns = [score.each(images, hr).tolist() for score in self.metrics.values()]
+        return [dict(zip(self.metrics, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.log_dict(self.restored.compute() | self.bicubic.compute(), sync_dist=True)
+        rows = sorted(from_all_devices(trainer, self.rows).items())
+        self.restored = {name: restored for name, (restored, _, _) in rows}
+        self.bicubic = {name: bicubic for name, (_, bicubic, _) in rows}
+        for writer in tensorboards(trainer):
+            for name, (_, _, picture) in rows:
+                writer.add_image(f"val/{name}", picture, trainer.global_step)
+        means = mean_scores(self.restored) | {f"{name}_bicubic": v for name, v in mean_scores(self.bicubic).items()}
+        logged = {f"val/{name}": value for name, value in means.items() if not math.isnan(value)}
+        pl_module.log_dict(logged | {"val/seconds": time.monotonic() - self.started}, sync_dist=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.spent += time.monotonic() - self.started
+
+
+def mean_scores(images: dict[str, Scores]) -> Scores:
+    columns = {metric: [scores[metric] for scores in images.values()] for metric in next(iter(images.values()), {})}
+    return {metric: math.fsum(values) / len(values) for metric, values in columns.items()}
+
+
+def from_all_devices(trainer: Trainer, rows: dict) -> dict:
+    """The union of what the devices hold."""
+    if trainer.world_size == 1:
+        return rows
+    parts: list = [None] * trainer.world_size
+    torch.distributed.all_gather_object(parts, rows)
+    return {name: row for part in parts for name, row in part.items()}
 
 
 def strip(lr: Tensor, *images: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from dit4sr_pl.files import replacing
+from dit4sr_pl.model.variant import Variant
 
 SAMPLES = 64  # of every weight, in a base model's fingerprint
 
@@ -31,6 +32,13 @@ class TrainedPart:
     settings: dict
     base: dict[str, str]
     state: dict[str, Tensor]
+
+
+def method_and_variant(settings: dict) -> tuple[str, str]:
+    """A network's row in the paper's Table 1, and in Table 3 by its name in `conf/ablation/`, from its settings."""
+    if settings["network"] == "sd3_controlnet":
+        return "SD3-ControlNet", ""
+    return "DiT4SR", Variant(**settings["variant"]).name
 
 
 def fingerprint(base: SD3Transformer2DModel) -> str:

@@ -38,5 +38,16 @@ class Variant:
         if self.legacy_lr_keys and self.lr_integration == "none":
             raise ValueError("variant: legacy_lr_keys needs lr_integration=joint (it takes its keys from the noise)")
 
+    @property
+    def name(self) -> str:
+        """As in `conf/ablation/`, which do not set the scale and the keys; several changes are joined by `+`."""
+        changes = {
+            "no_lr_integration": self.lr_integration == "none",
+            "no_lr_residual": not self.lr_residual,
+            "no_lr_injection": self.lr_injection == "none",
+            "linear_lr_injection": self.lr_injection == "linear",
+        }
+        return "+".join(name for name, changed in changes.items() if changed) or "full"
+
     def as_dict(self) -> dict:
         return asdict(self)

@@ -1,0 +1,119 @@
+"""Weight files of metrics: which a metric needs, whether they are there, and getting them. No PyTorch in here."""
+
+import functools
+import hashlib
+import http.client
+import os
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+MODES = ("stop", "skip")
+SECONDS = 30  # without a byte from the server
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What one metric reads. All metrics share one flat folder.
+
+    Args:
+        folder: of the files.
+        on_missing: `"stop"`: a missing file is an error; `"skip"`: the metric is left out.
+        files: each with `url`, whose last part is the file's name, and the first digits of its `sha256`, or None.
+
+    Raises:
+        ValueError: another `on_missing`.
+    """
+
+    folder: str
+    on_missing: str
+    files: Sequence[Mapping[str, str | None]]
+
+    def __post_init__(self) -> None:
+        if self.on_missing not in MODES:
+            raise ValueError(f"metric_weights.on_missing={self.on_missing}; choose one of {', '.join(MODES)}")
+
+    def path(self, url: str) -> Path:
+        return Path(self.folder).expanduser() / unquote(Path(urlparse(url).path).name)
+
+    def missing(self) -> list[str]:
+        """URLs of the files that are not there."""
+        return [file["url"] for file in self.files if not self.path(file["url"]).is_file()]
+
+    def check(self, metric: str) -> bool:
+        """Whether all files are there.
+
+        Raises:
+            FileNotFoundError: one is not, and `on_missing` is `"stop"`.
+            ValueError: one is there with other contents.
+        """
+        if missing := self.missing():
+            if self.on_missing == "skip":
+                return False
+            raise FileNotFoundError(
+                f"{self.path(missing[0])}: no such file, and metrics={metric} needs it; run python -m "
+                f"dit4sr_pl.prepare stage=metrics metrics=[{metric}] where there is internet, or give "
+                "metric_weights.on_missing=skip"
+            )
+        for file in self.files:
+            check_digest(self.path(file["url"]), file["sha256"])
+        return True
+
+
+def check_metrics(metrics: Mapping[str, Mapping], side: int | None = None) -> None:
+    """Raises what `Weights.check` raises, before anything heavy is done, and ValueError for a metric that needs images
+    larger than `side` pixels."""
+    for name, metric in metrics.items():
+        if side is not None and side < metric.get("smallest_side", 1):
+            raise ValueError(f"metrics={name} needs images of {metric['smallest_side']} pixels a side, not {side}")
+        if "weights" in metric:
+            Weights(**metric["weights"]).check(name)
+
+
+def check_digest(path: Path, sha256: str | None) -> None:
+    """Raises ValueError unless a file's SHA-256 begins with `sha256`."""
+    stat = path.stat()
+    if sha256 and not digest(path, stat.st_size, stat.st_mtime_ns).startswith(sha256):
+        raise ValueError(f"{path}: truncated or another file (its SHA-256 is not {sha256}...); delete and get it again")
+
+
+@functools.cache
+def digest(path: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file, taken once per process for its size and time of change."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(url: str, path: Path, sha256: str | None) -> None:
+    """Downloads a file; it appears under its name when it is whole, and what an earlier call got is kept.
+
+    Raises:
+        OSError: no connection, or the server's refusal.
+        ValueError: cut off, or other contents than `sha256`.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    start = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+            goes_on = answer.status == http.client.PARTIAL_CONTENT
+            size = int(answer.headers["Content-Length"]) + (start if goes_on else 0)
+            with partial.open("ab" if goes_on else "wb") as file:
+                shutil.copyfileobj(answer, file, CHUNK)
+    except urllib.error.HTTPError as error:
+        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        size = start  # killed between the last byte and the name
+    if partial.stat().st_size != size:
+        raise ValueError(f"cut off after {partial.stat().st_size} of {size} bytes; run it again to go on")
+    try:
+        check_digest(partial, sha256)
+    except ValueError:
+        partial.unlink()
+        raise ValueError("the server sent another file") from None
+    os.replace(partial, path)

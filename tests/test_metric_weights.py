@@ -1,0 +1,110 @@
+"""Downloads from a server on this machine."""
+
+import hashlib
+import http.server
+import threading
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from dit4sr_pl.config import conf_folder
+from dit4sr_pl.metric_weights import Weights, check_metrics, download
+from dit4sr_pl.prepare import check, metrics
+
+CONTENTS = bytes(range(256)) * 4096
+SHA256 = hashlib.sha256(CONTENTS).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves CONTENTS under `/file`, the first half and no more under `/half`; keeps the ranges it was asked for."""
+
+    def do_GET(self):
+        ranged = self.headers.get("Range")
+        self.server.ranges.append(ranged)
+        start = int(ranged.removeprefix("bytes=").removesuffix("-")) if ranged else 0
+        if self.path not in ("/file", "/half"):
+            return self.send_error(404)
+        if start >= len(CONTENTS):
+            return self.send_error(416)
+        self.send_response(206 if ranged else 200)
+        self.send_header("Content-Length", str(len(CONTENTS) - start))
+        self.end_headers()
+        self.wfile.write(CONTENTS[start : len(CONTENTS) // 2 if self.path == "/half" else None])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.ranges = []
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        yield server
+        server.shutdown()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_download_that_was_cut_off_goes_on(server, tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(ValueError, match=f"cut off after {len(CONTENTS) // 2} of {len(CONTENTS)} bytes"):
+        download(f"{server.url}/half", path, SHA256)
+    assert names(tmp_path) == [".file.partial"]
+    download(f"{server.url}/file", path, SHA256)
+    assert server.ranges == [None, f"bytes={len(CONTENTS) // 2}-"]
+    assert path.read_bytes() == CONTENTS and names(tmp_path) == ["file"]
+
+
+def test_killed_before_the_file_got_its_name(server, tmp_path):
+    (tmp_path / ".file.partial").write_bytes(CONTENTS)
+    download(f"{server.url}/file", tmp_path / "file", SHA256[:8])
+    assert (tmp_path / "file").read_bytes() == CONTENTS and names(tmp_path) == ["file"]
+
+
+def test_another_file_is_not_kept(server, tmp_path):
+    with pytest.raises(ValueError, match="the server sent another file"):
+        download(f"{server.url}/file", tmp_path / "file", "00")
+    assert names(tmp_path) == []
+
+
+def prepared(server, folder: Path, *paths: str):
+    """The config of `prepare stage=metrics` for one metric with files of the server's."""
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        cfg = compose("prepare", ["stage=metrics", "metrics=[psnr,musiq]", f"metric_weights.folder={folder}"])
+    cfg.metrics.musiq.weights.files = [{"url": f"{server.url}/{path}", "sha256": SHA256} for path in paths]
+    return cfg
+
+
+def test_prepare_downloads_what_is_missing_and_says_what_was_there(server, tmp_path, capsys):
+    cfg = prepared(server, tmp_path / "weights", "file")
+    for state in ("downloaded", "was there"):
+        check(cfg)
+        metrics(cfg, (1, 1))
+        assert capsys.readouterr().out == f"{tmp_path / 'weights' / 'file'}: {state}\n"
+    assert server.ranges == [None]
+    check_metrics(cfg.metrics)
+
+
+def test_prepare_names_all_that_failed_and_downloads_the_rest(server, tmp_path, capsys):
+    cfg = prepared(server, tmp_path, "nowhere", "file", "lost")
+    with pytest.raises(ValueError) as error:
+        metrics(cfg, (1, 1))
+    message = str(error.value)
+    assert f"copy them into {tmp_path}" in message and names(tmp_path) == ["file"]
+    for path in ("nowhere", "lost"):
+        assert f"{path} from {server.url}/{path} (HTTP Error 404" in message
+
+
+def test_a_file_of_other_contents_is_refused_before_a_run(server, tmp_path):
+    (tmp_path / "file").write_bytes(CONTENTS[:-1])
+    weights = prepared(server, tmp_path, "file").metrics.musiq.weights
+    for on_missing in ("stop", "skip"):
+        with pytest.raises(ValueError, match="truncated or another file"):
+            Weights(weights.folder, on_missing, weights.files).check("musiq")
+    with pytest.raises(ValueError, match=r"not downloaded; copy them into .*truncated or another file"):
+        metrics(prepared(server, tmp_path, "file"), (1, 1))
