@@ -10,9 +10,9 @@ FLOORS = [
     {"model.variant", "model.controlnet", "randomness", "files", "config", "color", "tiling"}
     | {"degradation", "captions", "paper", "intervals", "metric_weights"},
     {"images", "model.checkpoints", "results", "metrics"},
-    {"model.lr_stream", "latents", "text", "manifest", "embeddings", "captioner", "runs"},
-    {"model.block", "model.released", "backbone", "flow", "photo_sets", "blocks"},
-    {"model.transformer", "tables", "strips"},
+    {"model.lr_stream", "latents", "text", "manifest", "embeddings", "captioner", "runs", "picture"},
+    {"model.block", "model.released", "backbone", "flow", "photo_sets", "blocks", "jobs"},
+    {"model.transformer", "tables", "strips", "picture_restorer"},
     {"model", "charts"},
     {"sampling", "skeleton", "cost"},
     {"data", "restorer", "budget"},

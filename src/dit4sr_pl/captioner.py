@@ -25,12 +25,22 @@ class Captioner:
         max_side: longer images are reduced to it, in pixels; models of any resolution take a token per patch.
         dtype: of the weights: `float32`, `bfloat16` or `float16`.
         device: to run on.
+        dropped_words: sentences that contain one of them are left out.
 
     Raises:
         FileNotFoundError: a model that is missing, gated, incomplete or of another kind, with what to do.
     """
 
-    def __init__(self, name: str, instruction: str, max_tokens: int, max_side: int, dtype: str, device: str):
+    def __init__(
+        self,
+        name: str,
+        instruction: str,
+        max_tokens: int,
+        max_side: int,
+        dtype: str,
+        device: str,
+        dropped_words: Sequence[str] = (),
+    ):
         try:
             self.processor = AutoProcessor.from_pretrained(name)
             self.model = AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, dtype))
@@ -45,10 +55,11 @@ class Captioner:
         self.model.eval().to(device)
         self.processor.tokenizer.padding_side = "left"  # answers of a batch begin at one place
         self.name, self.instruction, self.max_tokens, self.max_side = name, instruction, max_tokens, max_side
+        self.dropped_words = dropped_words
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[torch.Tensor]) -> list[str]:
-        """The captions of uint8 RGB images `(3, H, W)`, each the likeliest token by token.
+        """The captions of uint8 RGB images `(3, H, W)`, each on one line and the likeliest token by token.
 
         Raises:
             ValueError: out of the device's memory.
@@ -69,7 +80,8 @@ class Captioner:
                 "device's memory; lower batch_size or captioner.max_side"
             ) from None
         answers = tokens[:, inputs["input_ids"].shape[1] :]
-        return self.processor.batch_decode(answers, skip_special_tokens=True)
+        captions = self.processor.batch_decode(answers, skip_special_tokens=True)
+        return [drop_sentences(caption, self.dropped_words) for caption in captions]
 
     def conversation(self, image: torch.Tensor) -> list[dict]:
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
@@ -104,7 +116,6 @@ def write_captions(
     files: Sequence[tuple[Path, Path]],
     captioner: Callable[[list[torch.Tensor]], list[str]],
     batch_size: int,
-    dropped_words: Sequence[str],
     track: Callable[[list], Iterable] = iter,
 ) -> list[str]:
     """Writes the captions that are missing; returns what is wrong with each image that cannot be read.
@@ -115,7 +126,6 @@ def write_captions(
     Args:
         files: pairs of an image and its caption's file.
         captioner: uint8 RGB images `(3, H, W)` to captions.
-        dropped_words: sentences that contain one of them are left out.
         track: what to iterate the batches through, such as a progress bar.
     """
     failed = []
@@ -133,5 +143,5 @@ def write_captions(
         for (text, _), caption in zip(readable, captions, strict=True):
             if not text.exists():
                 with replacing(text) as partial:
-                    partial.write_text(drop_sentences(caption, dropped_words) + "\n", encoding="utf-8")
+                    partial.write_text(caption + "\n", encoding="utf-8")
     return failed

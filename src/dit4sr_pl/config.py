@@ -74,8 +74,8 @@ def mistakes_in_one_line() -> Iterator[None]:
         yield
     except USER_ERRORS as error:
         sys.exit(f"error: {one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    except KeyboardInterrupt as interrupt:
+        sys.exit(str(interrupt) or "interrupted")
 
 
 def one_line(error: BaseException) -> str:

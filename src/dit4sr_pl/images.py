@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
     import torch
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+UNKNOWN_RANGE = "32-bit pixels; save it with 8 or 16 bits per channel"
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")  # of the others some start programs
 
 
 def find_images(folder: Path | str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
     """All images under `folder`, sorted by path, in any letter case of `suffixes`.
 
-    Linked folders are entered; hidden files are passed over (unfinished writes, macOS's `._photo.jpg`).
+    Linked folders are entered, unless they lead back up; hidden files are passed over (unfinished writes, macOS's
+    `._photo.jpg`).
 
     Raises `FileNotFoundError` if there is no such folder, `ValueError` if it holds no image.
     """
@@ -30,7 +34,7 @@ def find_images(folder: Path | str, suffixes: Sequence[str] = IMAGE_SUFFIXES) ->
         raise FileNotFoundError(f"{folder}: no such folder; give the path of a folder of images")
     found = sorted(
         Path(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
+        for parent, names in _walk(folder)
         for name in names
         if name.lower().endswith(tuple(suffixes)) and not name.startswith(".")
     )
@@ -49,7 +53,8 @@ def read_image(path: Path | str) -> torch.Tensor:
     """
     import torch
 
-    return torch.from_numpy(_to_rgb(_decode(Path(path)), path)).permute(2, 0, 1).contiguous()
+    with opened(path) as image:
+        return torch.from_numpy(_to_rgb(ImageOps.exif_transpose(image))).permute(2, 0, 1).contiguous()
 
 
 def check_image(path: Path | str) -> tuple[int, int]:
@@ -57,7 +62,8 @@ def check_image(path: Path | str) -> tuple[int, int]:
 
     Raises `ValueError` where `read_image` does.
     """
-    height, width, _ = _to_rgb(_decode(Path(path)), path).shape
+    with opened(path) as image:
+        height, width, _ = _to_rgb(ImageOps.exif_transpose(image)).shape
     return width, height
 
 
@@ -78,19 +84,39 @@ def write_image(path: Path | str, image: torch.Tensor) -> None:
         Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()).save(partial, format="PNG")
 
 
-def _decode(path: Path) -> Image.Image:
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Folders with the names of their files; a link to a folder that is being walked is not entered again."""
+    above = {str(folder): {os.path.realpath(folder)}}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        yield parent, names
+        entered = above.pop(parent)
+        for name in list(folders):
+            below = os.path.join(parent, name)
+            if (real := os.path.realpath(below)) in entered:
+                folders.remove(name)
+            else:
+                above[below] = entered | {real}
+
+
+@contextmanager
+def opened(path: Path | str) -> Iterator[Image.Image]:
+    """Pillow's image of a file, not decoded yet. Whatever goes wrong in the block becomes a `ValueError` that names
+    the file and the reason."""
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)  # decodes the pixels too, so that damage shows here
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("not a file")  # a pipe would be waited for
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
     except Exception as error:  # Pillow's decoders let nearly any exception through on a damaged file
         known = {UnidentifiedImageError: "unknown format", FileNotFoundError: "no such file"}
-        raise ValueError(f"{path}: not a readable image ({known.get(type(error), error)})") from error
+        reason = known.get(type(error)) or str(error) or type(error).__name__
+        raise ValueError(f"{path}: not a readable image ({reason})") from error
 
 
-def _to_rgb(image: Image.Image, path: Path | str) -> np.ndarray:
+def _to_rgb(image: Image.Image) -> np.ndarray:
     """uint8 `(H, W, 3)`, contiguous and writable."""
     if image.mode in ("I", "F"):
-        raise ValueError(f"{path}: not a readable image (32-bit pixels; save it with 8 or 16 bits per channel)")
+        raise ValueError(UNKNOWN_RANGE)
     if image.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255 instead of scaling
         grey = np.rint(np.asarray(image, dtype=np.float32) / 257).astype(np.uint8)

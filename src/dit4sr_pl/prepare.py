@@ -32,7 +32,7 @@ def captions(cfg: DictConfig, shard: tuple[int, int]) -> None:
     number, count = shard
     files = files[number - 1 :: count]
     bar = functools.partial(track, description="captions")
-    failed = write_captions(files, instantiate(cfg.captioner), cfg.batch_size, cfg.dropped_words, bar)
+    failed = write_captions(files, instantiate(cfg.captioner), cfg.batch_size, bar)
     print(f"{len(files) - len(failed)} of {len(files)} images have captions")
     if failed:
         raise ValueError("not captioned: " + "; ".join(failed))

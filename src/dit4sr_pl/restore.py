@@ -1,50 +1,148 @@
 """python -m dit4sr_pl.restore input=FILE_OR_FOLDER output=FOLDER [checkpoint=PATH] [scale=4]"""
 
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.config import check_backbone, check_readable, check_writable, command
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from dit4sr_pl.jobs import Work
+
+ALPHA = ("bicubic", "network")
+DTYPES = ("float32", "bfloat16", "float16")
+SCALES = (1, 8)
 
 
 @command("restore")
 def main(cfg: DictConfig) -> None:
     check(cfg)
 
+    from dit4sr_pl.jobs import list_work
+
+    options = {key: cfg[key] for key in ("prompt", "overwrite", "keep_suffix", "first_frame")}
+    work = list_work(Path(cfg.input), Path(cfg.output), **options)
+    pictures, done = work.pictures, work.done
+    if work.jobs:
+        cfg.device = choose_device(cfg.device)
+        if cfg.get("captioner") is not None:
+            caption(work, cfg)
+        restore(work, cfg)
+    if done == pictures:
+        print(f"nothing to do: {done} of {done} images are in {cfg.output} already; overwrite=true restores them again")
+    else:
+        print(f"{len(work.jobs)} of {pictures} images restored into {cfg.output}" + f"; {done} were there" * (done > 0))
+    report(work.failures, pictures)
+
+
+def restore(work: "Work", cfg: DictConfig) -> None:
+    """Leaves in `work.jobs` what is restored, and adds the rest to its failures."""
     import torch
+    from hydra.utils import instantiate
+
+    from dit4sr_pl.jobs import batches
+    from dit4sr_pl.picture_restorer import PictureRestorer
+    from dit4sr_pl.restorer import Restorer
+
+    if cfg.dtype is not None:
+        cfg.model.backbone.dtype = cfg.dtype
+    device, sampler = torch.device(cfg.device), instantiate(cfg.sampler)
+    restorer = Restorer.load(instantiate(cfg.model.backbone), sampler, cfg.checkpoint, device)
+    pictures = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, device, cfg.first_frame)
+    waiting, work.jobs = work.jobs, []
+    area = {job: job.size[0] * job.size[1] for job in waiting}
+    with progress_bar() as bar:
+        task = bar.add_task("restoring", total=sum(area.values()), done=0, count=len(waiting))
+        step = lambda jobs: bar.advance(task, sum(area[job] for job in jobs) / sampler.steps)  # noqa: E731
+        finished = 0
+        try:
+            for job, failure, notes in pictures.run(batches(waiting, cfg.batch_size), step):
+                finished += area[job]
+                bar.update(task, completed=finished, done=len(work.jobs) + 1)
+                if failure is None:
+                    work.jobs.append(job)
+                else:
+                    work.failures.append(failure)
+                for note in notes:
+                    bar.console.print(f"note: {job.source}: {note}", markup=False, highlight=False, soft_wrap=True)
+        except (KeyboardInterrupt, OSError) as error:
+            state = f"{len(work.jobs)} of {len(waiting)} images restored into {cfg.output}; the same command goes on"
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"interrupted: {state}") from None
+            raise OSError(f"{error}: {state}") from None
+
+
+def caption(work: "Work", cfg: DictConfig) -> None:
+    """Gives the pictures without a prompt one; what cannot be read joins the failures. The model is gone afterwards."""
     from hydra.utils import instantiate
     from rich.progress import track
 
-    from dit4sr_pl.images import find_images, read_image, write_image
-    from dit4sr_pl.restorer import Restorer
+    from dit4sr_pl.images import read_image
 
-    source, output = Path(cfg.input), Path(cfg.output)
-    files = find_images(source) if source.is_dir() else [source]
-    root = source if source.is_dir() else source.parent
-    device = torch.device(cfg.device)
-    restorer = Restorer.load(instantiate(cfg.model.backbone), instantiate(cfg.sampler), cfg.checkpoint, device)
-    failed = []
-    for file in track(files, description="restoring"):
+    captioner, jobs, work.jobs = instantiate(cfg.captioner), work.jobs, []
+    for job in track(jobs, description="captions"):
         try:
-            lr = read_image(file)[None].to(device) / 255
+            prompt = job.prompt or captioner([read_image(job.source)])[0]
+            work.jobs.append(replace(job, prompt=prompt))
         except ValueError as error:
-            failed.append(str(error))
-            continue
-        name = file.relative_to(root).with_suffix("")
-        size = tuple(round(cfg.scale * length) for length in lr.shape[-2:])
-        sr = restorer(lr, size, [cfg.prompt], [name.as_posix()], cfg.seed)
-        write_image(output / name.with_suffix(".png"), sr[0].cpu())
-    print(f"{len(files) - len(failed)} of {len(files)} images restored into {output}")
-    if failed:
-        raise ValueError("not restored: " + "; ".join(failed))
+            work.failures.append(str(error))
+
+
+def choose_device(name: str) -> str:
+    """The first CUDA device for `auto` where there is one.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except Exception as error:  # as many kinds as there are devices
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name}: cannot be used ({reason}); take auto, cpu or cuda:N") from None
+    return name
+
+
+def progress_bar() -> "Progress":
+    """Moves with every step; the time left goes by the area that is done."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    count = TextColumn("{task.description} {task.fields[done]}/{task.fields[count]}")
+    return Progress(count, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+
+
+def report(failures: list[str], pictures: int) -> None:
+    """Raises ValueError if there are failures: one in the error's line, more of them in a line each before it."""
+    lines = [f"not restored: {' '.join(failure.split())}" for failure in sorted(failures)]
+    if len(lines) == 1:
+        raise ValueError(lines[0])
+    if lines:
+        print(*lines, sep="\n", file=sys.stderr)
+        raise ValueError(f"{len(lines)} of {pictures} images not restored, for the reasons above")
 
 
 def check(cfg: DictConfig) -> None:
+    """Everything that a user can get wrong and that needs no PyTorch to be seen."""
     if OmegaConf.is_missing(cfg, "input"):
         raise ValueError("no value for input; give an image or a folder of images as input=PATH")
     check_readable(cfg.input, "input")
-    if cfg.scale < 1:
-        raise ValueError(f"scale={cfg.scale}: must be 1 or more")
+    if not isinstance(cfg.scale, int | float) or not SCALES[0] <= cfg.scale <= SCALES[1]:
+        raise ValueError(f"scale={cfg.scale}: must be a number from {SCALES[0]} to {SCALES[1]}")
+    if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
+        raise ValueError(f"batch_size={cfg.batch_size}: must be 1 or more")
+    for key, choices in (("alpha", ALPHA), ("dtype", (None, *DTYPES))):
+        if cfg[key] not in choices:
+            raise ValueError(f"{key}={cfg[key]}: choose one of {', '.join(filter(None, choices))}")
+    if Path(cfg.output).resolve() == Path(cfg.input).resolve():
+        raise ValueError(f"output={cfg.output}: is the input folder; choose another, which may be in it")
     check_backbone(cfg.model.backbone)
     check_writable(cfg.output, "output")
 

@@ -1,5 +1,6 @@
 """A trained network ready to restore: backbone, network and sampler together."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,11 +39,19 @@ class Restorer:
         backbone.to(device)
         return cls(net.to(device, backbone.dtype).eval(), backbone, sampler)
 
-    def __call__(self, lr: Tensor, size: tuple[int, int], captions: list[str], names: list[str], seed: int) -> Tensor:
+    def __call__(
+        self,
+        lr: Tensor,
+        size: tuple[int, int],
+        captions: list[str],
+        names: list[str],
+        seed: int,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """`(B, 3, h, w)` to `(B, 3, *size)`, both in 0..1; an image's noise depends on the seed and its name."""
         generators = [generator("cpu", "restore", seed, name) for name in names]
         parts = self.backbone.coder, self.backbone.prompts, self.backbone.scheduler
-        return restore(self.net, *parts, self.sampler, lr, size, captions, generators)
+        return restore(self.net, *parts, self.sampler, lr, size, captions, generators, on_step)
 
 
 def build_network(base: SD3Transformer2DModel, settings: dict) -> nn.Module:

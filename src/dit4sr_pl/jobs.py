@@ -1,0 +1,111 @@
+"""What there is to restore: files, the names of their results, their prompts. Needs no PyTorch."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+from dit4sr_pl.captions import CaptionFiles
+from dit4sr_pl.images import find_images
+from dit4sr_pl.picture import PICTURE_SUFFIXES, picture_size
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picture to restore.
+
+    Args:
+        source, target: its file and its result's.
+        name: the file's path below the input folder without suffix; decides on the noise and the caption's file.
+        size: height and width in the file's header.
+    """
+
+    source: Path
+    target: Path
+    name: str
+    size: tuple[int, int]
+    prompt: str = ""
+
+
+@dataclass
+class Work:
+    """Pictures to restore, how many are restored already, and what is wrong with each of the others."""
+
+    jobs: list[Job] = field(default_factory=list)
+    done: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def pictures(self) -> int:
+        return len(self.jobs) + self.done + len(self.failures)
+
+
+def list_work(
+    source: Path,
+    output: Path,
+    prompt: str = "",
+    overwrite: bool = False,
+    keep_suffix: bool = False,
+    first_frame: bool = False,
+) -> Work:
+    """Looks at every file's name and header, so that most of what cannot be restored shows before a model is read.
+
+    Args:
+        source: a picture or a folder, of which all pictures are meant but those in `output`.
+        prompt: of all pictures; without one, of a picture `a/b.jpg` what stands in `a/b.txt`, if anything.
+        overwrite: restores again what is there.
+        keep_suffix: names the result of `b.jpg` `b.jpg.png`, not `b.png`.
+        first_frame: of files with several frames or pages, which are refused without.
+
+    Raises:
+        FileNotFoundError, ValueError: no such folder, or no picture in it.
+    """
+    root, files = _find(source, output)
+    texts, work = CaptionFiles(root), Work()
+    targets = {file: output / _target(file.relative_to(root), keep_suffix) for file in files}
+    wanted, inputs = Counter(targets.values()), {os.path.realpath(file) for file in files}
+    for file, target in targets.items():
+        name = file.relative_to(root).with_suffix("").as_posix()
+        try:
+            if wanted[target] > 1:
+                raise ValueError(f"{file}: {wanted[target]} files share the result {target}; give keep_suffix=true")
+            if os.path.realpath(target) in inputs:
+                raise ValueError(f"{file}: its result {target} would replace an input; choose another output")
+            if target.is_file() and not overwrite:
+                work.done += 1
+                continue
+            work.jobs.append(Job(file, target, name, picture_size(file, first_frame), prompt or texts[name]))
+        except (ValueError, OSError) as error:
+            work.failures.append(str(error))
+    return work
+
+
+def batches(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
+    """Jobs of one size together, up to `batch_size` of them, sizes in the order of their first picture."""
+    by_size = {}
+    for job in jobs:
+        by_size.setdefault(job.size, []).append(job)
+    for same in by_size.values():
+        yield from (same[first : first + batch_size] for first in range(0, len(same), batch_size))
+
+
+def result_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """`scale` times the size, of the decimal number as it is written (2.7 x 5 is 13.5), halves upwards."""
+    height, width = (int(Fraction(str(scale)) * length + Fraction(1, 2)) for length in size)
+    return height, width
+
+
+def _find(source: Path, output: Path) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the pictures."""
+    if not source.is_dir():
+        return source.parent, [source]
+    results = os.path.realpath(output)
+    files = find_images(source, PICTURE_SUFFIXES)
+    inside = [results in (folder := os.path.realpath(file.parent), *map(str, Path(folder).parents)) for file in files]
+    return source, [file for file, result in zip(files, inside, strict=True) if not result]
+
+
+def _target(file: Path, keep_suffix: bool) -> Path:
+    return file.with_name(f"{file.name if keep_suffix else file.stem}.png")

@@ -1,0 +1,99 @@
+"""From files to restored files: pictures of one size in batches through a restorer, each with what belongs to it."""
+
+import errno
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dit4sr_pl.jobs import Job, result_size
+from dit4sr_pl.latents import enlarge
+from dit4sr_pl.picture import Picture, read_picture, write_picture
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other picture will fare better
+
+
+class Outcome(NamedTuple):
+    """Of a job: restored if there is no failure."""
+
+    job: Job
+    failure: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PictureRestorer:
+    """Restores pictures.
+
+    Args:
+        restorer: `(lr, size, captions, names, seed, on_step=...)` to SR images, such as a `Restorer`.
+        scale: of both sides, see `result_size`.
+        alpha: what enlarges it: `bicubic`, or `network`, which sees it as a grey image without a prompt.
+        seed: of the noise, together with each picture's name.
+        device: for the LR images.
+        first_frame: see `read_picture`.
+    """
+
+    restorer: Callable[..., Tensor]
+    scale: float
+    alpha: str
+    seed: int
+    device: torch.device
+    first_frame: bool = False
+
+    def run(self, batches: Iterable[list[Job]], on_step: Callable[[list[Job]], None]) -> Iterator[Outcome]:
+        """Restores and writes; every job has one outcome. `on_step(jobs)` is called after each step of theirs.
+
+        Raises:
+            OSError: nothing more can be written.
+        """
+        for batch in batches:
+            read = []
+            for job in batch:
+                try:
+                    read.append((job, read_picture(job.source, self.first_frame)))
+                except ValueError as error:
+                    yield Outcome(job, str(error))
+            for size in {tuple(picture.color.shape[-2:]) for _, picture in read}:  # two when some lay on their side
+                same = [(job, picture) for job, picture in read if picture.color.shape[-2:] == size]
+                yield from self._write(same, on_step)
+
+    def _write(self, read: list[tuple[Job, Picture]], on_step: Callable[[list[Job]], None]) -> Iterator[Outcome]:
+        jobs, pictures = zip(*read, strict=True)
+        try:
+            names, prompts = [job.name for job in jobs], [job.prompt for job in jobs]
+            restored = self(pictures, names, prompts, lambda *_: on_step(jobs))
+        except ValueError as error:
+            yield from (Outcome(job, f"{job.source}: {error}") for job in jobs)
+            return
+        for job, picture in zip(jobs, restored, strict=True):
+            try:
+                write_picture(job.target, picture)
+                yield Outcome(job, notes=picture.notes)
+            except (ValueError, OSError) as error:
+                if isinstance(error, OSError) and error.errno in FULL:
+                    raise
+                yield Outcome(job, f"{job.source}: {error}")
+
+    def __call__(
+        self, pictures: Iterable[Picture], names: list[str], prompts: list[str], on_step: Callable[..., None]
+    ) -> list[Picture]:
+        """Pictures of one size, restored. Grey ones are the mean of the channels that the network makes of them."""
+        size = result_size(pictures[0].color.shape[-2:], self.scale)
+        sr = self._network([picture.color for picture in pictures], size, prompts, names, on_step)
+        restored = []
+        for picture, name, color in zip(pictures, names, sr, strict=True):
+            alpha = picture.alpha
+            if alpha is not None and self.alpha == "network":
+                alpha = self._network([alpha], size, [""], [f"{name}/alpha"], lambda *_: None)[0].mean(0, keepdim=True)
+            elif alpha is not None:
+                alpha = enlarge(alpha[None], size)[0]
+            grey = len(picture.color) == 1
+            restored.append(replace(picture, color=color.mean(0, keepdim=True) if grey else color, alpha=alpha))
+        return restored
+
+    def _network(self, planes: list[Tensor], size: tuple[int, int], prompts, names, on_step) -> Tensor:
+        lr = torch.stack([plane.expand(3, -1, -1) for plane in planes]).to(self.device)
+        return self.restorer(lr, size, prompts, names, self.seed, on_step=on_step).float().cpu()
