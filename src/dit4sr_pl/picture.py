@@ -103,9 +103,8 @@ def write_picture(path: Path, picture: Picture) -> None:
     planes = picture.color if picture.alpha is None else torch.cat([picture.color, picture.alpha])
     if not planes.isfinite().all():
         raise ValueError(f"{path}: the result is not finite; try model.backbone.dtype=float32")
-    levels = (planes.clamp(0, 1) * (2**picture.bits - 1)).round().cpu().numpy()
-    levels = levels.astype(np.uint16 if picture.bits == 16 else np.uint8).transpose(1, 2, 0)
-    image = imagecodecs.png_encode(np.ascontiguousarray(levels[..., 0] if levels.shape[2] == 1 else levels))
+    levels = (planes.clamp(0, 1) * (2**picture.bits - 1)).round().permute(1, 2, 0).cpu().numpy()
+    image = imagecodecs.png_encode(levels.astype(np.uint16 if picture.bits == 16 else np.uint8, order="C"))
     header = 33  # signature and IHDR; profile and EXIF come between them and the pixels
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(image[:header])
@@ -121,10 +120,11 @@ def _noted() -> Iterator[list[str]]:
     """Collects what Pillow warns of in the block; its doubts about a picture's size are errors."""
     notes = []
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)  # metadata that it passes over
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield notes
-    notes += [" ".join(str(warning.message).split()) for warning in caught]
+    notes += [f"Pillow says: {' '.join(str(warning.message).split())}" for warning in caught]
 
 
 def _check_frames(image: Image.Image, first_frame: bool) -> None:
