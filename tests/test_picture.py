@@ -266,9 +266,9 @@ def test_exif_is_carried_with_the_new_size_and_without_its_thumbnail(tmp_path):
     details[ExifTags.Base.LensModel] = "lens"
     exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] = (1.0, 2.0, 3.0)
     tags = bytearray(exif.tobytes()[6:])
-    following = 10 + 12 * struct.unpack_from("<H", tags, 8)[0]  # where IFD 0 names IFD 1, the thumbnail's
-    struct.pack_into("<I", tags, following, len(tags))
-    tags += struct.pack("<HHHIII", 1, ExifTags.Base.Compression, 3, 1, 6, 0)
+    following = 10 + 12 * struct.unpack_from(">H", tags, 8)[0]  # where IFD 0 names IFD 1, the thumbnail's
+    struct.pack_into(">I", tags, following, len(tags))
+    tags += struct.pack(">HHHIHHI", 1, ExifTags.Base.Compression, 3, 1, 6, 0, 0)
     Image.fromarray(draw(3)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + bytes(tags))
     with Image.open(tmp_path / "a.jpg") as image:
         assert image.getexif().get_ifd(ExifTags.IFD.IFD1)

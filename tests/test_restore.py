@@ -1,25 +1,48 @@
+"""The command: with the network of the package, and with bicubic in its place where the result must be known."""
+
+import errno
+import os
+import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
+from standin import Bicubic, command
+from toy_llava import save_toy_llava
 
-from dit4sr_pl.images import read_image, write_image
+from dit4sr_pl.images import find_images, read_image, write_image
 from dit4sr_pl.latents import enlarge
 from dit4sr_pl.randomness import generator
 
 
+def write_photo(path, height=18, width=13, seed=0):
+    picture = enlarge(torch.rand(1, 3, 3, 3, generator=generator("cpu", seed)), (height, width))
+    write_image(path, picture[0])
+
+
 @pytest.fixture
 def photo(tmp_path):
-    picture = enlarge(torch.rand(1, 3, 3, 3, generator=generator("cpu", 0)), (18, 13))
-    write_image(tmp_path / "in" / "deep" / "photo.png", picture[0])
+    write_photo(tmp_path / "in" / "deep" / "photo.png")
     return tmp_path / "in" / "deep" / "photo.png"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(5):
+        write_photo(tmp_path / "in" / f"{i}.png", *((18, 13) if i % 2 else (16, 16)), seed=i)
+    return tmp_path / "in"
 
 
 def restore(tmp_path, *arguments):
     command = [sys.executable, "-m", "dit4sr_pl.restore", *map(str, arguments), "sampler.steps=2"]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+
+
+def images(folder) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in find_images(folder)}
 
 
 def test_a_file_and_its_folder_give_the_same_picture_four_times_as_large(photo, tmp_path):
@@ -43,3 +66,157 @@ def test_a_checkpoint_that_is_no_lr_stream_is_named(photo, tmp_path):
     result = restore(tmp_path, f"input={photo}", "output=out", f"checkpoint={photo}")
     assert result.returncode == 1 and result.stderr.count("\n") == 1
     assert "photo.png: truncated or not safetensors" in result.stderr
+
+
+def test_the_networks_results_do_not_depend_on_the_batch(folder, tmp_path):
+    for size in (1, 3):
+        result = restore(tmp_path, "input=in", f"output=out{size}", f"batch_size={size}", "device=cpu")
+        assert result.returncode == 0, result.stderr
+    alone, together = images(tmp_path / "out1"), images(tmp_path / "out3")
+    assert alone.keys() == together.keys() == {f"{i}.png" for i in range(5)}
+    assert all(np.abs(alone[name] - together[name]).max() <= 1 for name in alone)  # the last digit of a sum
+
+
+def test_a_folder_is_one_call_per_batch_and_one_model(folder, tmp_path, monkeypatch, capsys):
+    restorer = Bicubic()
+    assert command(monkeypatch, restorer, f"input={folder}", f"output={tmp_path / 'out'}", "batch_size=2") is None
+    assert restorer.loads == 1
+    assert [call.names for call in restorer.calls] == [["0", "2"], ["4"], ["1", "3"]]
+    assert {call.size for call in restorer.calls} == {(64, 64), (72, 52)}
+    assert "5 of 5 images restored" in capsys.readouterr().out
+    for name, result in images(tmp_path / "out").items():
+        lr = read_image(folder / name)[None] / 255
+        expected = enlarge(lr, tuple(4 * length for length in lr.shape[-2:]))[0].permute(1, 2, 0).numpy() * 255
+        assert np.abs(result - expected).max() <= 0.51
+
+
+def test_what_is_done_stays_without_a_model_until_overwrite(folder, tmp_path, monkeypatch, capsys):
+    arguments = [f"input={folder}", f"output={tmp_path / 'out'}"]
+    restorer = Bicubic()
+    command(monkeypatch, restorer, *arguments)
+    (tmp_path / "out/3.png").write_bytes(b"mine")
+    assert command(monkeypatch, restorer, *arguments) is None
+    assert restorer.loads == 0 and "nothing to do: 5 of 5 images are in" in capsys.readouterr().out
+    (tmp_path / "out/0.png").unlink()
+    assert command(monkeypatch, restorer, *arguments) is None
+    assert "1 of 5 images restored" in (out := capsys.readouterr().out) and "4 were there" in out
+    assert (tmp_path / "out/3.png").read_bytes() == b"mine"
+    assert command(monkeypatch, restorer, *arguments, "overwrite=true") is None
+    assert (tmp_path / "out/3.png").read_bytes() != b"mine"
+
+
+def test_nothing_to_do_reads_no_pytorch(folder, tmp_path):
+    for i in range(5):
+        write_photo(tmp_path / f"out/{i}.png")
+    code = (
+        "import sys, runpy; sys.argv = ['restore', 'input=in', 'output=out']\n"
+        "runpy.run_module('dit4sr_pl.restore', run_name='__main__')\n"
+        "assert 'torch' not in sys.modules, 'PyTorch was imported'"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stdout.startswith("nothing to do"), result.stderr
+
+
+def test_every_bad_file_has_its_line_and_needs_no_model_if_there_is_no_other(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b\n.jpg"):
+        (tmp_path / "in" / name).write_text("text")
+    restorer = Bicubic()
+    message = command(monkeypatch, restorer, f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}")
+    assert message == "error: 2 of 2 images not restored, for the reasons above" and restorer.loads == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"not restored: {tmp_path / 'in/a.png'}: not a readable image (unknown format)"
+    assert second == f"not restored: {tmp_path / 'in/b'} .jpg: not a readable image (unknown format)"
+
+
+def test_a_network_that_fails_on_one_image_goes_on_and_a_full_disk_does_not(folder, tmp_path, monkeypatch, capsys):
+    class Picky(Bicubic):
+        def __call__(self, lr, size, captions, names, seed, on_step):
+            if names == ["1"]:
+                raise ValueError("no such prompt")
+            return super().__call__(lr, size, captions, names, seed, on_step) * (torch.nan if names == ["2"] else 1)
+
+    message = command(monkeypatch, Picky(), f"input={folder}", f"output={tmp_path / 'out'}")
+    assert message == "error: 2 of 5 images not restored, for the reasons above"
+    lines = capsys.readouterr().err.splitlines()
+    assert "1.png: no such prompt" in lines[0] and "2.png: " in lines[1] and "not finite" in lines[1]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "3.png", "4.png"]
+
+    def disk_full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dit4sr_pl.picture_restorer.write_picture", disk_full)
+    message = command(monkeypatch, Bicubic(), f"input={folder}", f"output={tmp_path / 'new'}")
+    assert "No space left on device" in message and "0 of 5 images restored" in message and "\n" not in message
+
+
+def test_ctrl_c_leaves_whole_images_and_says_how_many(folder, tmp_path, monkeypatch):
+    class Interrupted(Bicubic):
+        def __call__(self, *arguments, **options):
+            if len(self.calls) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(*arguments, **options)
+
+    restorer, arguments = Interrupted(), [f"input={folder}", f"output={tmp_path / 'out'}"]
+    message = command(monkeypatch, restorer, *arguments)
+    assert message.startswith("interrupted: 2 of 5 images restored into") and "\n" not in message
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "2.png"]
+    whole = Bicubic()
+    assert command(monkeypatch, whole, *arguments) is None and len(whole.calls) == 3
+
+
+def test_an_interrupted_write_leaves_nothing(folder, tmp_path, monkeypatch):
+    def interrupt(file, *_):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dit4sr_pl.picture.putchunk", interrupt)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "maker"
+    Image.new("RGB", (4, 4)).save(folder / "0.png", exif=exif)
+    message = command(monkeypatch, Bicubic(), f"input={folder}", f"output={tmp_path / 'out'}")
+    assert message.startswith("interrupted: 0 of 5") and not list((tmp_path / "out").iterdir())
+
+
+def test_pictures_that_differ_only_in_how_they_lie_share_a_batch_of_files(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name, orientation in (("a", 1), ("b", 6), ("c", 1)):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.new("RGB", (8, 5)).save(tmp_path / f"in/{name}.png", exif=exif)
+    restorer = Bicubic()
+    assert command(monkeypatch, restorer, f"input={tmp_path / 'in'}", f"output={tmp_path / 'o'}", "batch_size=3") is None
+    assert sorted((call.names, call.size) for call in restorer.calls) == [(["a", "c"], (20, 32)), (["b"], (32, 20))]
+
+
+def test_a_caption_model_describes_what_has_no_prompt(folder, tmp_path, monkeypatch):
+    save_toy_llava(tmp_path / "llava")
+    toy = [f"captioner.name={tmp_path / 'llava'}", "captioner.max_tokens=6", "captioner.dtype=float32"]
+    (folder / "3.txt").write_text("a cat")
+    (folder / "4.png").write_bytes((folder / "4.png").read_bytes()[:-20])
+    restorer = Bicubic()
+    arguments = [f"input={folder}", f"output={tmp_path / 'out'}", "captioner=llava", *toy]
+    assert "4.png" in command(monkeypatch, restorer, *arguments)
+    captions = {call.names[0]: call.captions[0] for call in restorer.calls}
+    assert captions.keys() == {"0", "1", "2", "3"} and captions["3"] == "a cat"
+    assert all("word" in captions[name] for name in "012")
+    assert sorted(path.name for path in folder.glob("*.txt")) == ["3.txt"]
+
+    restorer = Bicubic()
+    command(monkeypatch, restorer, *arguments, "captioner.dropped_words=[word]", "overwrite=true")
+    assert {call.captions[0] for call in restorer.calls} >= {"a cat"}
+    assert all("word" not in call.captions[0] for call in restorer.calls)
+
+
+def test_dtype_is_the_backbones(photo, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("dit4sr_pl.backbone.Backbone.__init__", lambda self, **options: seen.append(options["dtype"]))
+    for extra in ([], ["dtype=bfloat16"]):
+        command(monkeypatch, Bicubic(), f"input={photo}", f"output={tmp_path / 'o'}", "overwrite=true", *extra)
+    assert seen == ["float32", "bfloat16"]
+
+
+def test_a_note_says_what_of_a_file_is_left_out(tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (4, 4)).save(tmp_path / "[a].png", icc_profile=b"none")
+    assert command(monkeypatch, Bicubic(), f"input='{tmp_path / '[a].png'}'", f"output={tmp_path / 'out'}") is None
+    assert "[a].png: its colour profile cannot be read and is left out" in capsys.readouterr().out

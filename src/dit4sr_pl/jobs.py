@@ -101,10 +101,12 @@ def _find(source: Path, output: Path) -> tuple[Path, list[Path]]:
     """The folder that names are relative to, and the pictures."""
     if not source.is_dir():
         return source.parent, [source]
-    results = os.path.realpath(output)
-    files = find_images(source, PICTURE_SUFFIXES)
-    inside = [results in (folder := os.path.realpath(file.parent), *map(str, Path(folder).parents)) for file in files]
-    return source, [file for file, result in zip(files, inside, strict=True) if not result]
+    files, results = find_images(source, PICTURE_SUFFIXES), Path(os.path.realpath(output))
+    if results.is_relative_to(os.path.realpath(source)):  # what is in there are results
+        files = [file for file in files if not Path(os.path.realpath(file.parent)).is_relative_to(results)]
+    if not files:
+        raise ValueError(f"{source}: no images in this folder or below it, but in the output folder")
+    return source, files
 
 
 def _target(file: Path, keep_suffix: bool) -> Path:
