@@ -9,10 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from PIL import ExifTags, Image
 from standin import Bicubic, command
 from toy_llava import save_toy_llava
 
+from dit4sr_pl.config import conf_folder
 from dit4sr_pl.images import find_images, read_image, write_image
 from dit4sr_pl.latents import enlarge
 from dit4sr_pl.randomness import generator
@@ -198,14 +201,11 @@ def test_a_caption_model_describes_what_has_no_prompt(folder, tmp_path, monkeypa
     arguments = [f"input={folder}", f"output={tmp_path / 'out'}", "captioner=llava", *toy]
     assert "4.png" in command(monkeypatch, restorer, *arguments)
     captions = {call.names[0]: call.captions[0] for call in restorer.calls}
-    assert captions.keys() == {"0", "1", "2", "3"} and captions["3"] == "a cat"
-    assert all("word" in captions[name] for name in "012")
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        captioner = instantiate(compose("restore", ["device=cpu", *arguments[2:]]).captioner)
+    described = {name: captioner([read_image(folder / f"{name}.png")])[0] for name in "012"}
+    assert any(described.values()) and captions == described | {"3": "a cat"}
     assert sorted(path.name for path in folder.glob("*.txt")) == ["3.txt"]
-
-    restorer = Bicubic()
-    command(monkeypatch, restorer, *arguments, "captioner.dropped_words=[word]", "overwrite=true")
-    assert {call.captions[0] for call in restorer.calls} >= {"a cat"}
-    assert all("word" not in call.captions[0] for call in restorer.calls)
 
 
 def test_dtype_is_the_backbones(photo, tmp_path, monkeypatch):

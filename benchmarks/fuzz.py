@@ -1,0 +1,40 @@
+"""300 malformed and odd files through `python -m dit4sr_pl.restore`, with bicubic in the network's place.
+
+    python benchmarks/fuzz.py [--count 300]
+
+Prints how many of each kind were refused by name, restored and passed over (folders), and what went wrong: a crash, a
+result of a bad file, a result that shows another picture than the whole file, a file that is not named, a leftover.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from pytest import MonkeyPatch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from fuzzing import fuzz
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=300)
+    count = parser.parse_args().count
+    with tempfile.TemporaryDirectory() as folder, MonkeyPatch.context() as patch:
+        start = time.perf_counter()
+        report = fuzz(Path(folder), count, patch)
+        seconds = time.perf_counter() - start
+    columns = {"refused": report.refused, "restored": report.restored, "passed over": report.passed_over}
+    for kind in sorted(set().union(*columns.values())):
+        print(f"{kind:22}", *(f"{counter[kind]:3} {name}" for name, counter in columns.items()), sep="  ")
+    totals = ", ".join(f"{counter.total()} {name}" for name, counter in columns.items())
+    print(f"{count} files: {totals}; {len(report.wrong)} wrong; the slowest read in {report.slowest:.2f} s; {seconds:.0f} s")
+    for line in report.wrong:
+        print("wrong:", line)
+    sys.exit(len(report.wrong) > 0)
+
+
+if __name__ == "__main__":
+    main()

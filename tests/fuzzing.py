@@ -1,0 +1,102 @@
+"""A folder of odd files through `python -m dit4sr_pl.restore`, with bicubic in the network's place at scale 1."""
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from io import BytesIO, StringIO
+from pathlib import Path
+
+import numpy as np
+from odd_files import Odd, odd_files
+from PIL import Image
+from pytest import MonkeyPatch
+from standin import Bicubic, command
+
+LIMIT = 10  # seconds a file may take
+
+
+class Hang(BaseException):
+    """Nothing that is caught on the way."""
+
+
+@dataclass
+class Report:
+    """What became of the files, by kind; the longest reading, in seconds; and what should not have been."""
+
+    refused: Counter = field(default_factory=Counter)
+    restored: Counter = field(default_factory=Counter)
+    passed_over: Counter = field(default_factory=Counter)
+    slowest: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+
+
+def fuzz(work: Path, count: int, monkeypatch: MonkeyPatch) -> Report:
+    files, report = write(work / "in", odd_files(count)), Report()
+    for reader in ("jobs.picture_size", "picture_restorer.read_picture"):
+        watch(f"dit4sr_pl.{reader}", report, monkeypatch)
+    errors = StringIO()
+    with redirect_stderr(errors), redirect_stdout(StringIO()):
+        message = command(monkeypatch, Bicubic(), f"input={work / 'in'}", f"output={work / 'out'}", "scale=1")
+    named = {line.split(": ")[1] for line in errors.getvalue().splitlines() if line.startswith("not restored: ")}
+    if message is None or not message.startswith("error: ") or "\n" in message:
+        report.wrong.append(f"ended with {message!r}")
+    for path, odd in files.items():
+        judge(odd, path, str(path) in named, work / "out" / f"{path.stem}.png", report)
+    expected = {f"{path.stem}.png" for path in files}
+    report.wrong += [f"left {path}" for path in (work / "out").rglob("*") if path.name not in expected]
+    return report
+
+
+def write(folder: Path, files: list[Odd]) -> dict[Path, Odd]:
+    folder.mkdir()
+    paths = {folder / f"{i:03}{odd.suffix}": odd for i, odd in enumerate(files)}
+    for path, odd in paths.items():
+        if isinstance(odd.content, bytes):
+            path.write_bytes(odd.content)
+        else:
+            odd.content(path)
+    return paths
+
+
+def watch(name: str, report: Report, monkeypatch: MonkeyPatch) -> None:
+    """Times the calls of a function, and ends those that take too long."""
+    from pydoc import locate
+
+    reader: Callable = locate(name)
+
+    def timed(*arguments):
+        def stop(*_):
+            raise Hang(arguments[0])
+
+        signal.signal(signal.SIGALRM, stop)
+        signal.alarm(LIMIT)
+        start = time.perf_counter()
+        try:
+            return reader(*arguments)
+        finally:
+            signal.alarm(0)
+            report.slowest = max(report.slowest, time.perf_counter() - start)
+
+    monkeypatch.setattr(name, timed)
+
+
+def judge(odd: Odd, path: Path, named: bool, result: Path, report: Report) -> None:
+    there = result.exists()
+    counter = report.refused if named else report.restored if there else report.passed_over
+    counter[odd.kind] += 1
+    if named and there:
+        report.wrong.append(f"{path.name}, {odd.kind}: named, but there is a result")
+    elif not named and not there and path.is_file():
+        report.wrong.append(f"{path.name}, {odd.kind}: neither named nor restored")
+    elif odd.refused not in (None, named):
+        report.wrong.append(f"{path.name}, {odd.kind}: {'refused' if named else 'restored'}")
+    elif there and odd.original is not None and not same_picture(odd.original, result):
+        report.wrong.append(f"{path.name}, {odd.kind}: the result shows another picture")
+
+
+def same_picture(original: bytes, result: Path) -> bool:
+    with Image.open(BytesIO(original)) as expected, Image.open(result) as image:
+        return np.array_equal(np.asarray(expected.convert(image.mode)), np.asarray(image))
