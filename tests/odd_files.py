@@ -103,7 +103,9 @@ def deep(draws: random.Random) -> Odd:
 
 def noise(draws: random.Random) -> Odd:
     """Random bytes behind a true signature."""
-    head = draws.choice([SIGNATURE, b"\xff\xd8\xff\xe0", b"II*\0\x08\0\0\0", b"RIFF\xff\0\0\0WEBPVP8 ", b"GIF89a", b"BM"])
+    head = draws.choice(
+        [SIGNATURE, b"\xff\xd8\xff\xe0", b"II*\0\x08\0\0\0", b"RIFF\xff\0\0\0WEBPVP8 ", b"GIF89a", b"BM"]
+    )
     return Odd("noise", draws.choice((".png", ".jpg", ".tif")), head + draws.randbytes(draws.randrange(2000)), True)
 
 
@@ -114,7 +116,9 @@ def wrong_suffix(draws: random.Random) -> Odd:
 
 
 def text(draws: random.Random) -> Odd:
-    return Odd("text", ".jpg", draws.choice((b"", b"\0" * 5000, b"not an image\n" * 40, b"%!PS-Adobe\n showpage\n")), True)
+    return Odd(
+        "text", ".jpg", draws.choice((b"", b"\0" * 5000, b"not an image\n" * 40, b"%!PS-Adobe\n showpage\n")), True
+    )
 
 
 def bomb(draws: random.Random) -> Odd:

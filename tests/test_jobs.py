@@ -32,7 +32,9 @@ def test_files_that_would_share_a_result_are_all_named_and_can_keep_their_suffix
         save(tmp_path / "in" / name)
     work = list_work(tmp_path / "in", tmp_path / "out")
     assert [job.name for job in work.jobs] == ["b"] and work.pictures == 3
-    assert [failure.split(": ")[0] for failure in work.failures] == [str(tmp_path / f"in/a.{s}") for s in ("jpg", "png")]
+    assert [failure.split(": ")[0] for failure in work.failures] == [
+        str(tmp_path / f"in/a.{s}") for s in ("jpg", "png")
+    ]
     assert all(f"2 files share the result {tmp_path / 'out/a.png'}" in failure for failure in work.failures)
     kept = list_work(tmp_path / "in", tmp_path / "out", keep_suffix=True)
     assert [job.target.name for job in kept.jobs] == ["a.jpg.png", "a.png.png", "b.png.png"]

@@ -284,7 +284,9 @@ def test_exif_is_carried_with_the_new_size_and_without_its_thumbnail(tmp_path):
 
 def test_a_tiffs_description_is_carried_but_not_its_layout(tmp_path):
     tags = [(315, "s", 0, "me", True)]
-    tifffile.imwrite(tmp_path / "a.tif", draw(3, np.uint16), photometric="rgb", description="hello", metadata=None, extratags=tags)
+    tifffile.imwrite(
+        tmp_path / "a.tif", draw(3, np.uint16), photometric="rgb", description="hello", metadata=None, extratags=tags
+    )
     through(tmp_path / "a.tif")
     with Image.open(tmp_path / "out/a.png") as image:
         kept = dict(image.getexif())
@@ -319,7 +321,9 @@ def test_sizes_come_out_exactly_and_match_bicubic(tmp_path, scale, height, width
         assert np.abs(result[..., channel] - plane).max() <= 0.51
 
 
-@pytest.mark.parametrize("scale, length, result", [(2.5, 1, 3), (1.5, 3, 5), (2.5, 5, 13), (1.005, 100, 101), (1, 7, 7)])
+@pytest.mark.parametrize(
+    "scale, length, result", [(2.5, 1, 3), (1.5, 3, 5), (2.5, 5, 13), (1.005, 100, 101), (1, 7, 7)]
+)
 def test_halves_are_rounded_up_in_decimal(scale, length, result):
     assert result_size((length, length), scale) == (result, result)
 

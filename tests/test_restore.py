@@ -188,7 +188,9 @@ def test_pictures_that_differ_only_in_how_they_lie_share_a_batch_of_files(tmp_pa
         exif[ExifTags.Base.Orientation] = orientation
         Image.new("RGB", (8, 5)).save(tmp_path / f"in/{name}.png", exif=exif)
     restorer = Bicubic()
-    assert command(monkeypatch, restorer, f"input={tmp_path / 'in'}", f"output={tmp_path / 'o'}", "batch_size=3") is None
+    assert (
+        command(monkeypatch, restorer, f"input={tmp_path / 'in'}", f"output={tmp_path / 'o'}", "batch_size=3") is None
+    )
     assert sorted((call.names, call.size) for call in restorer.calls) == [(["a", "c"], (20, 32)), (["b"], (32, 20))]
 
 
