@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -127,3 +128,15 @@ def check_writable(folder: str | Path, what: str) -> None:
         probe.unlink(missing_ok=True)  # several processes of a run may look at once
     except OSError as error:
         raise ValueError(f"{what}={folder}: cannot be written ({error.strerror}); choose another folder") from None
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """`i/n`, this task's number from 1 and how many there are.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", str(text))
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"shard={text}: must be i/n with i from 1 to n, such as 1/8 to 8/8 for eight tasks")
+    return int(match[1]), int(match[2])

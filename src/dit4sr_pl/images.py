@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from dit4sr_pl.files import replacing
 
@@ -65,6 +65,17 @@ def check_image(path: Path | str) -> tuple[int, int]:
     with opened(path) as image:
         height, width, _ = _to_rgb(ImageOps.exif_transpose(image)).shape
     return width, height
+
+
+def image_size(path: Path | str) -> tuple[int, int]:
+    """Width and height in pixels, upright, from a file's header alone. `ValueError` for what is no image."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from error
+    return (height, width) if turned else (width, height)
 
 
 def write_image(path: Path | str, image: torch.Tensor) -> None:

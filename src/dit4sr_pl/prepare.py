@@ -4,13 +4,12 @@ python -m dit4sr_pl.prepare stage=metrics metrics=paper
 """
 
 import functools
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.config import check_backbone, check_data, check_readable, check_writable, command
+from dit4sr_pl.config import check_backbone, check_data, check_readable, check_writable, command, read_shard
 from dit4sr_pl.metric_weights import Weights, check_digest, download
 
 
@@ -126,18 +125,6 @@ STAGES = {"captions": captions, "embeddings": embeddings, "manifest": manifest, 
 
 def named_sets(cfg: DictConfig) -> dict[str, DictConfig]:
     return {name: options for name, options in cfg.data.sets.items() if options.folder is not None}
-
-
-def read_shard(text: str) -> tuple[int, int]:
-    """`i/n`, this task's number from 1 and how many there are.
-
-    Raises:
-        ValueError: anything else.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", str(text))
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"shard={text}: must be i/n with i from 1 to n, such as 1/8 to 8/8 for eight tasks")
-    return int(match[1]), int(match[2])
 
 
 def check(cfg: DictConfig) -> None:

@@ -31,8 +31,7 @@ class Restorer:
         Raises:
             FileNotFoundError, ValueError: missing, truncated, or not trained over this backbone.
         """
-        shipped = SHIPPED / str(checkpoint) / "lr_stream.safetensors"
-        path = shipped if shipped.is_file() else Path(checkpoint)
+        path = checkpoint_file(checkpoint)
         part = load_part(path)
         net = build_network(backbone.transformer, part.settings)
         fit_part(net, part, path)
@@ -52,6 +51,12 @@ class Restorer:
         generators = [generator("cpu", "restore", seed, name) for name in names]
         parts = self.backbone.coder, self.backbone.prompts, self.backbone.scheduler
         return restore(self.net, *parts, self.sampler, lr, size, captions, generators, on_step)
+
+
+def checkpoint_file(checkpoint: str | Path) -> Path:
+    """The file of a trained part, by path or by the name of a shipped one."""
+    shipped = SHIPPED / str(checkpoint) / "lr_stream.safetensors"
+    return shipped if shipped.is_file() else Path(checkpoint)
 
 
 def build_network(base: SD3Transformer2DModel, settings: dict) -> nn.Module:

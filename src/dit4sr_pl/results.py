@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCORES, ROW, PICTURES = "scores.csv", "results", "images"
-MEASURED_WITH = ("torch", "lightning", "diffusers", "pyiqa", "dit4sr_pl")
+MEASURED_WITH = ("torch", "lightning", "diffusers", "spandrel", "pyiqa", "pillow", "dit4sr_pl")
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,15 @@ class Result:
         """Over all images; `nan` where one of them was not measured."""
         columns = {metric: [scores[metric] for scores in self.scores.values()] for metric in self.metrics}
         return {metric: math.fsum(values) / len(values) for metric, values in columns.items()}
+
+
+def file_hash(path: Path | str) -> str:
+    """BLAKE2b (16 bytes, hexadecimal) of a file's bytes; of a folder, of all its files' names and hashes."""
+    path = Path(path)
+    if path.is_dir():
+        return settings_hash({file.relative_to(path).as_posix(): file_hash(file) for file in path.rglob("*") if file.is_file()})
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 FIELDS = ("run", "method", "variant", "dataset", "seed", "pictures", "config", "checkpoint")

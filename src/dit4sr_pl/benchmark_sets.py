@@ -1,0 +1,166 @@
+"""Sets of images to score: LR, ground truth and restored files that belong together by name. No PyTorch until one is
+read, so that what does not fit together is told in a moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dit4sr_pl.captions import open_captions
+from dit4sr_pl.images import find_images, image_size, read_image
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCALE = 4  # of the paper and of all its benchmarks
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a set.
+
+    Args:
+        name: path below its folder, without file type. sr: the restored image, which may be yet to come.
+        hr: ground truth; None where there is none. lr: None where `sr` is only to be scored.
+        caption: of the LR image, may be empty. crop: side in pixels of `hr` and of `sr`, from the centre; None is all.
+    """
+
+    name: str
+    sr: Path
+    hr: Path | None
+    lr: Path | None = None
+    caption: str = ""
+    crop: int | None = None
+
+    def read_lr(self) -> Tensor:
+        """`(1, 3, h, w)` in 0..1, as the two below."""
+        return read(self.lr, self.crop and self.crop // SCALE)
+
+    def read_hr(self) -> Tensor | None:
+        return None if self.hr is None else read(self.hr, self.crop, SCALE)
+
+    def read_sr(self) -> Tensor:
+        return read(self.sr)
+
+
+class BenchmarkSet:
+    """LR images and, by name, their ground truth four times as large.
+
+    Args:
+        name: by which results are compared. folder: that `lr` and `hr` are in; absolute ones stand alone.
+        lr, hr: folders of images; `hr` is None for a set without ground truth.
+        lr_suffix, hr_suffix: endings of names that are not part of them, such as RealSR's `_LR4`; files without are
+            passed over, so that both kinds may lie in one folder.
+        crop: side of centre crops of the ground truth, in pixels; None takes whole images.
+        captions: folder of `.txt` files or a table (parquet, jsonl), by name; None is no captions.
+        count: how many images the whole set has; None if that is not known.
+
+    Raises:
+        FileNotFoundError, ValueError: folders that are not there, names without a partner, sizes that do not fit, each
+            with every file that is concerned.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: str,
+        lr: str,
+        hr: str | None,
+        lr_suffix: str = "",
+        hr_suffix: str = "",
+        crop: int | None = None,
+        captions: str | None = None,
+        count: int | None = None,
+    ):
+        self.name, self.crop, self.count = name, crop, count
+        self.lr = by_name(Path(folder) / lr, lr_suffix)
+        self.hr = None if hr is None else by_name(Path(folder) / hr, hr_suffix)
+        captions = open_captions(captions) if captions is not None else {}
+        self.captions = {name: captions[name] if captions else "" for name in self.lr}
+        if self.hr is not None:
+            check_pairs(self.lr, self.hr)
+            check_sizes(self.lr, self.hr, SCALE)
+        self.check_crop()
+
+    def items(self, restored: Path) -> list[Item]:
+        """The set's images, whose restored ones are or will be PNG files in `restored`."""
+        hr = self.hr or {}
+        return [
+            Item(name, restored / f"{name}.png", hr.get(name), lr, self.captions[name], self.crop)
+            for name, lr in self.lr.items()
+        ]
+
+    def finished(self, images: Path) -> list[Item]:
+        """The set's images, restored by someone else; errors as of the set itself."""
+        restored = by_name(images)
+        check_pairs(restored, self.lr)
+        if self.crop is None:
+            check_sizes(self.lr, restored, SCALE)
+        elif wrong := [str(path) for path in restored.values() if image_size(path) != (self.crop, self.crop)]:
+            raise ValueError(f"not as large as dataset.crop={self.crop}: {', '.join(wrong)}")
+        return [replace(item, sr=restored[item.name]) for item in self.items(images)]
+
+    def check_crop(self) -> None:
+        if self.crop is None:
+            return
+        if self.crop < SCALE or self.crop % SCALE:
+            raise ValueError(f"dataset.crop={self.crop}: must be a multiple of {SCALE}, in pixels of the ground truth")
+        small = [str(path) for path in self.lr.values() if min(image_size(path)) * SCALE < self.crop]
+        if small:
+            raise ValueError(f"dataset.crop={self.crop}: more than {SCALE} times the side of {', '.join(small)}")
+
+
+def finished_images(images: Path, reference: Path | None) -> list[Item]:
+    """Restored images, each with the reference of its name and size; errors as of `BenchmarkSet`."""
+    restored = by_name(images)
+    if reference is None:
+        return [Item(name, path, None) for name, path in restored.items()]
+    hr = by_name(reference)
+    check_pairs(restored, hr)
+    check_sizes(restored, hr, 1)
+    return [Item(name, path, hr[name]) for name, path in restored.items()]
+
+
+def by_name(folder: Path, suffix: str = "") -> dict[str, Path]:
+    """A folder's images by name: path below it, without file type and `suffix`, in the order of their paths."""
+    found: dict[str, list[Path]] = {}
+    for path in find_images(folder):
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stem.endswith(suffix):
+            found.setdefault(stem.removesuffix(suffix), []).append(path)
+    twice = [" and ".join(path.name for path in paths) for paths in found.values() if len(paths) > 1]
+    if twice:
+        raise ValueError(f"{folder}: one name, several files: {'; '.join(twice)}; keep one of each")
+    if not found:
+        raise ValueError(f"{folder}: no image there has a name that ends in {suffix}")
+    return {name: path for name, (path,) in found.items()}
+
+
+def check_pairs(first: dict[str, Path], second: dict[str, Path]) -> None:
+    """Raises `ValueError` with all files that have no partner of their name on the other side."""
+    alone = [str(first[name]) for name in first if name not in second]
+    alone += [str(second[name]) for name in second if name not in first]
+    if alone:
+        raise ValueError(f"no file of the same name on the other side for {', '.join(alone)}; add or remove files")
+
+
+def check_sizes(small: dict[str, Path], large: dict[str, Path], scale: int) -> None:
+    """Raises `ValueError` with all pairs in which the second is not `scale` times as large as the first."""
+    wrong = []
+    for name, path in small.items():
+        (width, height), (wide, high) = image_size(path), image_size(large[name])
+        if (scale * width, scale * height) != (wide, high):
+            wrong.append(f"{large[name]} ({wide}x{high}, {path} {width}x{height})")
+    if wrong:
+        wanted = "as large" if scale == 1 else f"{scale} times as large"
+        raise ValueError(f"not {wanted} as the file of the same name: {', '.join(wrong)}")
+
+
+def read(path: Path, crop: int | None = None, step: int = 1) -> Tensor:
+    """`(1, 3, H, W)` in 0..1; of a `crop` from the centre its corner lies on a multiple of `step`."""
+    image = read_image(path)[None] / 255
+    if crop is None:
+        return image
+    top, left = (round((length - crop) / step / 2) * step for length in image.shape[-2:])
+    return image[..., top : top + crop, left : left + crop]

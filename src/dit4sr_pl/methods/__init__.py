@@ -1,0 +1,44 @@
+"""Super-resolution systems behind one interface: named LR images in, named restored images four times as large out."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Photo(NamedTuple):
+    """An LR image `(1, 3, h, w)` in 0..1, its name in the set and its caption, which may be empty."""
+
+    name: str
+    lr: Tensor
+    caption: str
+
+
+class Method(Protocol):
+    """A row of the paper's tables.
+
+    Attributes:
+        label: the row's name as the paper spells it. variant: by its name in `conf/ablation/`, or empty.
+        checkpoint: hash of the weights; empty without any. settings: all that the restored images depend on.
+    """
+
+    label: str
+    variant: str
+    checkpoint: str
+    settings: dict
+
+    def __call__(self, photos: Iterable[Photo]) -> Iterator[tuple[str, Tensor]]:
+        """Names and restored images `(3, 4h, 4w)` in 0..1, one after the other or at the end."""
+        ...
+
+
+class Finished:
+    """Images that are there already."""
+
+    variant = checkpoint = ""
+
+    def __init__(self, label: str):
+        self.label, self.settings = label, {}
+
+    def __call__(self, photos: Iterable[Photo]) -> Iterator[tuple[str, Tensor]]:
+        return iter(())

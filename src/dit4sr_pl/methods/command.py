@@ -1,0 +1,106 @@
+"""Other people's systems: their own script, in their own checkout and environment."""
+
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from dit4sr_pl.benchmark_sets import SCALE, by_name, read
+from dit4sr_pl.images import image_size, write_image
+from dit4sr_pl.methods import Photo
+from dit4sr_pl.results import file_hash, hash_of
+
+
+class Command:
+    """Restores a folder of PNG files by a command line.
+
+    Args:
+        label: as the paper spells it. checkout: the system's repository, in which the command runs.
+        python: the interpreter of its environment. arguments: of it; `{input}` and `{output}` stand for folders of PNG
+            files, `{prompts}` for one of captions as `.txt`, `{seed}` for the seed and `{KEY}` for the weights of a key.
+        weights: files and folders by key, seen from the checkout. outputs: folder below `{output}` with the results.
+        suffixes: what the script may add to a name. work: folder for all that, and for `log.txt`.
+
+    Raises:
+        FileNotFoundError: a checkout, interpreter or weights that are not there.
+    """
+
+    variant = ""
+
+    def __init__(
+        self,
+        label: str,
+        checkout: str,
+        python: str,
+        arguments: list[str],
+        weights: dict[str, str],
+        outputs: str,
+        suffixes: list[str],
+        seed: int,
+        work: str,
+    ):
+        self.label, self.checkout, self.work = label, Path(checkout).resolve(), Path(work).resolve()
+        self.outputs, self.suffixes = self.work / "sr" / outputs, list(suffixes)
+        weights = {key: self.checkout / path for key, path in weights.items()}
+        absent = [f"method.weights.{key}={path}" for key, path in weights.items() if not path.exists()]
+        if not self.checkout.is_dir():
+            absent.insert(0, f"method.checkout={checkout}")
+        if shutil.which(python) is None:
+            absent.insert(0, f"method.python={python}")
+        if absent:
+            raise FileNotFoundError(f"{label}: not there: {', '.join(absent)} (docs/systems.md)")
+        places = {"input": self.work / "lr", "output": self.work / "sr", "prompts": self.work / "prompts"}
+        self.command = [python, *(part.format(**places, **weights, seed=seed) for part in map(str, arguments))]
+        hashes = {key: file_hash(path) for key, path in weights.items()}
+        self.checkpoint = hash_of(hashes) if hashes else ""
+        self.settings = {"arguments": list(arguments), "weights": hashes, "seed": seed}
+
+    def __call__(self, photos: Iterable[Photo]) -> Iterator[tuple[str, Tensor]]:
+        for folder in ("lr", "sr", "prompts"):
+            shutil.rmtree(self.work / folder, ignore_errors=True)
+            (self.work / folder).mkdir(parents=True)
+        sizes = {}
+        for photo in photos:
+            if "/" in photo.name:
+                raise ValueError(f"{photo.name}: {self.label} takes the images of one folder, not of folders in it")
+            write_image(self.work / "lr" / f"{photo.name}.png", photo.lr[0])
+            (self.work / "prompts" / f"{photo.name}.txt").write_text(photo.caption)
+            sizes[photo.name] = tuple(SCALE * length for length in photo.lr.shape[:-3:-1])
+        self.run()
+        for name, path in self.collect(sizes).items():
+            yield name, read(path)[0]
+        for folder in ("lr", "sr", "prompts"):
+            shutil.rmtree(self.work / folder)
+
+    def run(self) -> None:
+        log = self.work / "log.txt"
+        with log.open("w") as file:
+            print(*self.command, file=file, flush=True)
+            code = subprocess.run(self.command, cwd=self.checkout, stdout=file, stderr=subprocess.STDOUT).returncode
+        if code:
+            last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+            raise ValueError(f"{self.label}: its command ended with exit code {code} ({last[-200:]}); see {log}")
+
+    def collect(self, sizes: dict[str, tuple[int, int]]) -> dict[str, Path]:
+        """Results by name.
+
+        Raises:
+            ValueError: some are missing or of another size than `sizes`, with all of them.
+        """
+        try:
+            written = by_name(self.outputs)
+        except (FileNotFoundError, ValueError):
+            written = {}
+        found = {}
+        for name in sizes:
+            candidates = [written[name + suffix] for suffix in self.suffixes if name + suffix in written]
+            found |= {name: candidates[0]} if candidates else {}
+        if missing := sizes.keys() - found.keys():
+            log = self.work / "log.txt"
+            raise ValueError(f"{self.label}: no result in {self.outputs} for {', '.join(sorted(missing))}; see {log}")
+        wrong = [f"{path} {image_size(path)}" for name, path in found.items() if image_size(path) != sizes[name]]
+        if wrong:
+            raise ValueError(f"{self.label}: not {SCALE} times as large as the LR image: {', '.join(wrong)}")
+        return found

@@ -1,0 +1,74 @@
+"""Feed-forward networks from their published weight files, through spandrel: Real-ESRGAN, SwinIR and their like."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit4sr_pl.benchmark_sets import SCALE
+from dit4sr_pl.methods import Photo
+from dit4sr_pl.results import file_hash
+
+SUFFIXES = (".pth", ".ckpt", ".safetensors")  # spandrel reads them without running what is in them
+
+
+class SpandrelNet:
+    """The network that spandrel finds in a weight file.
+
+    Args:
+        label: None takes the architecture's name. weights: `.pth`, `.ckpt` or `.safetensors`.
+        tile: side of the LR tiles that larger images are cut into. margin: LR pixels around a tile that the network
+            sees and that are cut off again.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, no network that spandrel knows, or not one that enlarges x4.
+    """
+
+    variant = ""
+
+    def __init__(self, label: str | None, weights: str, tile: int, margin: int, device: str):
+        self.net = load(Path(weights)).to(torch.device(device)).eval()
+        self.tile, self.margin, self.device = tile, margin, device
+        self.label = label or self.net.architecture.name
+        self.checkpoint = file_hash(weights)
+        self.settings = {"weights": self.checkpoint, "tile": tile, "margin": margin}
+
+    def __call__(self, photos: Iterable[Photo]) -> Iterator[tuple[str, Tensor]]:
+        for photo in photos:
+            yield photo.name, in_tiles(self.net, photo.lr.to(self.device), self.tile, self.margin)[0]
+
+
+def load(path: Path):
+    """spandrel's descriptor of the network in a weight file."""
+    import spandrel
+
+    if not path.is_file():
+        raise FileNotFoundError(f"weights={path}: no such file; docs/systems.md says where the published ones are")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"weights={path}: must end in {', '.join(SUFFIXES)}")
+    try:
+        net = spandrel.ModelLoader().load_from_file(path)
+    except spandrel.UnsupportedModelError:
+        raise ValueError(f"weights={path}: no network that spandrel knows") from None
+    except (UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"weights={path}: damaged or not weights ({str(error).splitlines()[0]})") from None
+    if net.scale != SCALE or net.input_channels != 3:
+        raise ValueError(f"weights={path}: a {net.architecture.name} that enlarges x{net.scale}; x{SCALE} is needed")
+    return net
+
+
+def in_tiles(net: Callable[[Tensor], Tensor], lr: Tensor, tile: int, margin: int) -> Tensor:
+    """`net` over tiles of `(1, 3, h, w)`, each seen with `margin` more pixels around it where the image has them."""
+    height, width = lr.shape[-2:]
+    sr = lr.new_empty(1, 3, SCALE * height, SCALE * width)
+    for top in range(0, height, tile):
+        for left in range(0, width, tile):
+            above, before = min(margin, top), min(margin, left)
+            seen = lr[..., top - above : top + tile + margin, left - before : left + tile + margin]
+            piece = F.pad(net(seen), (-SCALE * before, 0, -SCALE * above, 0))  # negative: cuts off
+            target = sr[..., SCALE * top : SCALE * (top + tile), SCALE * left : SCALE * (left + tile)]
+            target.copy_(piece[..., : target.shape[-2], : target.shape[-1]])
+    return sr
