@@ -1,0 +1,174 @@
+"""The command: its contract, and what it does when it is killed, shared out, or given something that does not fit."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from killing import assert_kills_change_nothing
+from PIL import Image
+
+from dit4sr_pl.benchmark_sets import read
+from dit4sr_pl.config import conf_folder, mistakes_in_one_line
+from dit4sr_pl.evaluate import evaluate
+from dit4sr_pl.images import write_image
+from dit4sr_pl.latents import enlarge
+from dit4sr_pl.randomness import generator
+from dit4sr_pl.results import read_result, read_scores
+
+NAMES = [f"Canon_{i}_LR4" for i in range(5)]
+
+
+def run(*overrides) -> str | None:
+    """What the command says when it fails; None when it works."""
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        cfg = compose("evaluate", [str(override) for override in overrides])
+    try:
+        with mistakes_in_one_line():
+            evaluate(cfg)
+    except SystemExit as exit:
+        return exit.code
+    return None
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """RealSR's layout with five small pairs."""
+    root = tmp_path_factory.mktemp("benchmarks")
+    for i, name in enumerate(NAMES):
+        hr = enlarge(torch.rand(1, 3, 6, 7, generator=generator("cpu", i)), (60, 68))
+        write_image(root / "RealSRVal_crop128" / "test_HR" / f"{name}.png", hr[0])
+        write_image(root / "RealSRVal_crop128" / "test_LR" / f"{name}.png", enlarge(hr, (15, 17))[0])
+    return root
+
+
+@pytest.fixture
+def pairs(root):
+    return root / "RealSRVal_crop128"
+
+
+def test_contracts_spelling_scores_finished_images_by_stem(pairs, tmp_path):
+    """Against PSNR of Y written out on the 8-bit values."""
+    for path in (pairs / "test_HR").iterdir():
+        Image.open(path).convert("L").convert("RGB").save(tmp_path / f"{path.stem}.png")
+    arguments = [f"images={tmp_path}", f"reference={pairs / 'test_HR'}", "metrics=[psnr,ssim]", "output=out"]
+    command = [sys.executable, "-m", "dit4sr_pl.evaluate", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    with (tmp_path / "out" / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["image", "psnr", "ssim"] and [row["image"] for row in rows] == NAMES
+    luma = torch.tensor([65.481, 128.553, 24.966]).view(1, 3, 1, 1)
+    for row in rows:
+        sr, hr = read(tmp_path / f"{row['image']}.png"), read(pairs / "test_HR" / f"{row['image']}.png")
+        expected = -10 * (((sr - hr) * luma).sum(1) / 255).square().mean().log10()
+        assert abs(float(row["psnr"]) - expected) < 0.05 and 0 < float(row["ssim"]) < 1
+    assert read_result(tmp_path / "out").method == tmp_path.name
+
+
+def test_a_result_says_what_was_scored(root, tmp_path):
+    assert run("dataset=realsr", f"root={root}", "method=bicubic", f"output={tmp_path / 'out'}", "seed=3") is None
+    result = read_result(tmp_path / "out")
+    described = result.run, result.method, result.variant, result.dataset, result.seed, result.pictures
+    assert described == ("out", "Bicubic", "", "realsr", 3, "images")
+    assert result.versions["torch"] == torch.__version__.split("+")[0] and len(result.config) == 32
+    assert sorted(result.scores) == NAMES and not (tmp_path / "out" / "parts").exists()
+
+
+def test_what_is_on_disk_is_what_is_scored(root, tmp_path):
+    out = tmp_path / "out"
+    assert run("dataset=realsr", f"root={root}", "method=bicubic", f"output={out}") is None
+    images = [f"images={out / 'images'}", f"output={tmp_path / 'again'}"]
+    assert run("dataset=realsr", f"root={root}", *images, "name=Bicubic") is None
+    assert (out / "scores.csv").read_bytes() == (tmp_path / "again" / "scores.csv").read_bytes()
+    again = read_result(tmp_path / "again")
+    assert (again.method, again.dataset, again.pictures) == ("Bicubic", "realsr", "../out/images")
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+def test_shards_in_any_order_give_what_one_task_gives(root, tmp_path, order, capsys):
+    arguments = ["dataset=realsr", f"root={root}", "method=bicubic"]
+    assert run(*arguments, f"output={tmp_path / 'one' / 'out'}") is None
+    for shard in order:
+        assert not (tmp_path / "many" / "out" / "scores.csv").exists()
+        assert run(*arguments, f"output={tmp_path / 'many' / 'out'}", f"shard={shard}/3") is None
+    for name in ("scores.csv", "results.csv", "results.parquet", "settings.json", f"images/{NAMES[0]}.png"):
+        assert (tmp_path / "one" / "out" / name).read_bytes() == (tmp_path / "many" / "out" / name).read_bytes()
+    assert f"of {len(NAMES)} images scored; the last shard to end writes" in capsys.readouterr().out
+
+
+def test_nothing_is_scored_twice(root, tmp_path, monkeypatch):
+    from dit4sr_pl import scoring
+
+    scored, one_score = [], scoring.one_score
+    monkeypatch.setattr(scoring, "one_score", lambda *arguments: scored.append(1) or one_score(*arguments))
+    arguments = ["dataset=realsr", f"root={root}", "method=bicubic", "metrics=[psnr]", f"output={tmp_path}"]
+    assert run(*arguments, "shard=1/2") is None and len(scored) == 3
+    half = (tmp_path / "parts" / "1-of-2.jsonl").read_text()
+    (tmp_path / "parts" / "1-of-2.jsonl").write_text(half[: half.rindex("psnr")])  # the last row cut off
+    assert run(*arguments, "shard=1/2") is None and len(scored) == 4
+    assert (tmp_path / "parts" / "1-of-2.jsonl").read_text() == half
+    assert run(*arguments) is None and len(scored) == 4 + 2
+    assert run(*arguments) is None and len(scored) == 4 + 2 and sorted(read_scores(tmp_path / "scores.csv")) == NAMES
+
+
+def killed(arguments, folder):
+    """The command as typed in `folder`."""
+    from dit4sr_pl.evaluate import main as command
+
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    sys.argv = ["evaluate", *arguments]
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    torch.set_num_threads(1)
+    command()
+
+
+def test_kills_change_nothing(root, tmp_path):
+    import functools
+
+    arguments = ["dataset=realsr", f"root={root}", "method=bicubic", "metrics=[psnr]", "output=out"]
+    whole = assert_kills_change_nothing(functools.partial(killed, arguments), tmp_path, kills=3)
+    assert len(whole) == len(NAMES) + 4
+
+
+def test_a_folder_of_other_scores_is_refused(root, pairs, tmp_path):
+    arguments = ["dataset=realsr", f"root={root}", "metrics=[psnr]", f"output={tmp_path / 'out'}"]
+    assert run(*arguments, "method=bicubic") is None
+    before = (tmp_path / "out" / "scores.csv").read_bytes()
+    assert run(*arguments, "method=bicubic", "dataset.crop=40").endswith("other scores (files); choose another folder")
+    assert "holds other scores (metrics)" in run(*arguments, "method=bicubic", "metrics=[ssim]")
+    assert "holds other scores (method)" in run(*arguments, "sampler.steps=1")
+    assert (tmp_path / "out" / "scores.csv").read_bytes() == before
+    (tmp_path / "out" / "settings.json").unlink()
+    assert "holds other scores (settings unknown)" in run(*arguments, "method=bicubic")
+
+
+def test_changed_pixels_are_not_taken_for_the_scored_ones(pairs, tmp_path):
+    arguments = [f"images={tmp_path / 'sr'}", f"reference={pairs / 'test_HR'}", f"output={tmp_path / 'out'}"]
+    for path in (pairs / "test_HR").iterdir():
+        write_image(tmp_path / "sr" / path.name, torch.zeros(3, 60, 68))
+    assert run(*arguments) is None
+    write_image(tmp_path / "sr" / f"{NAMES[0]}.png", torch.ones(3, 60, 68))
+    assert "holds other scores (files)" in run(*arguments)
+
+
+def test_without_ground_truth_metrics_that_need_it_are_told(root, pairs, tmp_path):
+    images = [f"images={pairs / 'test_HR'}", f"output={tmp_path / 'out'}"]
+    assert run(*images) == "error: no ground truth, which psnr, ssim needs; give reference=FOLDER, or other metrics"
+    command = [sys.executable, "-m", "dit4sr_pl.evaluate", *images, "+metrics@metrics.x=ssim"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_a_damaged_image_is_named_and_the_rest_kept(pairs, tmp_path):
+    for path in (pairs / "test_HR").iterdir():
+        write_image(tmp_path / "sr" / path.name, torch.zeros(3, 60, 68))
+    last = tmp_path / "sr" / f"{NAMES[-1]}.png"
+    last.write_bytes(last.read_bytes()[:70])
+    arguments = [f"images={tmp_path / 'sr'}", f"reference={pairs / 'test_HR'}", f"output={tmp_path / 'out'}"]
+    message = run(*arguments)
+    assert message.startswith(f"error: {last}: not a readable image") and "\n" not in message

@@ -1,0 +1,242 @@
+import math
+import pickle
+import sys
+
+import pytest
+import spandrel
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from PIL import Image
+from safetensors.torch import save_file
+from spandrel.architectures.ESRGAN import ESRGAN
+from spandrel.architectures.SwinIR import SwinIR
+
+from dit4sr_pl.benchmark_sets import read
+from dit4sr_pl.color import moments
+from dit4sr_pl.config import conf_folder
+from dit4sr_pl.images import write_image
+from dit4sr_pl.methods import Photo
+from dit4sr_pl.methods.command import Command
+from dit4sr_pl.methods.dit4sr import ablation
+from dit4sr_pl.methods.spandrel import in_tiles
+from dit4sr_pl.model import SD3ControlNet, Variant, save_part
+from dit4sr_pl.model.checkpoints import base_of, part_of
+from dit4sr_pl.randomness import generator
+from dit4sr_pl.results import file_hash
+
+PAPER = {"Real-ESRGAN", "SwinIR", "ResShift", "StableSR", "SeeSR", "DiffBIR", "OSEDiff", "SUPIR", "DreamClear"}
+PAPER |= {"SD3-ControlNet", "DiT4SR", "Bicubic"}
+
+
+def method(*overrides):
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return instantiate(compose("evaluate", [str(override) for override in overrides]).method)
+
+
+def photo(height=9, width=11, name="a", caption=""):
+    return Photo(name, torch.rand(1, 3, height, width, generator=generator("cpu", name)), caption)
+
+
+def restored(method, *photos):
+    return dict(method(photos))
+
+
+def test_every_row_of_the_paper_has_a_method():
+    labels = set()
+    for path in (conf_folder() / "method").glob("*.yaml"):
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            cfg = compose("evaluate", [f"method={path.stem}", f"method.label={path.stem}"])
+            label = compose("evaluate", [f"method={path.stem}"]).method
+        assert cfg.method._target_.startswith("dit4sr_pl.methods.")
+        label = label.get("label") if path.stem != "command" else None
+        labels |= set(label.values()) if hasattr(label, "values") else {label}
+    assert labels - {None} == PAPER
+
+
+def test_bicubic_is_pillows(tmp_path):
+    write_image(tmp_path / "a.png", photo().lr[0])
+    expected = Image.open(tmp_path / "a.png").resize((44, 36), Image.Resampling.BICUBIC)
+    expected.save(tmp_path / "pillow.png")
+    sr = restored(method("method=bicubic"), Photo("a", read(tmp_path / "a.png"), ""))["a"]
+    torch.testing.assert_close(sr, read(tmp_path / "pillow.png")[0], atol=1.01 / 255, rtol=0)
+
+
+def test_dit4sr_gives_four_times_the_size_in_the_enlarged_images_colours():
+    tiny = method("sampler.steps=2")
+    assert (tiny.label, tiny.variant) == ("DiT4SR", "full") and len(tiny.checkpoint) == 32
+    lr = photo(9, 11)
+    sr = restored(tiny, lr)["a"]
+    assert sr.shape == (3, 36, 44)
+    again = restored(tiny, photo(8, 8, "b"), lr)["a"]
+    assert torch.equal(sr, again)
+    wanted, given = (torch.cat(moments(images)) for images in (lr.lr, sr[None]))
+    torch.testing.assert_close(given, wanted, atol=0.05, rtol=0)
+    assert not torch.equal(sr, restored(method("sampler.steps=2", "seed=1"), lr)["a"])
+
+
+def test_the_baseline_is_restored_under_its_own_name(tmp_path, tiny_backbone):
+    net = SD3ControlNet(tiny_backbone.transformer, 4)
+    save_part(part_of(net, base_of(net, "tiny-sd3")), tmp_path / "controlnet.safetensors")
+    baseline = method("sampler.steps=1", f"checkpoint={tmp_path / 'controlnet.safetensors'}")
+    assert (baseline.label, baseline.variant) == ("SD3-ControlNet", "")
+    assert restored(baseline, photo())["a"].shape == (3, 36, 44)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (conf_folder() / "ablation").glob("*.yaml")])
+def test_a_variant_is_known_by_its_switches(name):
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        variant = instantiate(compose("train", [f"+ablation={name}", "output=x"]).model.network).keywords["variant"]
+    assert ablation(Variant(**variant)) == name
+
+
+def test_release_settings_make_no_other_variant():
+    assert ablation(Variant(injection_scale=1.2, legacy_lr_keys=True)) == "full"
+    assert ablation(Variant(lr_residual=False, lr_injection="none")) == ""
+
+
+def weights(kind, folder):
+    """Random weights of the published architectures, smaller, as their authors save them."""
+    torch.manual_seed(0)
+    if kind == "realesrgan":
+        net = ESRGAN(num_filters=8, num_blocks=1, scale=4)
+    else:
+        net = SwinIR(
+            img_size=16, window_size=8, depths=[2, 2], embed_dim=12, num_heads=[2, 2], mlp_ratio=2, upscale=4,
+            upsampler="nearest+conv", resi_connection="1conv",
+        )  # fmt: skip
+    torch.save({"params_ema": net.state_dict()}, folder / f"{kind}.pth")
+    return net.eval(), folder / f"{kind}.pth"
+
+
+@pytest.mark.parametrize("kind, label", [("realesrgan", "Real-ESRGAN"), ("swinir", "SwinIR")])
+@torch.no_grad()
+def test_published_weight_files_give_what_their_network_gives(kind, label, tmp_path):
+    net, path = weights(kind, tmp_path)
+    found = method(f"method={kind}", f"weights={path}")
+    assert (found.label, found.checkpoint) == (label, file_hash(path))
+    lr = photo(16, 24)
+    torch.testing.assert_close(restored(found, lr)["a"], net(lr.lr)[0].clamp(0, 1), atol=1e-6, rtol=0)
+    assert restored(found, photo(9, 11))["a"].shape == (3, 36, 44)
+    assert method("method=spandrel", f"weights={path}").label == spandrel.ModelLoader().load_from_file(path).architecture.name
+
+
+def test_tiles_are_seamless_where_the_margin_covers_what_the_network_sees():
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 3, 5, padding=2), torch.nn.Upsample(scale_factor=4), torch.nn.Conv2d(3, 3, 5, padding=2)
+    net = torch.nn.Sequential(*layers).requires_grad_(False)
+    lr = photo(23, 30).lr
+    for tile, margin in ((64, 0), (8, 3), (10, 3)):
+        torch.testing.assert_close(in_tiles(net, lr, tile, margin), net(lr), atol=1e-6, rtol=0)
+    assert not torch.allclose(in_tiles(net, lr, 8, 0), net(lr), atol=1e-3)
+
+
+class Harm:
+    def __reduce__(self):
+        return open, ("harm.txt", "w")
+
+
+def test_weight_files_that_will_not_do_are_told_and_run_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"params": Harm()}, "harm.pth")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Harm()))
+    save_file({"a": torch.zeros(3)}, "other.safetensors")
+    torch.save(ESRGAN(num_filters=8, num_blocks=1, scale=2).state_dict(), "double.pth")
+    _, path = weights("realesrgan", tmp_path)
+    (tmp_path / "cut.pth").write_bytes(path.read_bytes()[:1000])
+    (tmp_path / "x.pt").write_bytes(path.read_bytes())
+    for name, message in {
+        "none.pth": "none.pth: no such file",
+        "harm.pth": "damaged or not weights",
+        "pickle.pth": "damaged or not weights",
+        "cut.pth": "damaged or not weights",
+        "other.safetensors": "no network that spandrel knows",
+        "double.pth": "a ESRGAN that enlarges x2",
+        "x.pt": "must end in",
+    }.items():
+        with pytest.raises(Exception, match=message):
+            method("method=spandrel", f"weights={name}")
+    assert not (tmp_path / "harm.txt").exists()
+
+
+STAND_IN = """
+import pathlib, sys
+from PIL import Image
+source, target, prompts, factor, mode = sys.argv[1:]
+print("working on", len(list(pathlib.Path(source).iterdir())), "images")
+if mode == "fail":
+    sys.exit("no GPU here")
+(pathlib.Path(target) / "sample00").mkdir()
+for path in sorted(pathlib.Path(source).glob("*.png")):
+    image = Image.open(path)
+    if mode == path.stem:
+        continue
+    prompt = (pathlib.Path(prompts) / (path.stem + ".txt")).read_text()
+    image = image.resize([int(factor) * side for side in image.size], Image.NEAREST)
+    image.save(pathlib.Path(target) / "sample00" / (path.stem + ("_0" if prompt else "") + ".png"))
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """A checkout of someone else's system, which repeats pixels."""
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "checkout" / "test.py").write_text(STAND_IN)
+    (tmp_path / "checkout" / "sd.ckpt").write_bytes(b"weights")
+
+    def build(factor="4", mode="work", **options) -> Command:
+        arguments = ["test.py", "{input}", "{output}", "{prompts}", factor, mode]
+        settings = dict(label="SeeSR", checkout=tmp_path / "checkout", python=sys.executable, arguments=arguments)
+        settings |= dict(weights={"sd": "sd.ckpt"}, outputs="sample00", suffixes=["", "_0"], seed=0)
+        return Command(**settings | dict(work=tmp_path / "work") | options)
+
+    return build
+
+
+def test_a_command_runs_in_its_checkout_and_its_results_are_collected(stand_in, tmp_path):
+    command = stand_in()
+    photos = photo(5, 6, "a"), photo(7, 3, "a_0", "A cat."), photo(4, 4, "b c")
+    sr = restored(command, *photos)
+    for name, lr, _ in photos:
+        levels = (lr[0] * 255).round() / 255
+        torch.testing.assert_close(sr[name], levels.repeat_interleave(4, 1).repeat_interleave(4, 2), atol=1e-6, rtol=0)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["log.txt"]
+    assert "working on 3 images" in (tmp_path / "work" / "log.txt").read_text()
+    assert command.settings["weights"] == {"sd": file_hash(tmp_path / "checkout" / "sd.ckpt")}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"mode": "fail"}, r"SeeSR: its command ended with exit code 1 \(no GPU here\); see .*log.txt"),
+        ({"mode": "b"}, r"SeeSR: no result in .*sample00 for b; see .*log.txt"),
+        ({"outputs": "elsewhere"}, r"SeeSR: no result in .*elsewhere for a, b; see"),
+        ({"factor": "2"}, r"SeeSR: not 4 times as large as the LR image: .*a.png \(22, 18\), .*b.png"),
+    ],
+)
+def test_what_goes_wrong_in_a_command_is_told_in_one_line(stand_in, options, message):
+    with pytest.raises(ValueError, match=message):
+        restored(stand_in(**options), photo(name="a"), photo(name="b"))
+
+
+def test_a_checkout_without_its_weights_is_told_before_anything_runs(stand_in):
+    with pytest.raises(FileNotFoundError, match=r"SeeSR: not there: method.python=nopython, method.weights.x=.*no.ckpt"):
+        stand_in(python="nopython", weights={"x": "no.ckpt"})
+    with pytest.raises(FileNotFoundError, match="method.checkout=nowhere"):
+        stand_in(checkout="nowhere")
+
+
+def test_every_command_lines_places_are_filled(tmp_path):
+    for path in sorted((conf_folder() / "method").glob("*.yaml")):
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            cfg = compose("evaluate", [f"method={path.stem}", f"output={tmp_path / 'out'}", "seed=7"])
+        if not cfg.method._target_.endswith("Command") or path.stem == "command":
+            continue
+        cfg.method.checkout, cfg.method.python = str(tmp_path), sys.executable
+        for place in cfg.method.weights.values():
+            (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        command = instantiate(cfg.method)
+        line = " ".join(command.command)
+        assert str(tmp_path / "out" / "command" / "1" / "1" / "lr") in line and "{" not in line
+        assert all(str(tmp_path / place) in line for key, place in cfg.method.weights.items() if key != "ram")
+        assert "seed=7" in line and not math.isnan(len(command.suffixes))
