@@ -158,7 +158,7 @@ def test_changed_pixels_are_not_taken_for_the_scored_ones(pairs, tmp_path):
 
 def test_without_ground_truth_metrics_that_need_it_are_told(root, pairs, tmp_path):
     images = [f"images={pairs / 'test_HR'}", f"output={tmp_path / 'out'}"]
-    assert run(*images) == "error: no ground truth, which psnr, ssim needs; give reference=FOLDER, or other metrics"
+    assert run(*images) == "error: no ground truth, needed for psnr, ssim; give reference=FOLDER, or other metrics"
     command = [sys.executable, "-m", "dit4sr_pl.evaluate", *images, "+metrics@metrics.x=ssim"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr

@@ -67,6 +67,7 @@ def quiet_libraries() -> None:
     for name in ("diffusers.pipelines.stable_diffusion_3", "transformers.tokenization_utils_base"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning's own use of PyTorch
+    warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # spandrel's SwinIR
 
 
 @contextmanager

@@ -70,10 +70,10 @@ def open_metrics(cfg: DictConfig, has_reference: bool) -> dict[str, Any]:
     metrics = instantiate(cfg.metrics)
     blind = {name: metric for name, metric in metrics.items() if not metric.needs_reference}
     if not has_reference and len(blind) < len(metrics):
-        needing = ", ".join(metrics.keys() - blind.keys())
+        needing = ", ".join(name for name in metrics if name not in blind)
         asked = HydraConfig.initialized() and any("metrics" in text for text in HydraConfig.get().overrides.task)
         if asked or not blind:
-            raise ValueError(f"no ground truth, which {needing} needs; give reference=FOLDER, or other metrics")
+            raise ValueError(f"no ground truth, needed for {needing}; give reference=FOLDER, or other metrics")
         print(f"no ground truth: without {needing}")
         metrics = blind
     return {name: metric.to(torch.device(cfg.device)) for name, metric in metrics.items()}

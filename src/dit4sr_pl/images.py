@@ -69,12 +69,10 @@ def check_image(path: Path | str) -> tuple[int, int]:
 
 def image_size(path: Path | str) -> tuple[int, int]:
     """Width and height in pixels, upright, from a file's header alone. `ValueError` for what is no image."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+    with opened(path) as image:
+        width, height = image.size
+        # the class's own, which does not decode a PNG
+        turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5
     return (height, width) if turned else (width, height)
 
 
@@ -121,7 +119,7 @@ def opened(path: Path | str) -> Iterator[Image.Image]:
     except Exception as error:  # Pillow's decoders let nearly any exception through on a damaged file
         known = {UnidentifiedImageError: "unknown format", FileNotFoundError: "no such file"}
         reason = known.get(type(error)) or str(error) or type(error).__name__
-        raise ValueError(f"{path}: not a readable image ({reason})") from error
+        raise ValueError(f"{path}: not a readable image ({reason})") from None
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
