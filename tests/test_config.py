@@ -18,7 +18,7 @@ GROUPS = {
     if folder.is_dir()
 }
 
-OTHER_COMMANDS = {"captioner": "prepare", "release": "convert"}  # groups that train does not know
+OTHER_COMMANDS = {"captioner": "prepare", "release": "convert", "dataset": "evaluate", "method": "evaluate"}  # groups that train does not know
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -27,7 +27,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
 
 
-@pytest.mark.parametrize("command", ["train", "restore", "demo", "convert", "plan", "prepare", "compare"])
+@pytest.mark.parametrize("command", ["train", "restore", "evaluate", "demo", "convert", "plan", "prepare", "compare"])
 def test_help_needs_no_pytorch(command, tmp_path):
     code = "import sys, runpy; sys.argv = ['x', '--help']\n" + (
         f"try: runpy.run_module('dit4sr_pl.{command}', run_name='__main__')\n"
@@ -76,6 +76,17 @@ def test_help_needs_no_pytorch(command, tmp_path):
         (["compare", ".", "resampling.level=95"], "resampling.level=95: must be between 0 and 1"),
         (["compare", ".", "strip.crop=0"], "strip.crop=0"),
         (["compare", ".", "output=/proc/nowhere"], "cannot be written"),
+        (["evaluate"], "nothing to score; give images=FOLDER, or dataset=NAME"),
+        (["evaluate", "images=nowhere"], "images=nowhere: no such file or folder"),
+        (["evaluate", "images=.", "reference=nowhere"], "reference=nowhere: no such file or folder"),
+        (["evaluate", "images=.", "dataset=realsr", "reference=."], "reference is for images=FOLDER without a dataset"),
+        (["evaluate", "dataset=realsr"], "where is realsr? give dataset.folder=PATH, or root=PATH"),
+        (["evaluate", "dataset=realsr", "root=."], "dataset.folder=RealSRVal_crop128: no such file or folder"),
+        (["evaluate", "dataset=folder"], "no value for dataset.lr"),
+        (["evaluate", "dataset=folder", "dataset.lr=.", "method=swinir"], "no value for weights; give a published"),
+        (["evaluate", "dataset=folder", "dataset.lr=.", "method=seesr"], "no value for method.checkout, method.python"),
+        (["evaluate", "images=.", "shard=3/2"], "shard=3/2: must be i/n"),
+        (["evaluate", "images=."], "no images in this folder"),
         (["restore"], "no value for input"),
         (["restore", "input=nowhere.png"], "input=nowhere.png: no such file"),
         (["restore", "input=half.ckpt", "scale=0.5"], "scale=0.5"),

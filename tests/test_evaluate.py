@@ -24,6 +24,8 @@ NAMES = [f"Canon_{i}_LR4" for i in range(5)]
 
 def run(*overrides) -> str | None:
     """What the command says when it fails; None when it works."""
+    if not any(str(override).startswith("metrics=") for override in overrides):
+        overrides += ("metrics=[psnr,ssim]",)
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         cfg = compose("evaluate", [str(override) for override in overrides])
     try:
@@ -156,12 +158,26 @@ def test_changed_pixels_are_not_taken_for_the_scored_ones(pairs, tmp_path):
     assert "holds other scores (files)" in run(*arguments)
 
 
-def test_without_ground_truth_metrics_that_need_it_are_told(root, pairs, tmp_path):
-    images = [f"images={pairs / 'test_HR'}", f"output={tmp_path / 'out'}"]
-    assert run(*images) == "error: no ground truth, needed for psnr, ssim; give reference=FOLDER, or other metrics"
-    command = [sys.executable, "-m", "dit4sr_pl.evaluate", *images, "+metrics@metrics.x=ssim"]
+def test_without_ground_truth_the_default_goes_without_what_needs_it(root, pairs, tmp_path, capsys):
+    """Nor are weights of what is left out missed; those of the rest are, before anything is restored."""
+    arguments = ["dataset=folder", f"dataset.lr={pairs / 'test_LR'}", "method=bicubic", "metrics=paper"]
+    arguments += [f"output={tmp_path / 'out'}", f"metric_weights.folder={tmp_path}"]
+    assert "musiq_koniq_ckpt-e95806b9.pth: no such file" in run(*arguments)
+    assert not (tmp_path / "out" / "images").exists()
+    assert run(*arguments, "metric_weights.on_missing=skip", "dataset.count=6") is None
+    told = capsys.readouterr().out
+    assert "no ground truth: without psnr, ssim, lpips" in told and "5 of folder's 6 images are there" in told
+    scores = read_scores(tmp_path / "out" / "scores.csv")
+    assert sorted(scores) == NAMES and list(scores[NAMES[0]]) == ["musiq", "maniqa", "clipiqa", "liqe"]
+    assert len(list((tmp_path / "out" / "images").iterdir())) == len(NAMES)
+
+
+def test_without_ground_truth_what_the_user_named_is_an_error(pairs, tmp_path):
+    arguments = ["dataset=folder", f"dataset.lr={pairs / 'test_LR'}", "metrics=[psnr,musiq]", "output=out"]
+    command = [sys.executable, "-m", "dit4sr_pl.evaluate", *arguments]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "no ground truth, needed for psnr; give reference=FOLDER or metrics=no_reference" in result.stderr
 
 
 def test_a_damaged_image_is_named_and_the_rest_kept(pairs, tmp_path):

@@ -18,7 +18,10 @@ FLOORS = [
     {"data", "restorer", "budget"},
     {"demo_photos", "module", "callbacks"},
     {"sharded"},
-    {"train", "restore", "demo", "convert", "plan", "prepare", "compare"},
+    {"benchmark_sets"},
+    {"methods"},
+    {"scoring"},
+    {"train", "restore", "evaluate", "demo", "convert", "plan", "prepare", "compare"},
 ]
 
 
@@ -58,8 +61,9 @@ def test_imports_go_down_only(name):
     "library, allowed",
     [
         ("lightning", {"module", "data", "callbacks", "train"}),
-        ("hydra", {"config", "train", "restore", "demo", "convert", "plan", "prepare"}),
+        ("hydra", {"config", "train", "restore", "evaluate", "demo", "convert", "plan", "prepare"}),
         ("pyiqa", {"metrics"}),
+        ("spandrel", {"methods"}),
     ],
 )
 def test_libraries_have_their_rooms(library, allowed):

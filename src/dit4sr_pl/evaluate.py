@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError
 
 from dit4sr_pl.config import check_backbone, check_readable, check_writable, command, read_shard
+from dit4sr_pl.metric_weights import check_metrics
 
 
 @command("evaluate")
@@ -21,22 +22,26 @@ def main(cfg: DictConfig) -> None:
 def evaluate(cfg: DictConfig) -> None:
     """Restores and scores what is left of this shard, and writes the result when nothing is left of any."""
     check(cfg)
-    dataset, items = open_items(cfg)  # what does not fit together is told before PyTorch is there
+    dataset, items = open_items(cfg)
+    chosen = metrics_for(cfg, has_reference=items[0].hr is not None)  # so far without PyTorch
 
     from hydra.utils import instantiate
     from rich.progress import track
 
     from dit4sr_pl.methods import Finished
-    from dit4sr_pl.scoring import claim, join, restore, score
+    from dit4sr_pl.scoring import claim, join, keep_memory, restore, score
 
     output, (number, count) = Path(cfg.output), read_shard(cfg.shard)
-    metrics = open_metrics(cfg, has_reference=items[0].hr is not None)
+    metrics = {name: instantiate(metric) for name, metric in chosen.items()}
     method = instantiate(cfg.method) if cfg.images is None else Finished(Path(cfg.images).resolve().name)
     settings = settings_of(cfg, dataset, items, metrics, method)
     claim(output, settings)
     mine = items[number - 1 :: count]
     if cfg.images is None:
         restore(mine, method, functools.partial(track, description=f"restoring, {method.label}"))
+    keep_memory()
+    for metric in metrics.values():
+        metric.to(cfg.device)
     score(mine, metrics, output, (number, count), functools.partial(track, description="scoring"))
     missing = join(items, output, functools.partial(finish, cfg, dataset, method, settings))
     if missing:
@@ -58,60 +63,60 @@ def open_items(cfg: DictConfig) -> tuple[str, list]:
     return dataset.name, dataset.items(restored) if cfg.images is None else dataset.finished(Path(cfg.images))
 
 
-def open_metrics(cfg: DictConfig, has_reference: bool) -> dict[str, Any]:
-    """Metrics on their device. Without ground truth those that need it are left out, with a line that says so.
+def metrics_for(cfg: DictConfig, has_reference: bool) -> dict[str, DictConfig]:
+    """The metrics' configs; without ground truth those that need it are left out, with a line that says so.
 
     Raises:
         ValueError: the user asked for one of them, or none is left.
+        FileNotFoundError: no weights, before anything is restored.
     """
-    import torch
-    from hydra.utils import instantiate
-
-    metrics = instantiate(cfg.metrics)
-    blind = {name: metric for name, metric in metrics.items() if not metric.needs_reference}
-    if not has_reference and len(blind) < len(metrics):
-        needing = ", ".join(name for name in metrics if name not in blind)
+    needing = [name for name, metric in cfg.metrics.items() if metric.reference and not has_reference]
+    if needing:
         asked = HydraConfig.initialized() and any("metrics" in text for text in HydraConfig.get().overrides.task)
-        if asked or not blind:
-            raise ValueError(f"no ground truth, needed for {needing}; give reference=FOLDER, or other metrics")
-        print(f"no ground truth: without {needing}")
-        metrics = blind
-    return {name: metric.to(torch.device(cfg.device)) for name, metric in metrics.items()}
+        if asked or len(needing) == len(cfg.metrics):
+            raise ValueError(
+                f"no ground truth, needed for {', '.join(needing)}; give reference=FOLDER or metrics=no_reference"
+            )
+        print(f"no ground truth: without {', '.join(needing)}")
+    chosen = {name: metric for name, metric in cfg.metrics.items() if name not in needing}
+    check_metrics(chosen)
+    return chosen
 
 
 def settings_of(cfg: DictConfig, dataset: str, items: list, metrics: dict, method: Any) -> dict:
     """All that scores depend on: `settings.json`."""
-    from dit4sr_pl.results import file_hash, hash_of, package_versions
+    from dit4sr_pl.results import file_hash, settings_hash, versions
 
-    files = {
-        item.name: [item.caption, item.crop] + [path and file_hash(path) for path in (item.lr, item.hr)]
-        for item in items
-    }
-    if cfg.images is not None:
-        files = {item.name: [*files[item.name], file_hash(item.sr)] for item in items}
-    scored_by = {name: OmegaConf.to_container(cfg.metrics[name], resolve=True) for name in metrics}
+    files = {}
+    for item in items:
+        paths = item.lr, item.hr, item.sr if cfg.images is not None else None
+        files[item.name] = [item.caption, item.crop, *(path and file_hash(path) for path in paths)]
+    scored_by = {}
+    for name, metric in metrics.items():
+        options = {key: value for key, value in cfg.metrics[name].items() if key != "weights"}
+        scored_by[name] = options | {"measured": metric.score is not None}
     return {
         "dataset": dataset,
-        "files": hash_of(files),
+        "files": settings_hash(files),
         "metrics": scored_by,
         "method": {"label": method.label} | method.settings,
         "name": cfg.name,
-        "versions": package_versions(),
+        "versions": versions(),
     }
 
 
 def finish(cfg: DictConfig, dataset: str, method: Any, settings: dict, scores: dict) -> None:
-    from dit4sr_pl.results import Result, hash_of, write_result
+    from dit4sr_pl.results import Result, run_name, settings_hash, write_result
 
     output = Path(cfg.output)
     result = Result(
-        run=output.resolve().name,
+        run=run_name(output),
         method=cfg.name or method.label,
         variant=method.variant,
         dataset=dataset,
         seed=cfg.seed,
         pictures="images" if cfg.images is None else os.path.relpath(cfg.images, output),
-        config=hash_of({key: value for key, value in settings.items() if key not in ("versions", "name")}),
+        config=settings_hash({key: value for key, value in settings.items() if key not in ("versions", "name")}),
         checkpoint=method.checkpoint,
         versions=settings["versions"],
         scores=scores,

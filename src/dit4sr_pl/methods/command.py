@@ -10,7 +10,7 @@ from torch import Tensor
 from dit4sr_pl.benchmark_sets import SCALE, by_name, read
 from dit4sr_pl.images import image_size, write_image
 from dit4sr_pl.methods import Photo
-from dit4sr_pl.results import file_hash, hash_of
+from dit4sr_pl.results import file_hash, settings_hash
 
 
 class Command:
@@ -54,7 +54,7 @@ class Command:
         places = {"input": self.work / "lr", "output": self.work / "sr", "prompts": self.work / "prompts"}
         self.command = [python, *(part.format(**places, **weights, seed=seed) for part in map(str, arguments))]
         hashes = {key: file_hash(path) for key, path in weights.items()}
-        self.checkpoint = hash_of(hashes) if hashes else ""
+        self.checkpoint = settings_hash(hashes) if hashes else ""
         self.settings = {"arguments": list(arguments), "weights": hashes, "seed": seed}
 
     def __call__(self, photos: Iterable[Photo]) -> Iterator[tuple[str, Tensor]]:
