@@ -133,7 +133,7 @@ def test_kills_change_nothing(root, tmp_path):
     import functools
 
     arguments = ["dataset=realsr", f"root={root}", "method=bicubic", "metrics=[psnr]", "output=out"]
-    whole = assert_kills_change_nothing(functools.partial(killed, arguments), tmp_path, kills=3)
+    whole = assert_kills_change_nothing(functools.partial(killed, arguments), tmp_path, kills=2)
     assert len(whole) == len(NAMES) + 4
 
 

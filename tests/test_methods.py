@@ -202,7 +202,7 @@ def test_what_goes_wrong_in_a_command_is_told_in_one_line(stand_in, options, mes
 
 
 def test_a_checkout_without_its_weights_is_told_before_anything_runs(stand_in):
-    with pytest.raises(FileNotFoundError, match=r"SeeSR: not there: method.python=nopython, method.weights.x=.*no.ckpt"):
+    with pytest.raises(FileNotFoundError, match="SeeSR: not there: method.python=nopython, method.weights.x=.*no.ckpt"):
         stand_in(python="nopython", weights={"x": "no.ckpt"})
     with pytest.raises(FileNotFoundError, match="method.checkout=nowhere"):
         stand_in(checkout="nowhere")

@@ -74,7 +74,9 @@ def file_hash(path: Path | str) -> str:
     """BLAKE2b (16 bytes, hexadecimal) of a file's bytes; of a folder, of all its files' names and hashes."""
     path = Path(path)
     if path.is_dir():
-        return settings_hash({file.relative_to(path).as_posix(): file_hash(file) for file in path.rglob("*") if file.is_file()})
+        return settings_hash(
+            {file.relative_to(path).as_posix(): file_hash(file) for file in path.rglob("*") if file.is_file()}
+        )
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 

@@ -18,8 +18,8 @@ class Command:
 
     Args:
         label: as the paper spells it. checkout: the system's repository, in which the command runs.
-        python: the interpreter of its environment. arguments: of it; `{input}` and `{output}` stand for folders of PNG
-            files, `{prompts}` for one of captions as `.txt`, `{seed}` for the seed and `{KEY}` for the weights of a key.
+        python: the interpreter of its environment. arguments: of it; `{input}` and `{output}` stand for folders of
+            PNG files, `{prompts}` for one of captions as `.txt`, `{seed}` for the seed, `{KEY}` for weights by key.
         weights: files and folders by key, seen from the checkout. outputs: folder below `{output}` with the results.
         suffixes: what the script may add to a name. work: folder for all that, and for `log.txt`.
 
