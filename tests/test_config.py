@@ -148,7 +148,8 @@ def test_every_config_composes_and_its_objects_can_be_made(group, option, tmp_pa
 @pytest.mark.parametrize("group, option", [(group, option) for group in OTHER_COMMANDS for option in GROUPS[group]])
 def test_every_config_of_other_commands_composes(group, option):
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        chosen = compose(OTHER_COMMANDS[group], [f"{group}={option}"])[group]
+        overrides = [f"{group}={option}", *(["root=x"] if group == "dataset" else [])]
+        chosen = compose(OTHER_COMMANDS[group], overrides)[group]
     assert chosen and {key.split(".")[-1] for key in OmegaConf.missing_keys(chosen)} <= USERS_OWN
 
 
