@@ -15,10 +15,13 @@ from PIL import ExifTags, Image
 from standin import Bicubic, command
 from toy_llava import save_toy_llava
 
+from dit4sr_pl.backbone import Backbone
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.images import find_images, read_image, write_image
 from dit4sr_pl.latents import enlarge
 from dit4sr_pl.randomness import generator
+from dit4sr_pl.restorer import Restorer
+from dit4sr_pl.sampling import Sampler
 
 
 def write_photo(path, height=18, width=13, seed=0):
@@ -222,3 +225,13 @@ def test_a_note_says_what_of_a_file_is_left_out(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (4, 4)).save(tmp_path / "[a].png", icc_profile=b"none")
     assert command(monkeypatch, Bicubic(), f"input='{tmp_path / '[a].png'}'", f"output={tmp_path / 'out'}") is None
     assert "[a].png: its colour profile cannot be read and is left out" in capsys.readouterr().out
+
+
+def test_half_precision_restores_nearly_the_same_picture():
+    lr = enlarge(torch.rand(1, 3, 3, 3, generator=generator("cpu", 0)), (16, 16))
+    sampler = Sampler(2, 1.5, "", "a dog", tile=32, overlap=12, color="none")
+    restored = []
+    for dtype in ("float32", "bfloat16"):
+        restorer = Restorer.load(Backbone("tiny-sd3", dtype, 8), sampler, "tiny-dit4sr", torch.device("cpu"))
+        restored.append(restorer(lr, (64, 64), ["a cat"], ["photo"], 0))
+    assert 0 < (restored[1] - restored[0]).abs().mean() < 0.02

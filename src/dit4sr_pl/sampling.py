@@ -81,7 +81,11 @@ def restore(
         negative_embeds, negative_pooled = encode_prompts([sampler.negative_prompt] * len(lr), lr.device)
         embeds, pooled = torch.cat([negative_embeds, embeds]), torch.cat([negative_pooled, pooled])
 
+    dtype = net.base.dtype
+    embeds, pooled = embeds.to(dtype), pooled.to(dtype)
+
     def velocity(noisy: Tensor, lr_latent: Tensor, timestep: Tensor) -> Tensor:
+        noisy, lr_latent = noisy.to(dtype), lr_latent.to(dtype)  # between steps they stay in float32
         if not guided:
             return net(noisy, lr_latent, timestep.expand(len(noisy)), embeds, pooled)
         twice = timestep.expand(2 * len(noisy))
