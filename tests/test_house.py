@@ -16,7 +16,7 @@ FLOORS = [
     {"model", "charts"},
     {"sampling", "skeleton", "cost"},
     {"data", "restorer", "budget"},
-    {"demo_photos", "module", "callbacks"},
+    {"demo_photos", "module", "callbacks", "pipeline"},
     {"sharded"},
     {"benchmark_sets"},
     {"methods"},

@@ -30,7 +30,7 @@ def test_every_ablation_takes_a_step_and_leaves_its_lr_stream(run, tmp_path, abl
     scores = run("run", f"+ablation={ablation}", "metrics=[psnr]")
     assert {"train/loss", "val/psnr", "val/psnr_bicubic"} <= scores.keys()
     part = load_part(tmp_path / "run" / "lr_stream.safetensors")
-    start = LRStream(tiny_backbone.transformer, Variant(**part.settings["variant"]))
+    start = LRStream.over(tiny_backbone.transformer, Variant(**part.settings["variant"]))
     start.start_from(tiny_backbone.transformer)
     assert any(not torch.equal(part.state[name], tensor) for name, tensor in start.state_dict().items())
     assert read_result(tmp_path / "run").variant == ablation
@@ -111,7 +111,7 @@ def test_validations_that_take_too_much_of_the_time_are_left_out_but_for_the_las
 def test_checkpoint_holds_the_lr_stream_and_its_average_never_the_base(run, tmp_path, tiny_backbone):
     run("run", "callbacks.ema.decay=0.5")
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    names = {f"lr_stream.{name}" for name in LRStream(tiny_backbone.transformer, Variant()).state_dict()}
+    names = {f"lr_stream.{name}" for name in LRStream.over(tiny_backbone.transformer, Variant()).state_dict()}
     assert set(checkpoint["state_dict"]) == set(checkpoint["current_model_state"]) == names
     averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
     assert any(not torch.equal(averaged[name], current[name]) for name in names)

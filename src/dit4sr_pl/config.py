@@ -59,6 +59,12 @@ def command(config_name: str) -> Callable:
     return decorate
 
 
+def read_conf(command: str, **choices: str) -> DictConfig:
+    """`conf/<command>.yaml` as the command itself gets it, with one option chosen per group, for use from Python."""
+    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return hydra.compose(command, [f"{group}={option}" for group, option in choices.items()])
+
+
 def quiet_libraries() -> None:
     """Keeps what users read to what this project says; warnings of the libraries stay."""
     # pyiqa brings bitsandbytes, diffusers imports it, and it warns of kernels that nothing here asks for.

@@ -51,10 +51,15 @@ def read_image(path: Path | str) -> torch.Tensor:
 
     Raises `ValueError` for a file that is missing, damaged or no image, and for 32-bit pixels, whose range is unknown.
     """
+    with opened(path) as image:
+        return rgb_pixels(image)
+
+
+def rgb_pixels(image: Image.Image) -> torch.Tensor:
+    """uint8 RGB `(3, H, W)` of an opened image, by the rules of `read_image`."""
     import torch
 
-    with opened(path) as image:
-        return torch.from_numpy(_to_rgb(ImageOps.exif_transpose(image))).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(_to_rgb(ImageOps.exif_transpose(image))).permute(2, 0, 1).contiguous()
 
 
 def check_image(path: Path | str) -> tuple[int, int]:

@@ -67,7 +67,7 @@ def test_starts_at_zero_and_at_the_pretrained_output(base, variant):
 
 
 def test_nothing_is_built_that_nothing_uses(base):
-    last = LRStream(base, Variant(lr_injection="none")).blocks[-1]
+    last = LRStream.over(base, Variant(lr_injection="none")).blocks[-1]
     assert {name.split(".")[1] for name, _ in last.named_parameters()} == {"k", "v"}
 
 

@@ -128,16 +128,25 @@ def fit_part(net: nn.Module, part: TrainedPart, source: str | Path) -> None:
     Raises:
         ValueError: another base model, or keys or shapes that differ, with the first few of them.
     """
-    trained = getattr(net, net.part)
+    check_base(net.base, part.base, source)
+    fit_state(getattr(net, net.part), part.state, source)
+
+
+def check_base(base: SD3Transformer2DModel, trained_over: dict[str, str], source: str | Path) -> None:
+    """Raises ValueError unless `base` is the model that a part was trained over."""
+    if trained_over["fingerprint"] != fingerprint(base):
+        raise ValueError(
+            f"{source}: trained over {trained_over['name']}, and this base model has other weights; "
+            "give the same one (model.backbone.name)"
+        )
+
+
+def fit_state(trained: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Copies weights; raises ValueError for keys or shapes that differ, with the first few of them."""
     ours = {name: tuple(tensor.shape) for name, tensor in trained.state_dict().items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in part.state.items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if ours != theirs:
         different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         listed = ", ".join(f"{name} {theirs.get(name)} (wanted {ours.get(name)})" for name in different[:3])
         raise ValueError(f"{source}: of another architecture: {len(different)} weights differ, such as {listed}")
-    if part.base["fingerprint"] != fingerprint(net.base):
-        raise ValueError(
-            f"{source}: trained over {part.base['name']}, and this base model has other weights; "
-            "give the same one as model.backbone.name"
-        )
-    trained.load_state_dict(part.state)
+    trained.load_state_dict(state)

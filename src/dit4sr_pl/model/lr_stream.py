@@ -108,18 +108,22 @@ class LRStream(nn.Module):
     """All that is trained and all that is saved: 350,877,696 parameters over SD3.5-medium.
 
     Args:
-        base: the SD3 transformer it will run over; only its shape is read here.
+        dim: of a token. dual_attention: of every block, whether it has SD3.5's second attention.
         variant: which parts are in.
     """
 
-    def __init__(self, base: SD3Transformer2DModel, variant: Variant):
+    def __init__(self, dim: int, dual_attention: list[bool], variant: Variant):
         super().__init__()
         self.variant = variant
-        count = len(base.transformer_blocks)
+        last = len(dual_attention) - 1
         self.blocks = nn.ModuleList(
-            LRBlock(base.inner_dim, variant, frozen.attn2 is not None, last=index == count - 1)
-            for index, frozen in enumerate(base.transformer_blocks)
+            LRBlock(dim, variant, dual, last=index == last) for index, dual in enumerate(dual_attention)
         )
+
+    @classmethod
+    def over(cls, base: SD3Transformer2DModel, variant: Variant) -> "LRStream":
+        """One that fits an SD3 transformer; only its shape is read here."""
+        return cls(base.inner_dim, [frozen.attn2 is not None for frozen in base.transformer_blocks], variant)
 
     @torch.no_grad()
     def start_from(self, base: SD3Transformer2DModel) -> None:

@@ -40,7 +40,7 @@ def read_released(folder: Path) -> tuple[SD3Transformer2DModel, dict[str, Tensor
 
     with torch.device("meta"):
         base = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder))
-        wanted = set(base.state_dict()), set(LRStream(base, Variant()).state_dict())
+        wanted = set(base.state_dict()), set(LRStream.over(base, Variant()).state_dict())
     check_keys(folder, wanted[0] | wanted[1], base_state.keys() | lr_state.keys())
     base.load_state_dict(base_state, assign=True)
     return base, lr_state

@@ -20,16 +20,25 @@ class DiT4SRTransformer(nn.Module):
         base: diffusers' SD3 or SD3.5 transformer with its pretrained weights; frozen here.
         variant: which parts of the LR stream are in.
         gradient_checkpointing: recompute every block in the backward pass instead of keeping its activations.
+        lr_stream: a trained one, which brings its variant; without it a new one is made.
     """
 
     part = "lr_stream"
 
-    def __init__(self, base: SD3Transformer2DModel, variant: Variant | None = None, gradient_checkpointing=False):
+    def __init__(
+        self,
+        base: SD3Transformer2DModel,
+        variant: Variant | None = None,
+        gradient_checkpointing: bool = False,
+        lr_stream: LRStream | None = None,
+    ):
         super().__init__()
-        self.variant = variant or Variant()
+        if lr_stream is None:
+            lr_stream = LRStream.over(base, variant or Variant())
+            lr_stream.start_from(base)
         self.base = base.requires_grad_(False)
-        self.lr_stream = LRStream(base, self.variant)
-        self.lr_stream.start_from(base)
+        self.lr_stream = lr_stream
+        self.variant = lr_stream.variant
         self.gradient_checkpointing = gradient_checkpointing
         # base and lr_stream own the weights, the blocks only pair them; FSDP finds its units among the submodules.
         self.blocks = nn.ModuleList(

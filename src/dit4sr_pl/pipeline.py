@@ -1,0 +1,256 @@
+"""Restoring as a diffusers pipeline: `DiT4SRPipeline.from_pretrained(...)`, then `pipe(image).images[0]`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    ConfigMixin,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    ModelMixin,  # by this name, in this module, diffusers learns how an LRStreamModel is loaded
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from diffusers.configuration_utils import register_to_config
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dit4sr_pl.backbone import SHIPPED
+from dit4sr_pl.config import read_conf
+from dit4sr_pl.images import rgb_pixels
+from dit4sr_pl.latents import LatentCoder
+from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, load_part
+from dit4sr_pl.model.checkpoints import check_base, fit_state
+from dit4sr_pl.randomness import generator as seeded
+from dit4sr_pl.sampling import Sampler, restore
+from dit4sr_pl.text import PromptEncoder
+
+TEXT_PARTS = tuple(f"{part}{number}" for part in ("tokenizer", "text_encoder") for number in ("", "_2", "_3"))
+
+
+class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
+    """The LR stream as diffusers keeps a model: a folder of `config.json` and safetensors.
+
+    Args:
+        dim, dual_attention: as of `LRStream`. variant: fields of `Variant`.
+        base: name and fingerprint of the transformer that it was trained over.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, dim: int, dual_attention: list[bool], variant: dict, base: dict[str, str]):
+        super().__init__(dim, dual_attention, Variant(**variant))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "LRStreamModel":
+        """From an LR-stream file (`lr_stream.safetensors`) or a training checkpoint (`.ckpt`).
+
+        Raises:
+            FileNotFoundError, ValueError: missing, truncated, or a ControlNet.
+        """
+        part = load_part(path)
+        if part.settings["network"] != "dit4sr":
+            raise ValueError(
+                f"{path}: holds {part.settings['network']}, and the pipeline runs LR streams only; restore with "
+                f"python -m dit4sr_pl.restore checkpoint={path}"
+            )
+        names = {name.rsplit(".", 2)[0] for name in part.state}
+        count = len({name.split(".")[1] for name in names})
+        dual_attention = [f"blocks.{index}.attn2" in names for index in range(count)]
+        dim = len(part.state["blocks.0.attn.k.weight"])
+        model = cls(dim, dual_attention, part.settings["variant"], part.base)
+        fit_state(model, part.state, path)
+        return model.eval()
+
+
+class DiT4SRPipeline(DiffusionPipeline):
+    """Restores LR images: an SD3 pipeline's components and an LR stream.
+
+    Args:
+        transformer, vae, scheduler, tokenizers and text encoders: as of diffusers' `StableDiffusion3Pipeline`.
+        lr_stream: trained over this transformer.
+        sampler: fields of `Sampler`, the call's defaults; without it `conf/sampler/paper.yaml`.
+        t5_tokens: tokens of T5 in the text stream; without it as in `conf/model/dit4sr.yaml`.
+
+    Raises:
+        ValueError: the LR stream was trained over other weights.
+    """
+
+    # The transformer's hook moves the LR stream too: the two work at the same time.
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
+    _optional_components = ["text_encoder_3", "tokenizer_3"]
+
+    def __init__(
+        self,
+        transformer: SD3Transformer2DModel,
+        vae: AutoencoderKL | AutoencoderDC,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        tokenizer: PreTrainedTokenizerBase,
+        tokenizer_2: PreTrainedTokenizerBase,
+        tokenizer_3: PreTrainedTokenizerBase | None,
+        text_encoder: PreTrainedModel,
+        text_encoder_2: PreTrainedModel,
+        text_encoder_3: PreTrainedModel | None,
+        lr_stream: LRStreamModel,
+        sampler: dict | None = None,
+        t5_tokens: int | None = None,
+    ):
+        super().__init__()
+        check_base(transformer, lr_stream.config.base, "lr_stream")
+        # Convolutions read channels last, as in training; files do not keep that.
+        nn.Module.to(lr_stream, transformer.device, transformer.dtype, memory_format=torch.channels_last)
+        self.register_modules(
+            transformer=transformer,
+            vae=vae,
+            scheduler=scheduler,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            tokenizer_3=tokenizer_3,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            text_encoder_3=text_encoder_3,
+            lr_stream=lr_stream,
+        )
+        paper = conf_defaults(model="dit4sr", sampler="paper")
+        self.register_to_config(sampler=sampler or paper["sampler"], t5_tokens=t5_tokens or paper["t5_tokens"])
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, lr_stream: str | Path | LRStreamModel | None = None, **arguments
+    ) -> "DiT4SRPipeline":
+        """Loads a pipeline, or puts one together.
+
+        Args:
+            name: a folder that `save_pretrained` wrote, or `tiny-dit4sr`, which is in this package. With `lr_stream`
+                the folder or hub id of the SD3 pipeline below it, or `tiny-sd3`.
+            lr_stream: an LR-stream file or a training checkpoint.
+            arguments: diffusers' own (`dtype`, `revision`, components) and those of the class. With `lr_stream` the
+                rest is as in `conf/model/` and `conf/sampler/`.
+        """
+        if (SHIPPED / name / "lr_stream.safetensors").is_file():
+            name, lr_stream = "tiny-sd3", SHIPPED / name / "lr_stream.safetensors"
+        if lr_stream is None:
+            return super().from_pretrained(name, **arguments)
+        shipped = SHIPPED / name
+        tiny = shipped.is_dir()
+        defaults = (
+            conf_defaults(model="tiny", sampler="tiny") if tiny else conf_defaults(model="dit4sr", sampler="paper")
+        )
+        if isinstance(lr_stream, str | Path):
+            lr_stream = LRStreamModel.from_file(lr_stream)
+        if "torch_dtype" in arguments:  # diffusers' older name of it
+            arguments["dtype"] = arguments.pop("torch_dtype")
+        return super().from_pretrained(shipped if tiny else name, lr_stream=lr_stream, **defaults | arguments)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Image.Image | list[Image.Image] | Tensor,
+        prompt: str | list[str] = "",
+        scale: float = 4,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        **settings,
+    ) -> ImagePipelineOutput | tuple:
+        """Restores images of one size.
+
+        Args:
+            image: Pillow images, or `(B, 3, h, w)` in 0..1.
+            prompt: captions, one for all or one per image; the sampler's added prompt follows each.
+            scale: of the sides, 1 or more.
+            num_inference_steps, guidance_scale: the model's own if None.
+            seed: an image's noise depends on it and on the image's place in the list.
+            generator: CPU generators, one for all or one per image, instead of the seed.
+            output_type: `pil`, `pt` (`(B, 3, H, W)` in 0..1) or `np` (`(B, H, W, 3)`).
+            settings: other fields of `Sampler`, such as `negative_prompt`, `color`, `tile`.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or a tuple of them.
+
+        Raises:
+            ValueError: images of several sizes, numbers that do not fit each other or cannot be.
+        """
+        lr = to_batch(image)
+        captions = [prompt] * len(lr) if isinstance(prompt, str) else prompt
+        if scale < 1 or len(captions) != len(lr):
+            raise ValueError(
+                f"scale={scale} must be 1 or more, and {len(lr)} images need one prompt each or one for all"
+            )
+        settings |= {"steps": num_inference_steps, "guidance_scale": guidance_scale}
+        given = {name: value for name, value in settings.items() if value is not None}
+        sampler = replace(Sampler(**self.config.sampler), **given)
+        generator = generator or [seeded("cpu", "restore", seed, str(place)) for place in range(len(lr))]
+        generators = generator if isinstance(generator, list) else [generator] * len(lr)
+        sr = self.restore(sampler, lr, scale, captions, generators)
+        images = VaeImageProcessor(do_normalize=False).postprocess(sr.cpu(), output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def restore(
+        self, sampler: Sampler, lr: Tensor, scale: float, captions: list[str], generators: list[torch.Generator]
+    ) -> Tensor:
+        """`(B, 3, h, w)` to `(B, 3, scale * h, scale * w)`, both in 0..1, with a bar of the steps."""
+        text = {name: getattr(self, name) for name in TEXT_PARTS}
+        prompts = PromptEncoder(
+            StableDiffusion3Pipeline(self.transformer, self.scheduler, None, **text), self.config.t5_tokens
+        )
+        size = tuple(round(scale * length) for length in lr.shape[-2:])
+        lr = lr.to(self._execution_device)
+        with self.progress_bar(total=sampler.steps) as bar:
+            parts = self.network(), LatentCoder(self.vae), prompts, self.scheduler
+            sr = restore(*parts, sampler, lr, size, captions, generators, on_step=bar.update)
+        self.maybe_free_model_hooks()
+        return sr
+
+    def network(self) -> DiT4SRTransformer:
+        """The transformer and the LR stream, paired: no weight is copied."""
+        net = DiT4SRTransformer(self.transformer, lr_stream=self.lr_stream).eval()
+        net.register_forward_pre_hook(lambda net, _: onload(net.base, net.lr_stream))
+        return net
+
+    def enable_sequential_cpu_offload(self, *_, **__):
+        raise NotImplementedError("DiT4SRPipeline reads weights beside their layers; use enable_model_cpu_offload()")
+
+    enable_group_offload = enable_sequential_cpu_offload
+
+
+def conf_defaults(**choices: str) -> dict:
+    """What `from_pretrained` is given by `conf/`: fields of `Sampler`, tokens of T5, and the weights' type."""
+    cfg = read_conf("restore", **choices)
+    sampler = {name: value for name, value in cfg.sampler.items() if name != "_target_"}
+    backbone = cfg.model.backbone
+    return {"sampler": sampler, "t5_tokens": backbone.t5_tokens, "dtype": getattr(torch, backbone.dtype)}
+
+
+def to_batch(image: Image.Image | list[Image.Image] | Tensor) -> Tensor:
+    """`(B, 3, h, w)` in 0..1.
+
+    Raises:
+        ValueError: for tensors of another shape or range, and for images of several sizes.
+    """
+    if isinstance(image, Tensor):
+        if image.ndim != 4 or image.shape[1] != 3 or image.min() < 0 or image.max() > 1:
+            raise ValueError(f"image: a tensor must be (B, 3, h, w) in 0..1, got {tuple(image.shape)}")
+        return image.float()
+    images = image if isinstance(image, list) else [image]
+    pixels = [rgb_pixels(each) for each in images]
+    if len({each.shape for each in pixels}) > 1:
+        raise ValueError(f"images: one size per call, got {', '.join(f'{i.width}x{i.height}' for i in images)}")
+    return torch.stack(pixels) / 255
+
+
+def onload(*parts: nn.Module) -> None:
+    """Tells diffusers' offloading, which waits for their `forward`, that parts of a network are about to work."""
+    for part in parts:
+        if hasattr(part, "_hf_hook"):
+            part._hf_hook.pre_forward(part)

@@ -1,0 +1,142 @@
+"""The diffusers pipeline, against the restorer behind the command."""
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from PIL import Image
+
+from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.latents import enlarge
+from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, save_part
+from dit4sr_pl.model.checkpoints import base_of, part_of
+from dit4sr_pl.pipeline import DiT4SRPipeline
+from dit4sr_pl.randomness import generator
+from dit4sr_pl.restorer import Restorer
+from dit4sr_pl.sampling import Sampler
+
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+SETTINGS = {"num_inference_steps": 2, "output_type": "pt"}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> DiT4SRPipeline:
+    pipe = DiT4SRPipeline.from_pretrained("tiny-dit4sr")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def lr() -> torch.Tensor:
+    return enlarge(torch.rand(2, 3, 5, 5, generator=generator("cpu", 0)), (14, 18))
+
+
+def test_it_restores_what_the_restorer_restores(pipe, lr):
+    sampler = Sampler(2, 1.5, "sharp", "blurry", tile=4, overlap=2, color="wavelet")
+    restorer = Restorer.load(Backbone("tiny-sd3", "float32", 8), sampler, "tiny-dit4sr", torch.device("cpu"))
+    expected = restorer(lr, (28, 36), ["a cat", ""], ["0", "1"], seed=3)
+    settings = dict(added_prompt="sharp", negative_prompt="blurry", tile=4, overlap=2, color="wavelet")
+    images = pipe(lr, ["a cat", ""], scale=2, guidance_scale=1.5, seed=3, **SETTINGS, **settings).images
+    assert torch.equal(images, expected)
+    assert not torch.equal(pipe(lr, scale=2, seed=4, **SETTINGS).images, pipe(lr, scale=2, seed=3, **SETTINGS).images)
+
+
+def test_the_calls_defaults_are_the_models_own(pipe, lr):
+    bars = []
+    pipe.progress_bar, ours = lambda total: bars.append(total) or ours(total=total), pipe.progress_bar
+    plain = pipe(lr[:1], output_type="np").images
+    assert bars == [20] and plain.shape == (1, 56, 72, 3)
+    assert (plain == pipe(lr[:1], "", 4, 20, 1.0, seed=0, color="adain", output_type="np").images).all()
+    paper = DiT4SRPipeline(**pipe.components)
+    assert paper.config.sampler["steps"] == 40 and paper.config.sampler["guidance_scale"] == 8.0
+
+
+def test_what_it_saves_it_loads_and_restores_the_same(pipe, lr, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    assert {"config.json", "diffusion_pytorch_model.safetensors"} == {
+        f.name for f in (tmp_path / "lr_stream").iterdir()
+    }
+    again = DiT4SRPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    for model in (again.transformer, again.vae, again.lr_stream, *(getattr(again, name) for name in ENCODERS)):
+        for weight in model.parameters():
+            weight.data = weight.data.clone()  # mapped files are not aligned, and sums on a CPU depend on that
+    assert torch.equal(again(lr, **SETTINGS).images, pipe(lr, **SETTINGS).images)
+    assert again.config.sampler == pipe.config.sampler and again.config.t5_tokens == 8
+
+
+def test_any_lr_stream_over_its_base_in_any_precision(tiny_backbone, lr, tmp_path):
+    net = DiT4SRTransformer(tiny_backbone.transformer, Variant(lr_injection="linear", injection_scale=1.2))
+    torch.nn.init.normal_(net.lr_stream.blocks[0].injection.linear.weight, std=0.02, generator=generator("cpu", 1))
+    save_part(part_of(net, base_of(net, "tiny-sd3")), tmp_path / "d.safetensors")
+    arguments = {"lr_stream": tmp_path / "d.safetensors", "text_encoder_3": None, "tokenizer_3": None}
+    pipe = DiT4SRPipeline.from_pretrained("tiny-sd3", **arguments)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.network().variant == net.variant
+    pipe.save_pretrained(tmp_path / "saved")
+    half = DiT4SRPipeline.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    assert half.lr_stream.dtype == half.transformer.dtype == torch.bfloat16
+    difference = half(lr, **SETTINGS).images - pipe(lr, **SETTINGS).images
+    assert 0 < difference.abs().mean() < 0.02
+
+
+def test_pillow_images_in_and_out(pipe, lr):
+    pixels = (lr * 255).round().byte()
+    images = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in pixels]
+    restored = pipe(images, num_inference_steps=2).images
+    expected = (pipe(pixels / 255, **SETTINGS).images * 255).round().byte()
+    assert [image.size for image in restored] == [(72, 56)] * 2
+    for image, each in zip(restored, expected, strict=True):
+        assert image.tobytes() == each.permute(1, 2, 0).numpy().tobytes()
+    assert pipe(images[0], num_inference_steps=2, return_dict=False)[0][0].tobytes() == restored[0].tobytes()
+    with pytest.raises(ValueError, match="one size per call, got 18x14, 14x18"):
+        pipe([images[0], images[0].transpose(Image.Transpose.ROTATE_90)])
+
+
+def test_generators_stand_in_for_the_seed(pipe, lr):
+    expected = pipe(lr, seed=3, **SETTINGS).images
+    generators = [generator("cpu", "restore", 3, place) for place in "01"]
+    assert torch.equal(pipe(lr, generator=generators, **SETTINGS).images, expected)
+
+
+def test_offloading_moves_each_component_before_it_works(pipe, lr, monkeypatch):
+    """The CPU stands in for the accelerator: `cpu:0` is not `cpu` to the hooks."""
+    expected, moved = pipe(lr, **SETTINGS).images, []
+    pipe.enable_model_cpu_offload(device="cpu")
+    names = {id(component): name for name, component in pipe.components.items()}
+    for component in (pipe.vae, pipe.text_encoder_3, pipe.transformer, pipe.lr_stream):
+        before = component._hf_hook.pre_forward
+
+        def pre_forward(module, *inputs, before=before, **options):
+            moved.append(names[id(module)])
+            return before(module, *inputs, **options)
+
+        monkeypatch.setattr(component._hf_hook, "pre_forward", pre_forward)
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: moved.append("freed"))
+    assert torch.equal(pipe(lr, **SETTINGS).images, expected)
+    pipe.remove_all_hooks()
+    assert moved == ["vae", "text_encoder_3", *["transformer", "lr_stream"] * 2, "vae", "freed"]
+    with pytest.raises(NotImplementedError, match="use enable_model_cpu_offload"):
+        pipe.enable_sequential_cpu_offload()
+
+
+def test_what_it_cannot_run_is_refused_in_one_line(pipe, lr, tiny_backbone, tmp_path):
+    baseline = SD3ControlNet(tiny_backbone.transformer, num_layers=1)
+    save_part(part_of(baseline, base_of(baseline, "tiny-sd3")), tmp_path / "controlnet.safetensors")
+    with pytest.raises(
+        ValueError, match="controlnet.safetensors: holds sd3_controlnet, and the pipeline runs LR streams"
+    ):
+        DiT4SRPipeline.from_pretrained("tiny-sd3", lr_stream=tmp_path / "controlnet.safetensors")
+    other = SD3Transformer2DModel.from_config(tiny_backbone.transformer.config)
+    with pytest.raises(ValueError, match="lr_stream: trained over tiny-sd3, and this base model has other weights"):
+        DiT4SRPipeline(**pipe.components | {"transformer": other})
+    for image, message in ((lr * 2, "in 0..1"), (lr[0], r"must be \(B, 3, h, w\)")):
+        with pytest.raises(ValueError, match=message):
+            pipe(image)
+    for wrong, message in (
+        ({"scale": 0.5}, "scale=0.5"),
+        ({"prompt": ["a"]}, "one prompt each"),
+        ({"color": "red"}, "red"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(lr, **wrong)
