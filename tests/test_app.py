@@ -1,0 +1,122 @@
+"""The page as a user sees it: the command, its server, a browser."""
+
+import io
+import os
+import socket
+import subprocess
+import sys
+from urllib.request import urlopen
+
+import pytest
+import torch
+from browser import chromium
+from omegaconf import OmegaConf
+from PIL import Image
+from selenium.webdriver import Chrome, Keys
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+from skimage import data
+
+from dit4sr_pl.app import check, restored
+from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.images import read_image
+from dit4sr_pl.latents import enlarge
+from dit4sr_pl.restorer import Restorer
+from dit4sr_pl.sampling import Sampler
+
+
+@pytest.fixture(scope="module")
+def restorer() -> Restorer:
+    sampler = Sampler(3, 1.0, "", "", tile=32, overlap=12, color="adain")
+    return Restorer.load(Backbone("tiny-sd3", "float32", 8), sampler, "tiny-dit4sr", torch.device("cpu"))
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.fromarray(data.astronaut()[80:128, 200:264]).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def address(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dit4sr_pl.app", f"port={port}", "sampler.steps=2"]
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(tmp_path / "uploads")}
+    with (tmp_path / "stderr").open("w") as stderr:
+        app = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=tmp_path, env=environment)
+    try:
+        assert app.stdout.readline() == f"http://127.0.0.1:{port}\n", (tmp_path / "stderr").read_text()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        app.terminate()
+        app.communicate(timeout=20)
+
+
+def fill(window: Chrome, label: str, value: int) -> None:
+    box = window.find_element(By.XPATH, f"//label[span[normalize-space()='{label}']]//input")
+    box.send_keys(Keys.CONTROL + "a", str(value), Keys.TAB)
+
+
+def restore_there(window: Chrome, file) -> None:
+    window.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(file))
+    WebDriverWait(window, 20).until(lambda window: file.stem in window.find_element(By.TAG_NAME, "body").text)
+    window.find_element(By.XPATH, "//button[normalize-space()='Restore']").click()
+
+
+def pixels(url: str) -> torch.Tensor:
+    with urlopen(url) as file, Image.open(io.BytesIO(file.read())) as image:
+        assert image.format == "PNG"
+        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+
+
+def test_the_page_shows_what_the_restorer_restores_and_says_what_is_wrong(address, photo, restorer, tmp_path):
+    broken = tmp_path / "broken <b>.png"
+    broken.write_bytes(photo.read_bytes()[:-200])
+    with chromium(tmp_path / "profile") as window:
+        window.get(address)
+        wait = WebDriverWait(window, 40)
+        wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "input[type=file]"))
+        fill(window, "steps", 3)
+        fill(window, "seed", 7)
+        restore_there(window, photo)
+        images = wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "img.preview"))
+        before, after = (pixels(image.get_attribute("src")) for image in images)
+
+        loaded = "return performance.getEntriesByType('resource').map(each => each.name)"
+        elsewhere = [name for name in window.execute_script(loaded) if not name.startswith(address)]
+        assert elsewhere == []
+
+        window.find_element(
+            By.CSS_SELECTOR, "button[aria-label='Remove this file'], button[aria-label='Clear']"
+        ).click()
+        wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "input[type=file]"))
+        restore_there(window, broken)
+        toast = wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "[data-testid=toast-body]"))[0]
+        assert "broken <b>.png: not a readable image" in toast.text and "/" not in toast.text
+
+    lr = read_image(photo)[None] / 255
+    levels = lambda images: (images[0] * 255).round().byte().permute(1, 2, 0)  # noqa: E731
+    assert torch.equal(before, levels(enlarge(lr, (192, 256))))
+    assert torch.equal(after, levels(restorer(lr, (192, 256), [""], ["photo"], seed=7)))
+    assert (tmp_path / "stderr").read_text() == ""
+
+
+def test_large_results_and_wrong_settings_are_refused(photo, restorer):
+    for settings, limit, message in (({}, 10000, "256x192 pixels: at most 10000"), ({"steps": 0}, 10**6, "steps=0")):
+        with pytest.raises(ValueError, match=message):
+            restored(restorer, photo, 4, "", 0, settings, limit, on_step=lambda: None)
+
+
+def test_without_gradio_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ValueError, match=r'pip install "dit4sr_pl\[app\]"'):
+        check(OmegaConf.create({}))
+
+
+def test_a_port_in_use_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        cfg = {"scale": 4, "host": "127.0.0.1", "port": port, "model": {"backbone": {"name": "x", "embeddings": None}}}
+        with pytest.raises(ValueError, match=f"port={port}: Address already in use"):
+            check(OmegaConf.create(cfg))
