@@ -29,11 +29,11 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
 
 
-@pytest.mark.parametrize("command", ["train", "restore", "evaluate", "demo", "convert", "plan", "prepare", "compare"])
+@pytest.mark.parametrize("command", ["train", "restore", "evaluate", "demo", "convert", "plan", "prepare", "compare", "app"])
 def test_help_needs_no_pytorch(command, tmp_path):
     code = "import sys, runpy; sys.argv = ['x', '--help']\n" + (
         f"try: runpy.run_module('dit4sr_pl.{command}', run_name='__main__')\n"
-        "finally: assert 'torch' not in sys.modules, 'PyTorch was imported for --help'"
+        "finally: assert not {'torch', 'gradio'} & sys.modules.keys(), 'imported for --help'"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
@@ -101,6 +101,8 @@ def test_help_needs_no_pytorch(command, tmp_path):
         (["restore", "input=."], ".: no images in this folder or below it"),
         (["restore", "input=half.ckpt"], "not restored: half.ckpt: not a readable image (unknown format)"),
         (["restore", "input=half.ckpt", "output=/proc/nowhere"], "cannot be written"),
+        (["app", "scale=0.5"], "scale=0.5"),
+        (["app", "host=256.0.0.1"], "host=256.0.0.1 port=7860"),
     ],
 )
 def test_a_mistake_gets_one_line_and_no_traceback(arguments, message, tmp_path):

@@ -21,7 +21,7 @@ FLOORS = [
     {"benchmark_sets"},
     {"methods"},
     {"scoring"},
-    {"train", "restore", "evaluate", "demo", "convert", "plan", "prepare", "compare"},
+    {"train", "restore", "evaluate", "demo", "convert", "plan", "prepare", "compare", "app"},
 ]
 
 
@@ -61,8 +61,9 @@ def test_imports_go_down_only(name):
     "library, allowed",
     [
         ("lightning", {"module", "data", "callbacks", "train"}),
-        ("hydra", {"config", "train", "restore", "evaluate", "demo", "convert", "plan", "prepare"}),
+        ("hydra", {"config", "train", "restore", "evaluate", "demo", "convert", "plan", "prepare", "app"}),
         ("pyiqa", {"metrics"}),
+        ("gradio", {"app"}),
         ("spandrel", {"methods"}),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 import socket
 from collections.abc import Callable
@@ -107,7 +106,7 @@ def answer(restorer: Restorer, max_pixels: int) -> Callable:
             return restored(restorer, Path(file), scale, prompt, seed, settings, max_pixels, on_step)
         except (ValueError, torch.OutOfMemoryError) as error:
             message = str(error).replace(f"{Path(file or '').parent}/", "")
-            raise gr.Error(html.escape(message), print_exception=False) from None
+            raise gr.Error(message, print_exception=False) from None
 
     return restore_file
 
