@@ -58,9 +58,11 @@ def fill(window: Chrome, label: str, value: int) -> None:
     box.send_keys(Keys.CONTROL + "a", str(value), Keys.TAB)
 
 
-def restore_there(window: Chrome, file) -> None:
+def restore_there(window: Chrome, file, **numbers: int) -> None:
     window.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(file))
     WebDriverWait(window, 20).until(lambda window: file.stem in window.find_element(By.TAG_NAME, "body").text)
+    for label, value in numbers.items():  # after the upload, when the page is sure to listen
+        fill(window, label, value)
     window.find_element(By.XPATH, "//button[normalize-space()='Restore']").click()
 
 
@@ -77,9 +79,7 @@ def test_the_page_shows_what_the_restorer_restores_and_says_what_is_wrong(addres
         window.get(address)
         wait = WebDriverWait(window, 40)
         wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "input[type=file]"))
-        fill(window, "steps", 3)
-        fill(window, "seed", 7)
-        restore_there(window, photo)
+        restore_there(window, photo, steps=3, seed=7)
         images = wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "img.preview"))
         before, after = (pixels(image.get_attribute("src")) for image in images)
 
