@@ -9,7 +9,6 @@ from urllib.request import urlopen
 
 import pytest
 import torch
-from browser import chromium
 from omegaconf import OmegaConf
 from PIL import Image
 from selenium.webdriver import Chrome, Keys
@@ -72,28 +71,25 @@ def pixels(url: str) -> torch.Tensor:
         return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
-def test_the_page_shows_what_the_restorer_restores_and_says_what_is_wrong(address, photo, restorer, tmp_path):
+def test_the_page_shows_what_the_restorer_restores_and_says_what_is_wrong(address, browser, photo, restorer, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(photo.read_bytes()[:-200])
-    with chromium(tmp_path / "profile") as window:
-        window.get(address)
-        wait = WebDriverWait(window, 40)
-        wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "input[type=file]"))
-        restore_there(window, photo, steps=3, seed=7)
-        images = wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "img.preview"))
-        before, after = (pixels(image.get_attribute("src")) for image in images)
+    browser.get(address)
+    wait = WebDriverWait(browser, 40)
+    wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "input[type=file]"))
+    restore_there(browser, photo, steps=3, seed=7)
+    images = wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "img.preview"))
+    before, after = (pixels(image.get_attribute("src")) for image in images)
 
-        loaded = "return performance.getEntriesByType('resource').map(each => each.name)"
-        elsewhere = [name for name in window.execute_script(loaded) if not name.startswith(address)]
-        assert elsewhere == []
+    loaded = "return performance.getEntriesByType('resource').map(each => each.name)"
+    elsewhere = [name for name in browser.execute_script(loaded) if not name.startswith(address)]
+    assert elsewhere == []
 
-        window.find_element(
-            By.CSS_SELECTOR, "button[aria-label='Remove this file'], button[aria-label='Clear']"
-        ).click()
-        wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "input[type=file]"))
-        restore_there(window, broken)
-        toast = wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "[data-testid=toast-body]"))[0]
-        assert "broken.png: not a readable image" in toast.text and "/" not in toast.text
+    browser.find_element(By.CSS_SELECTOR, "button[aria-label='Remove this file'], button[aria-label='Clear']").click()
+    wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "input[type=file]"))
+    restore_there(browser, broken)
+    toast = wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "[data-testid=toast-body]"))[0]
+    assert "broken.png: not a readable image" in toast.text and "/" not in toast.text
 
     lr = read_image(photo)[None] / 255
     levels = lambda images: (images[0] * 255).round().byte().permute(1, 2, 0)  # noqa: E731
