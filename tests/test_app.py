@@ -75,7 +75,7 @@ def test_the_page_shows_what_the_restorer_restores_and_says_what_is_wrong(addres
     broken = tmp_path / "broken.png"
     broken.write_bytes(photo.read_bytes()[:-200])
     browser.get(address)
-    wait = WebDriverWait(browser, 40)
+    wait = WebDriverWait(browser, 60)
     wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "input[type=file]"))
     restore_there(browser, photo, steps=3, seed=7)
     images = wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "img.preview"))
