@@ -54,7 +54,7 @@ def address(tmp_path):
 
 def fill(window: Chrome, label: str, value: int) -> None:
     box = window.find_element(By.XPATH, f"//label[span[normalize-space()='{label}']]//input")
-    box.send_keys(Keys.CONTROL + "a", str(value), Keys.TAB)
+    box.send_keys(Keys.CONTROL + "a" + Keys.NULL, str(value), Keys.TAB)
 
 
 def restore_there(window: Chrome, file, **numbers: int) -> None:

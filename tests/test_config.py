@@ -29,7 +29,9 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
 
 
-@pytest.mark.parametrize("command", ["train", "restore", "evaluate", "demo", "convert", "plan", "prepare", "compare", "app"])
+@pytest.mark.parametrize(
+    "command", ["train", "restore", "evaluate", "demo", "convert", "plan", "prepare", "compare", "app"]
+)
 def test_help_needs_no_pytorch(command, tmp_path):
     code = "import sys, runpy; sys.argv = ['x', '--help']\n" + (
         f"try: runpy.run_module('dit4sr_pl.{command}', run_name='__main__')\n"
