@@ -85,7 +85,7 @@ def test_help_needs_no_pytorch(command, tmp_path):
         (["evaluate", "images=.", "reference=nowhere"], "reference=nowhere: no such file or folder"),
         (["evaluate", "images=.", "dataset=realsr", "reference=."], "reference is for images=FOLDER without a dataset"),
         (["evaluate", "dataset=realsr"], "where is realsr? give dataset.folder=PATH, or root=PATH"),
-        (["evaluate", "dataset=realsr", "root=."], "dataset.folder=RealSRVal_crop128: no such file or folder"),
+        (["evaluate", "dataset=realsr", "root=."], "dataset.folder=./RealSRVal_crop128: no such file or folder"),
         (["evaluate", "dataset=folder"], "no value for dataset.lr"),
         (["evaluate", "dataset=folder", "dataset.lr=.", "method=swinir"], "no value for weights; give a published"),
         (["evaluate", "dataset=folder", "dataset.lr=.", "method=seesr"], "no value for method.checkout, method.python"),

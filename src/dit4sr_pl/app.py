@@ -127,16 +127,19 @@ def restored(
         ValueError: no readable image, a result of more than `max_pixels`, settings that cannot be.
     """
     from dit4sr_pl.images import read_image
+    from dit4sr_pl.jobs import result_size
     from dit4sr_pl.latents import enlarge
+    from dit4sr_pl.picture import picture_size
     from dit4sr_pl.restorer import Restorer
 
-    lr = read_image(file)[None].to(restorer.backbone.device) / 255
-    height, width = (round(scale * length) for length in lr.shape[-2:])
+    height, width = result_size(picture_size(file), scale)  # before anything is decoded
     if scale < 1 or width * height > max_pixels:
         raise ValueError(f"{width}x{height} pixels: at most {max_pixels} are restored, at a scale of 1 or more")
+    lr = read_image(file)[None].to(restorer.backbone.device) / 255
+    size = result_size(lr.shape[-2:], scale)
     chosen = Restorer(restorer.net, restorer.backbone, replace(restorer.sampler, **settings))
-    sr = chosen(lr, (height, width), [prompt], [file.stem], seed, on_step)
-    return to_pillow(enlarge(lr, (height, width))), to_pillow(sr)
+    sr = chosen(lr, size, [prompt], [file.stem], seed, on_step)
+    return to_pillow(enlarge(lr, size)), to_pillow(sr)
 
 
 def to_pillow(image: torch.Tensor) -> Image.Image:

@@ -160,7 +160,7 @@ def check_dataset(cfg: DictConfig) -> None:
 
 def check_method(cfg: DictConfig) -> None:
     if missing := OmegaConf.missing_keys(cfg.method):
-        raise ValueError(f"no value for {', '.join(f'method.{key}' for key in sorted(missing))}; see docs/systems.md")
+        raise ValueError(f"no value for {', '.join(sorted(missing))}; see docs/systems.md")
     if "weights" in cfg.method and cfg.method.weights is None:
         raise ValueError("no value for weights; give a published file as weights=FILE (docs/systems.md)")
     if "backbone" in cfg.method:
