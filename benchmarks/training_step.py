@@ -47,15 +47,17 @@ RUNS = ("diffusers", "forward", "step")
 class Contest:
     """Both networks over one base, and one batch for them."""
 
-    def __init__(self, batch: int):
+    def __init__(self, batch: int, dtype: torch.dtype = torch.float32):
         torch.manual_seed(0)
         self.base = SD3Transformer2DModel(**CONFIG)
         self.net = DiT4SRTransformer(self.base)
         for parameter in self.net.lr_stream.parameters():
             torch.nn.init.normal_(parameter, std=0.02)  # off the zero start: no product with zeros
-        self.noisy_latent, self.lr_latent, self.target = torch.randn(3, batch, 16, 48, 48)
+        self.net.to(dtype)
+        self.noisy_latent, self.lr_latent, self.target = torch.randn(3, batch, 16, 48, 48, dtype=dtype)
         self.timestep = torch.rand(batch) * 1000
-        self.embeds, self.pooled = torch.randn(batch, TEXT_TOKENS, 1024), torch.randn(batch, 512)
+        self.embeds = torch.randn(batch, TEXT_TOKENS, 1024, dtype=dtype)
+        self.pooled = torch.randn(batch, 512, dtype=dtype)
 
     @torch.no_grad()
     def diffusers(self) -> None:
@@ -73,11 +75,11 @@ class Contest:
         return self.net(self.noisy_latent, self.lr_latent, self.timestep, self.embeds, self.pooled)
 
 
-def take_turns(contest: Contest, repeats: int) -> dict[str, list[tuple[float, float]]]:
+def take_turns(contest: Contest, repeats: int, runs: tuple[str, ...]) -> dict[str, list[tuple[float, float]]]:
     """`(seconds, processor seconds)` of every run, after one of each to warm up."""
-    times = {name: [] for name in RUNS}
+    times = {name: [] for name in runs}
     for _ in range(repeats + 1):
-        for name in RUNS:
+        for name in runs:
             start, cpu_start = perf_counter(), process_time()
             getattr(contest, name)()
             times[name].append((perf_counter() - start, process_time() - cpu_start))
@@ -116,7 +118,7 @@ def main() -> None:
     args = parser.parse_args()
 
     contest, floor = Contest(args.batch), floors(args.batch)
-    times = take_turns(contest, args.repeats)
+    times = take_turns(contest, args.repeats, RUNS)
     print(
         f"batch {args.batch}, {torch.get_num_threads()} threads, {args.repeats} repeats; ratios to diffusers' forward"
     )

@@ -1,5 +1,6 @@
 """The page as a user sees it: the command, its server, a browser."""
 
+import dataclasses
 import io
 import os
 import socket
@@ -15,18 +16,18 @@ from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from skimage import data
+from toy import SAMPLER
 
 from dit4sr_pl.app import check, restored
 from dit4sr_pl.backbone import Backbone
 from dit4sr_pl.images import read_image
 from dit4sr_pl.latents import enlarge
 from dit4sr_pl.restorer import Restorer
-from dit4sr_pl.sampling import Sampler
 
 
 @pytest.fixture(scope="module")
 def restorer() -> Restorer:
-    sampler = Sampler(3, 1.0, "", "", tile=32, overlap=12, color="adain")
+    sampler = dataclasses.replace(SAMPLER, color="adain")
     return Restorer.load(Backbone("tiny-sd3", "float32", 8), sampler, "tiny-dit4sr", torch.device("cpu"))
 
 
@@ -101,7 +102,7 @@ def test_the_page_shows_what_the_restorer_restores_and_says_what_is_wrong(addres
 def test_large_results_and_wrong_settings_are_refused(photo, restorer):
     for settings, limit, message in (({}, 10000, "256x192 pixels: at most 10000"), ({"steps": 0}, 10**6, "steps=0")):
         with pytest.raises(ValueError, match=message):
-            restored(restorer, photo, 4, "", 0, settings, limit, on_step=lambda: None)
+            restored(restorer, photo, 4, "", 0, settings, limit, show=lambda done: None)
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, StableDiffusion3Pipeline
 from PIL import Image
 
-from dit4sr_pl.backbone import SHIPPED, Backbone
+from dit4sr_pl.backbone import SHIPPED, Backbone, encoders_of
 from dit4sr_pl.latents import LatentCoder, enlarge
 from dit4sr_pl.randomness import generator
 
@@ -103,6 +103,57 @@ def test_posterior_of_a_kl_autoencoder_is_sampled_for_hr_only():
     expected = vae.decode(posterior.mode()).sample / 2 + 0.5
     torch.testing.assert_close(coder.decode(coder.encode(image)), expected.clamp(0, 1))
     assert coder.factor == 2
+
+
+def kl(**config) -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[4] * 4,
+        norm_num_groups=2,
+        shift_factor=0.1,
+        **config,
+    )
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderDC", "AutoencoderKL"])
+def test_autoencoder_tiles_are_diffusers_own_and_start_only_above_their_size(tiny_backbone, kind, monkeypatch):
+    coder = tiny_backbone.coder if kind == "AutoencoderDC" else LatentCoder(kl(scaling_factor=1.5))
+    calls = []
+    for name in ("tiled_encode", "_tiled_encode", "tiled_decode"):
+        if hasattr(coder.vae, name):
+            method = getattr(coder.vae, name)
+            monkeypatch.setattr(coder.vae, name, lambda *a, m=method, **kw: calls.append(1) or m(*a, **kw))
+    images = enlarge(torch.rand(2, 3, 4, 4, generator=generator("cpu", 0)), (64, 96))
+    latents = coder.encode(images)
+    whole = coder.decode(latents)
+    with coder.tiles(12):
+        torch.testing.assert_close(coder.encode(images), latents)
+        torch.testing.assert_close(coder.decode(latents), whole)
+        assert not calls
+    with coder.tiles(8):
+        tiled_latents, tiled = coder.encode(images), coder.decode(latents)
+    assert len(calls) == 4  # two images, each by itself
+    assert tiled_latents.shape == latents.shape and tiled.shape == whole.shape
+    assert torch.equal(coder.decode(latents), whole) and len(calls) == 4
+    if kind == "AutoencoderDC":  # the other's group norms see one tile each, and its weights are random
+        assert (tiled - whole).abs().mean() < 0.01
+
+
+def test_offloaded_parts_give_the_same_and_leave_the_device_after_they_ran(tiny_backbone):
+    image, cpu = enlarge(torch.rand(1, 3, 4, 4, generator=generator("cpu", 0)), (64, 64)), torch.device("cpu")
+    backbone = Backbone("tiny-sd3", "float32", 8)
+    early = backbone.vae
+    backbone.to(cpu, offload=True)
+    for ours, theirs in zip(backbone.prompts(["a cat"], cpu), tiny_backbone.prompts(["a cat"], cpu), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    latents = tiny_backbone.coder.encode(image)
+    torch.testing.assert_close(backbone.coder.encode(image), latents)
+    torch.testing.assert_close(backbone.coder.decode(latents), tiny_backbone.coder.decode(latents))
+    for model in (early, *encoders_of(backbone.text_encoders)):
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert backbone.transformer.device == cpu
 
 
 def test_enlarging_equals_pillow():

@@ -1,5 +1,6 @@
 """The command: with the network of the package, and with bicubic in its place where the result must be known."""
 
+import dataclasses
 import errno
 import os
 import signal
@@ -13,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import ExifTags, Image
 from standin import Bicubic, command
+from toy import SAMPLER
 from toy_llava import save_toy_llava
 
 from dit4sr_pl.backbone import Backbone
@@ -21,7 +23,6 @@ from dit4sr_pl.images import find_images, read_image, write_image
 from dit4sr_pl.latents import enlarge
 from dit4sr_pl.randomness import generator
 from dit4sr_pl.restorer import Restorer
-from dit4sr_pl.sampling import Sampler
 
 
 def write_photo(path, height=18, width=13, seed=0):
@@ -229,7 +230,7 @@ def test_a_note_says_what_of_a_file_is_left_out(tmp_path, monkeypatch, capsys):
 
 def test_half_precision_restores_nearly_the_same_picture():
     lr = enlarge(torch.rand(1, 3, 3, 3, generator=generator("cpu", 0)), (16, 16))
-    sampler = Sampler(2, 1.5, "", "a dog", tile=32, overlap=12, color="none")
+    sampler = dataclasses.replace(SAMPLER, steps=2, guidance_scale=1.5, negative_prompt="a dog")
     restored = []
     for dtype in ("float32", "bfloat16"):
         restorer = Restorer.load(Backbone("tiny-sd3", dtype, 8), sampler, "tiny-dit4sr", torch.device("cpu"))

@@ -1,15 +1,18 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from toy import SAMPLER
 
+from dit4sr_pl.config import conf_folder
 from dit4sr_pl.latents import draw_noise, enlarge
 from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.randomness import generator
-from dit4sr_pl.sampling import Sampler, pad_to_multiple, restore
-
-SAMPLER = Sampler(3, 1.0, "", "", tile=32, overlap=12, color="none")
+from dit4sr_pl.sampling import extended, restore, sample
 
 
 @pytest.fixture(scope="module")
@@ -77,26 +80,112 @@ def test_any_size_comes_out_exactly_and_in_range(run, size):
 
 def test_large_images_go_through_the_window_in_tiles(run, net):
     windows = []
-    hook = net.register_forward_pre_hook(lambda module, inputs: windows.append(tuple(inputs[0].shape[-2:])))
-    run(picture(1, 16, 80), (64, 320), replace(SAMPLER, steps=1))
+    hook = net.register_forward_pre_hook(lambda module, inputs: windows.append((len(inputs[0]), *inputs[0].shape[-2:])))
+    run(picture(1, 16, 80), (64, 320), replace(SAMPLER, steps=1, tile_batch=1))
     hook.remove()
-    assert windows == [(8, 32)] * 2
+    assert windows == [(1, 8, 32)] * 2
 
 
-@pytest.mark.parametrize("height, width", [(16, 16), (17, 30), (1, 3)])
-def test_padding_keeps_the_image_and_reaches_the_multiple(height, width):
-    image = torch.rand(1, 3, height, width)
-    padded = pad_to_multiple(image, 16)
-    assert padded.shape[-2] % 16 == padded.shape[-1] % 16 == 0
-    assert torch.equal(padded[..., :height, :width], image)
+@pytest.mark.parametrize("height, width, least", [(16, 16, 0), (17, 30, 0), (1, 3, 40), (1, 1, 16), (50, 7, 48)])
+def test_extending_reflects_as_often_as_it_takes_and_reaches_the_multiple(height, width, least):
+    image = torch.rand(2, 3, height, width)
+    longer = extended(image, least, 16)
+    expected = [-(-max(length, least) // 16) * 16 for length in (height, width)]
+    assert list(longer.shape[-2:]) == expected
+    numpy = np.pad(
+        image, [(0, 0), (0, 0), *((0, e - n) for e, n in zip(expected, (height, width), strict=True))], "reflect"
+    )
+    assert torch.equal(longer, torch.from_numpy(numpy))
 
 
 @pytest.mark.parametrize(
-    "wrong, message", [({"steps": 0}, "steps=0"), ({"overlap": 32}, "overlap=32"), ({"color": "red"}, "choose one of")]
+    "wrong, message",
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"tile_batch": 0}, "tile_batch=0"),
+        ({"start": "hr"}, "start='hr'; choose one of noise, lr"),
+        ({"strength": 0}, "strength=0"),
+        ({"vae_tile": 30}, "vae_tile=30"),
+        ({"overlap": 32}, "overlap=32"),
+        ({"color": "red"}, "choose one of"),
+    ],
 )
 def test_numbers_that_cannot_be_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         replace(SAMPLER, **wrong)
+
+
+@pytest.mark.parametrize("tile_batch", [1, 3])
+def test_a_tiled_images_result_does_not_depend_on_batch_order_or_neighbours(run, tile_batch):
+    lr = picture(3, 8, 24) * torch.tensor([1.0, 0.7, 0.4]).view(3, 1, 1, 1)  # two tiles each
+    sampler = replace(SAMPLER, steps=2, tile=16, overlap=6, tile_batch=tile_batch, guidance_scale=3.0)
+    captions, seeds = ["a cat", "a dog", ""], [5, 6, 7]
+    together = run(lr, (32, 160), sampler, captions, seeds)
+    turned = run(lr.flip(0), (32, 160), sampler, captions[::-1], seeds[::-1]).flip(0)
+    alone = run(lr[1:2], (32, 160), replace(sampler, tile_batch=8), captions[1:2], seeds[1:2])
+    torch.testing.assert_close(turned, together, atol=1e-5, rtol=0)
+    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpm", "unipc"])
+def test_solvers_come_closer_to_the_solution_with_more_steps_and_count_their_evaluations(solver, tiny_backbone):
+    """Of a flow whose solution is known: data are a point, the velocity leads straight to it, bent in time."""
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        sampler = instantiate(compose("restore", ["input=x", f"sampler/solver={solver}"]).sampler)
+    noise = torch.linspace(-1, 1, 64, dtype=torch.float32).view(1, 1, 8, 8)
+    errors, counts = [], []
+    for steps in (8, 32):
+        calls = []
+
+        def velocity(noisy, lr, images, timestep, calls=calls):
+            calls.append(timestep)
+            return noisy + (timestep / 1000).cos()  # dz/dsigma = z + cos(sigma)
+
+        sampler = replace(sampler, steps=steps)
+        schedule, evaluations = sampler.schedule(tiny_backbone.scheduler)
+        result = sample(velocity, tiny_backbone.scheduler, sampler, noise, noise, 2, lambda: None)
+        # z(0) for z(1) = noise: z(s) = c e^s + (sin s - cos s) / 2
+        one = torch.ones(())
+        expected = (noise - (one.sin() - one.cos()) / 2) / one.exp() - 0.5
+        errors.append((result - expected).abs().max().item())
+        counts.append(len(calls))
+        assert len(evaluations) == len(calls) and calls[0] == pytest.approx(1000, abs=0.5)
+        assert schedule.sigmas[1 if solver != "heun" else 2] < 1
+    assert counts == ([15, 63] if solver == "heun" else [8, 32])
+    assert errors[1] < errors[0] / (3 if solver == "euler" else 8)
+
+
+def test_starting_from_the_lr_latent_skips_the_first_steps_and_mixes_it_with_noise(tiny_backbone):
+    sampler, seen = replace(SAMPLER, steps=10, start="lr", strength=0.3), []
+    lr_latent, noise = torch.full((1, 1, 8, 8), 2.0), torch.full((1, 1, 8, 8), 1.0)
+
+    def velocity(noisy, lr, images, timestep):
+        seen.append((noisy[0, 0, 0, 0].item(), timestep.item() / 1000))
+        return torch.zeros_like(noisy)
+
+    sample(velocity, tiny_backbone.scheduler, sampler, lr_latent, noise, 2, lambda: None)
+    latent, sigma = seen[0]
+    everything = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    everything.set_timesteps(10)
+    assert len(seen) == 3 and sigma == pytest.approx(everything.sigmas[7].item())
+    assert latent == pytest.approx((1 - sigma) * 2 + sigma * 1)
+
+
+def test_small_images_are_extended_to_the_smallest_size_and_cut(run, net):
+    windows = []
+    hook = net.register_forward_pre_hook(lambda module, inputs: windows.append(tuple(inputs[0].shape[-2:])))
+    sr = run(picture(1, 1, 1), (4, 4), replace(SAMPLER, steps=1, smallest=8))
+    hook.remove()
+    assert windows == [(8, 8)] and sr.shape == (1, 3, 4, 4)
+
+
+def test_restoring_takes_its_own_number_of_t5_tokens_and_training_keeps_the_trainings():
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        restoring = compose("restore", ["input=x", "model=dit4sr", "sampler=paper"])
+        training = compose("train", ["experiment=paper", "output=x"])
+        tiny = compose("restore", ["input=x"])
+    tokens = [cfg.model.backbone.t5_tokens for cfg in (restoring, training, tiny)]
+    assert tokens == [256, 77, 8]
 
 
 def test_caption_and_added_prompt_are_one_space_apart():

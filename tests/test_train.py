@@ -1,6 +1,7 @@
 import copy
 import io
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from PIL import Image
-from toy import events, losses
+from toy import SAMPLER, events, losses
 
 from dit4sr_pl.backbone import SHIPPED, Backbone
 from dit4sr_pl.config import conf_folder
@@ -20,7 +21,6 @@ from dit4sr_pl.model import LRStream, Variant, block, load_part
 from dit4sr_pl.randomness import generator
 from dit4sr_pl.restorer import Restorer
 from dit4sr_pl.results import read_result, weights_hash
-from dit4sr_pl.sampling import Sampler
 
 ABLATIONS = sorted(path.stem for path in (conf_folder() / "ablation").glob("*.yaml"))
 
@@ -209,7 +209,7 @@ def test_sd3_controlnet_trains_validates_and_restores_by_the_same_commands(run, 
     part = load_part(tmp_path / "run" / "controlnet.safetensors")
     assert (read_result(tmp_path / "run").method, read_result(tmp_path / "run").variant) == ("SD3-ControlNet", "")
     assert part.settings == {"network": "sd3_controlnet", "num_layers": 4} and part.base["name"] == "tiny-sd3"
-    sampler = Sampler(1, 1.0, "", "", 32, 12, "none")
+    sampler = replace(SAMPLER, steps=1)
     lr = torch.rand(1, 3, 16, 16, generator=generator("cpu", 0))
     for file in ("controlnet.safetensors", "checkpoints/last.ckpt"):
         restorer = Restorer.load(tiny_backbone, sampler, tmp_path / "run" / file, torch.device("cpu"))

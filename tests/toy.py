@@ -2,7 +2,27 @@
 
 from pathlib import Path
 
+from diffusers import FlowMatchEulerDiscreteScheduler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dit4sr_pl.sampling import Sampler
+
+SAMPLER = Sampler(
+    solver=FlowMatchEulerDiscreteScheduler.from_config,
+    steps=3,
+    start="noise",
+    strength=1.0,
+    guidance_scale=1.0,
+    added_prompt="",
+    negative_prompt="",
+    t5_tokens=8,
+    tile=32,
+    overlap=12,
+    tile_batch=4,
+    smallest=1,
+    vae_tile=64,
+    color="none",
+)
 
 
 def toy(photos: Path, output: Path) -> list[str]:

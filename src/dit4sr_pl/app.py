@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import socket
 from collections.abc import Callable
@@ -97,13 +99,12 @@ def answer(restorer: Restorer, max_pixels: int) -> Callable:
     import torch
 
     def restore_file(file, scale, prompt, steps, guidance, color, seed, progress=gr.Progress()):  # noqa: B008
-        done = iter(range(1, int(steps or 1) + 1))
         settings = {"steps": steps, "guidance_scale": guidance, "color": color}
         try:
             if file is None or None in (scale, steps, guidance, seed):
                 raise ValueError("give an image, and a number for scale, steps, guidance and seed")
-            on_step = lambda: progress((next(done), steps), desc="restoring")  # noqa: E731
-            return restored(restorer, Path(file), scale, prompt, seed, settings, max_pixels, on_step)
+            show = functools.partial(progress, desc="restoring")
+            return restored(restorer, Path(file), scale, prompt, seed, settings, max_pixels, show)
         except (ValueError, torch.OutOfMemoryError) as error:
             message = str(error).replace(f"{Path(file or '').parent}/", "")
             raise gr.Error(message, print_exception=False) from None
@@ -119,9 +120,10 @@ def restored(
     seed: int,
     settings: dict,
     max_pixels: int,
-    on_step: Callable[[], None],
+    show: Callable[[tuple[int, int]], None],
 ) -> tuple[Image.Image, Image.Image]:
-    """The bicubically enlarged and the restored image.
+    """The bicubically enlarged and the restored image; `show` is told how many network evaluations are done, of how
+    many.
 
     Raises:
         ValueError: no readable image, a result of more than `max_pixels`, settings that cannot be.
@@ -138,7 +140,8 @@ def restored(
     lr = read_image(file)[None].to(restorer.backbone.device) / 255
     size = result_size(lr.shape[-2:], scale)
     chosen = Restorer(restorer.net, restorer.backbone, replace(restorer.sampler, **settings))
-    sr = chosen(lr, size, [prompt], [file.stem], seed, on_step)
+    done, total = itertools.count(1), chosen.evaluations
+    sr = chosen(lr, size, [prompt], [file.stem], seed, lambda: show((next(done), total)))
     return to_pillow(enlarge(lr, size)), to_pillow(sr)
 
 

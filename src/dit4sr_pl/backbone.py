@@ -6,6 +6,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from accelerate import cpu_offload
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
@@ -14,6 +15,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from torch import nn
 
 from dit4sr_pl.embeddings import PromptCache
 from dit4sr_pl.latents import LatentCoder
@@ -44,7 +46,7 @@ class Backbone:
         self.dtype = getattr(torch, dtype)
         self.t5_tokens = t5_tokens
         self.embeddings = embeddings
-        self.device = torch.device("cpu")
+        self.device, self.offload = torch.device("cpu"), False
 
     @property
     def location(self) -> str:
@@ -57,13 +59,15 @@ class Backbone:
 
     @cached_property
     def vae(self) -> AutoencoderKL | AutoencoderDC:
-        return self.read(AutoModel, subfolder="vae", dtype=self.dtype).to(self.device)
+        return self.place(self.read(AutoModel, subfolder="vae", dtype=self.dtype))
 
     @cached_property
     def text_encoders(self) -> StableDiffusion3Pipeline:
         pipeline = self.read(StableDiffusion3Pipeline, transformer=None, vae=None, dtype=self.dtype)
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to(self.device)
+        for encoder in encoders_of(pipeline):
+            self.place(encoder)
+        return pipeline
 
     @cached_property
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
@@ -90,12 +94,27 @@ class Backbone:
                 "layout, a hub id (for gated models accept the licence and run `hf auth login`), or tiny-sd3"
             ) from None
 
-    def to(self, device: torch.device) -> None:
-        """Moves what has been read, and later what is read; call it when the training device is known."""
-        self.device = device
-        for part in ("transformer", "vae", "text_encoders"):
-            if part in vars(self):  # a cached property that has been asked for
-                getattr(self, part).to(device)
+    def to(self, device: torch.device, offload: bool = False) -> None:
+        """Moves what has been read, and later what is read; call it when the training device is known.
+
+        With `offload` layers of the autoencoder and the text encoders are on the device only while they run.
+        """
+        self.device, self.offload = device, offload
+        read = vars(self)  # a cached property is there once it has been asked for
+        if "transformer" in read:
+            self.transformer.to(device)
+        if "vae" in read:
+            self.place(self.vae)
+        for encoder in encoders_of(self.text_encoders) if "text_encoders" in read else []:
+            self.place(encoder)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        return cpu_offload(model, self.device) if self.offload else model.to(self.device)
 
     def __deepcopy__(self, memo: dict) -> "Backbone":
         return self  # Lightning's weight averaging copies the module around it: frozen weights exist once
+
+
+def encoders_of(pipeline: StableDiffusion3Pipeline) -> list[nn.Module]:
+    encoders = pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3
+    return [encoder for encoder in encoders if encoder is not None]  # T5 may be left out

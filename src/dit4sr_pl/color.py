@@ -20,12 +20,17 @@ def adain(restored: Tensor, reference: Tensor) -> Tensor:
     """
     mean, std = moments(restored)
     reference_mean, reference_std = moments(reference)
-    return (restored - mean) / std * reference_std + reference_mean
+    scale = reference_std / std
+    return torch.addcmul(reference_mean - mean * scale, restored, scale)
 
 
 def wavelet(restored: Tensor, reference: Tensor) -> Tensor:
     """Keeps the restored image's detail and takes the reference's low frequencies; shapes as in `adain`."""
-    return restored - low_frequencies(restored) + low_frequencies(reference)
+    aligned = torch.empty_like(restored)
+    channels = (images.flatten(0, 1).unsqueeze(1) for images in (aligned, restored, reference))
+    for out, ours, theirs in zip(*channels, strict=True):  # one by one: one channel's worth of copies at a time
+        torch.add(ours, low_frequencies(theirs - ours), out=out)
+    return aligned
 
 
 def none(restored: Tensor, reference: Tensor) -> Tensor:
@@ -41,11 +46,11 @@ def moments(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def low_frequencies(images: Tensor) -> Tensor:
-    """À trous wavelet: a 3x3 binomial blur, its taps 1, 2, 4, 8 and 16 pixels apart."""
+    """À trous wavelet of one channel `(1, H, W)`: a 3x3 binomial blur, its taps 1, 2, 4, 8 and 16 pixels apart."""
     taps = torch.tensor([0.25, 0.5, 0.25], dtype=images.dtype, device=images.device)
-    kernel = torch.outer(taps, taps).expand(images.shape[1], 1, 3, 3)
+    kernel = torch.outer(taps, taps)[None, None]
     for level in range(WAVELET_LEVELS):
         step = 2**level
         padded = F.pad(images, (step, step, step, step), mode="replicate")
-        images = F.conv2d(padded, kernel, dilation=step, groups=images.shape[1])
+        images = F.conv2d(padded, kernel, dilation=step)
     return images

@@ -1,5 +1,8 @@
 """Images to latents and back: SD3's `AutoencoderKL`, and tiny-sd3's `AutoencoderDC`, which has no posterior."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKL
@@ -25,13 +28,32 @@ class LatentCoder:
             return self.vae.spatial_compression_ratio
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @contextmanager
+    def tiles(self, side: int) -> Iterator[None]:
+        """Inside, images go through one by one, and in overlapping tiles where they are larger than `side` latents.
+
+        The tiles and their blending are diffusers' own; they overlap by a quarter. `side` is a multiple of 4.
+        """
+        tile, stride = side * self.factor, side * self.factor * 3 // 4
+        if isinstance(self.vae, AutoencoderDC):
+            self.vae.enable_tiling(tile, tile, stride, stride)
+        else:
+            self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = tile, side
+            self.vae.enable_tiling()
+        self.vae.enable_slicing()
+        try:
+            yield
+        finally:
+            self.vae.disable_tiling()
+            self.vae.disable_slicing()
+
     @torch.no_grad()
     def encode(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
         """`(B, 3, H, W)` in 0..1 to scaled latents `(B, C, H/8, W/8)`, float32.
 
         With one CPU generator per image a sample of the posterior (HR), without the posterior's mode (LR).
         """
-        encoded = self.vae.encode((2 * images - 1).to(self.vae.dtype))
+        encoded = self.vae.encode(images.mul(2).sub_(1).to(self.vae.dtype))
         if isinstance(self.vae, AutoencoderDC):
             latents = encoded.latent.float()
         else:
@@ -45,7 +67,7 @@ class LatentCoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents to images `(B, 3, H, W)` in 0..1, float32, clamped."""
         images = self.vae.decode((latents / self.scale + self.shift).to(self.vae.dtype)).sample.float()
-        return (images / 2 + 0.5).clamp(0, 1)
+        return images.div_(2).add_(0.5).clamp_(0, 1)
 
 
 def draw_noise(like: Tensor, generators: list[torch.Generator]) -> Tensor:

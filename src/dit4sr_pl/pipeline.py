@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dit4sr_pl.backbone import SHIPPED
 from dit4sr_pl.config import read_conf
 from dit4sr_pl.images import rgb_pixels
+from dit4sr_pl.jobs import result_size
 from dit4sr_pl.latents import LatentCoder
 from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, load_part
 from dit4sr_pl.model.checkpoints import check_base, fit_state
@@ -74,10 +75,10 @@ class DiT4SRPipeline(DiffusionPipeline):
     """Restores LR images: an SD3 pipeline's components and an LR stream.
 
     Args:
-        transformer, vae, scheduler, tokenizers and text encoders: as of diffusers' `StableDiffusion3Pipeline`.
+        transformer, vae, tokenizers and text encoders: as of diffusers' `StableDiffusion3Pipeline`.
         lr_stream: trained over this transformer.
-        sampler: fields of `Sampler`, the call's defaults; without it `conf/sampler/paper.yaml`.
-        t5_tokens: tokens of T5 in the text stream; without it as in `conf/model/dit4sr.yaml`.
+        scheduler: its class is the solver, whatever the base came with.
+        sampler: fields of `Sampler` but the solver, the call's defaults; without it `conf/sampler/paper.yaml`.
 
     Raises:
         ValueError: the LR stream was trained over other weights.
@@ -100,7 +101,6 @@ class DiT4SRPipeline(DiffusionPipeline):
         text_encoder_3: PreTrainedModel | None,
         lr_stream: LRStreamModel,
         sampler: dict | None = None,
-        t5_tokens: int | None = None,
     ):
         super().__init__()
         check_base(transformer, lr_stream.config.base, "lr_stream")
@@ -118,8 +118,7 @@ class DiT4SRPipeline(DiffusionPipeline):
             text_encoder_3=text_encoder_3,
             lr_stream=lr_stream,
         )
-        paper = conf_defaults(model="dit4sr", sampler="paper")
-        self.register_to_config(sampler=sampler or paper["sampler"], t5_tokens=t5_tokens or paper["t5_tokens"])
+        self.register_to_config(sampler=sampler or conf_defaults(model="dit4sr", sampler="paper")["sampler"])
 
     @classmethod
     def from_pretrained(
@@ -189,7 +188,7 @@ class DiT4SRPipeline(DiffusionPipeline):
             )
         settings |= {"steps": num_inference_steps, "guidance_scale": guidance_scale}
         given = {name: value for name, value in settings.items() if value is not None}
-        sampler = replace(Sampler(**self.config.sampler), **given)
+        sampler = replace(Sampler(type(self.scheduler).from_config, **self.config.sampler), **given)
         generator = generator or [seeded("cpu", "restore", seed, str(place)) for place in range(len(lr))]
         generators = generator if isinstance(generator, list) else [generator] * len(lr)
         sr = self.restore(sampler, lr, scale, captions, generators)
@@ -199,14 +198,14 @@ class DiT4SRPipeline(DiffusionPipeline):
     def restore(
         self, sampler: Sampler, lr: Tensor, scale: float, captions: list[str], generators: list[torch.Generator]
     ) -> Tensor:
-        """`(B, 3, h, w)` to `(B, 3, scale * h, scale * w)`, both in 0..1, with a bar of the steps."""
+        """`(B, 3, h, w)` to `(B, 3, scale * h, scale * w)`, both in 0..1, with a bar of the network's evaluations."""
         text = {name: getattr(self, name) for name in TEXT_PARTS}
         prompts = PromptEncoder(
-            StableDiffusion3Pipeline(self.transformer, self.scheduler, None, **text), self.config.t5_tokens
+            StableDiffusion3Pipeline(self.transformer, self.scheduler, None, **text), sampler.t5_tokens
         )
-        size = tuple(round(scale * length) for length in lr.shape[-2:])
+        size = result_size(lr.shape[-2:], scale)
         lr = lr.to(self._execution_device)
-        with self.progress_bar(total=sampler.steps) as bar:
+        with self.progress_bar(total=len(sampler.schedule(self.scheduler)[1])) as bar:
             parts = self.network(), LatentCoder(self.vae), prompts, self.scheduler
             sr = restore(*parts, sampler, lr, size, captions, generators, on_step=bar.update)
         self.maybe_free_model_hooks()
@@ -225,11 +224,11 @@ class DiT4SRPipeline(DiffusionPipeline):
 
 
 def conf_defaults(**choices: str) -> dict:
-    """What `from_pretrained` is given by `conf/`: fields of `Sampler`, tokens of T5, and the weights' type."""
+    """What `from_pretrained` is given by `conf/`: fields of `Sampler`, and the weights' type."""
     cfg = read_conf("restore", **choices)
-    sampler = {name: value for name, value in cfg.sampler.items() if name != "_target_"}
-    backbone = cfg.model.backbone
-    return {"sampler": sampler, "t5_tokens": backbone.t5_tokens, "dtype": getattr(torch, backbone.dtype)}
+    # Without the solver: a folder from elsewhere must not name what is called.
+    sampler = {name: value for name, value in cfg.sampler.items() if name not in ("_target_", "solver")}
+    return {"sampler": sampler, "dtype": getattr(torch, cfg.model.backbone.dtype)}
 
 
 def to_batch(image: Image.Image | list[Image.Image] | Tensor) -> Tensor:

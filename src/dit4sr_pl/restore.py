@@ -51,14 +51,14 @@ def restore(work: "Work", cfg: DictConfig) -> None:
 
     if cfg.dtype is not None:
         cfg.model.backbone.dtype = cfg.dtype
-    device, sampler = torch.device(cfg.device), instantiate(cfg.sampler)
-    restorer = Restorer.load(instantiate(cfg.model.backbone), sampler, cfg.checkpoint, device)
+    device, backbone = torch.device(cfg.device), instantiate(cfg.model.backbone)
+    restorer = Restorer.load(backbone, instantiate(cfg.sampler), cfg.checkpoint, device, cfg.offload)
     pictures = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, device, cfg.first_frame)
     waiting, work.jobs = work.jobs, []
     area = {job: job.size[0] * job.size[1] for job in waiting}
     with progress_bar() as bar:
         task = bar.add_task("restoring", total=sum(area.values()), done=0, count=len(waiting))
-        step = lambda jobs: bar.advance(task, sum(area[job] for job in jobs) / sampler.steps)  # noqa: E731
+        step = lambda jobs: bar.advance(task, sum(area[job] for job in jobs) / restorer.evaluations)  # noqa: E731
         finished = 0
         try:
             for job, failure, notes in pictures.run(batches(waiting, cfg.batch_size), step):

@@ -25,8 +25,18 @@ class Restorer:
         self.net, self.backbone, self.sampler = net, backbone, sampler
 
     @classmethod
-    def load(cls, backbone: Backbone, sampler: Sampler, checkpoint: str | Path, device: torch.device) -> "Restorer":
+    def load(
+        cls,
+        backbone: Backbone,
+        sampler: Sampler,
+        checkpoint: str | Path,
+        device: torch.device,
+        offload: bool = False,
+    ) -> "Restorer":
         """From an LR-stream or ControlNet file, a training checkpoint (`.ckpt`) or the name of a shipped LR stream.
+
+        With `offload` the autoencoder and the text encoders stay in the CPU's memory; each of their layers is on the
+        device while it runs.
 
         Raises:
             FileNotFoundError, ValueError: missing, truncated, or not trained over this backbone.
@@ -35,8 +45,16 @@ class Restorer:
         part = load_part(path)
         net = build_network(backbone.transformer, part.settings)
         fit_part(net, part, path)
-        backbone.to(device)
-        return cls(net.to(device, backbone.dtype).eval(), backbone, sampler)
+        backbone.to(device, offload)
+        net.to(device)
+        if isinstance(net, DiT4SRTransformer):
+            net.lr_stream.fold(net.base)  # before its float32 is rounded
+        return cls(net.to(backbone.dtype).eval(), backbone, sampler)
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of one call."""
+        return len(self.sampler.schedule(self.backbone.scheduler)[1])
 
     def __call__(
         self,
@@ -47,7 +65,10 @@ class Restorer:
         seed: int,
         on_step: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """`(B, 3, h, w)` to `(B, 3, *size)`, both in 0..1; an image's noise depends on the seed and its name."""
+        """`(B, 3, h, w)` to `(B, 3, *size)`, both in 0..1; an image's noise depends on the seed and its name.
+
+        `on_step` is called `evaluations` times, after every evaluation of the network.
+        """
         generators = [generator("cpu", "restore", seed, name) for name in names]
         parts = self.backbone.coder, self.backbone.prompts, self.backbone.scheduler
         return restore(self.net, *parts, self.sampler, lr, size, captions, generators, on_step)

@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import randomise
 
-from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant
-from dit4sr_pl.model.lr_stream import ConvInjection, LinearInjection, folded
+from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, lr_stream
+from dit4sr_pl.model.lr_stream import ConvInjection, LinearInjection, product
 
 
 def test_folded_projections_equal_one_after_the_other():
@@ -12,10 +15,33 @@ def test_folded_projections_equal_one_after_the_other():
     frozen.requires_grad_(False)
     tokens, seen = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True), torch.randn(2, 5, 6)
     outcomes = []
-    for output in (folded(ours, frozen, tokens), ours(frozen(tokens))):
+    for output in (F.linear(tokens, *product(ours, frozen)), ours(frozen(tokens))):
         gradients = torch.autograd.grad((output * seen).sum(), (tokens, ours.weight, ours.bias))
         outcomes.append((output, *gradients))
     torch.testing.assert_close(*outcomes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_folding_changes_no_output_and_no_frozen_weight(base, inputs, variant, dtype, tolerance):
+    net = DiT4SRTransformer(base, variant)
+    randomise(net.lr_stream)
+    expected, frozen, size = net(**inputs), copy.deepcopy(base.state_dict()), sum(p.numel() for p in net.parameters())
+    net.base.to(dtype)
+    net.lr_stream.fold(net.base)
+    folded = net.to(dtype)(**{name: tensor.to(dtype) for name, tensor in inputs.items()})
+    torch.testing.assert_close(folded.float(), expected, atol=tolerance, rtol=0)
+    assert all(torch.equal(tensor, frozen[name].to(dtype)) for name, tensor in base.state_dict().items())
+    assert sum(p.numel() for p in net.parameters()) == size
+    assert {p.dtype for p in net.parameters()} == {dtype}
+
+
+@torch.no_grad()
+def test_a_folded_network_multiplies_no_matrices_of_weights(base, inputs, monkeypatch):
+    net = DiT4SRTransformer(base)
+    net.lr_stream.fold(base)
+    monkeypatch.setattr(lr_stream, "product", lambda *_: pytest.fail("weights multiplied again"))
+    net(**inputs)
 
 
 @torch.no_grad()

@@ -35,7 +35,9 @@ class DiT4SR:
         self.label = label or row
         self.checkpoint = weights_hash(part.state)
         base = {"name": backbone.name, "dtype": str(backbone.dtype), "t5_tokens": backbone.t5_tokens}
-        self.settings = {"checkpoint": self.checkpoint, "base": base, "sampler": asdict(sampler), "seed": seed}
+        solver, _ = sampler.schedule(backbone.scheduler)
+        sampled = asdict(sampler) | {"solver": [type(solver).__name__, dict(solver.config)]}
+        self.settings = {"checkpoint": self.checkpoint, "base": base, "sampler": sampled, "seed": seed}
 
     @cached_property
     def restorer(self) -> Restorer:

@@ -8,6 +8,8 @@
 The frozen half stays a diffusers model; `block.py` runs the two together.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
@@ -29,6 +31,7 @@ class LRAttention(nn.Module):
         self.legacy_keys = variant.legacy_lr_keys
         self.residual = variant.lr_residual
         self.needs_output = needs_output
+        self.folded = False
         self.k = zero_linear(dim)
         self.v = zero_linear(dim)
         if needs_output:
@@ -39,28 +42,42 @@ class LRAttention(nn.Module):
 
     def queries(self, frozen: Attention, lr: Tensor) -> Tensor | None:
         """`(B, K, D) -> (B, heads, K, D/heads)`"""
-        return normed(frozen.norm_q, heads(frozen, folded(self.q, frozen.to_q, lr))) if self.needs_output else None
+        return normed(frozen.norm_q, self.project("q", frozen, lr)) if self.needs_output else None
 
     def keys(self, frozen: Attention, lr: Tensor, noise_keys: Tensor) -> Tensor:
         if self.legacy_keys:
             return normed(frozen.norm_k, noise_keys)  # noise keys come normalised: this is the second time
-        return normed(frozen.norm_k, heads(frozen, folded(self.k, frozen.to_k, lr)))
+        return normed(frozen.norm_k, self.project("k", frozen, lr))
 
     def values(self, frozen: Attention, lr: Tensor) -> Tensor:
-        return heads(frozen, folded(self.v, frozen.to_v, lr))
+        return self.project("v", frozen, lr)
 
     def output(self, attended: Tensor, lr: Tensor) -> Tensor:
         """LR Residual: `L_out = W_out^L (Attention_L + L_in)`, `L_in` normed and modulated."""
         return self.out(attended + lr if self.residual else attended)
 
+    def project(self, name: str, frozen: Attention, lr: Tensor) -> Tensor:
+        ours = getattr(self, name)
+        projected = ours(lr) if self.folded else F.linear(lr, *product(ours, getattr(frozen, f"to_{name}")))
+        return heads(frozen, projected)
 
-def folded(ours: nn.Linear, frozen: nn.Linear, tokens: Tensor) -> Tensor:
-    """`W^L (W x)` as `(W^L W) x`.
+    @torch.no_grad()
+    def fold(self, frozen: Attention) -> None:
+        """Puts each product in its own weights' place, computed in float32 and kept in the frozen weights' dtype."""
+        for name in ("q", "k", "v") if self.needs_output else ("k", "v"):
+            ours, theirs = getattr(self, name).float(), getattr(frozen, f"to_{name}")
+            for kind, value in zip(("weight", "bias"), product(ours, copy.deepcopy(theirs).float()), strict=True):
+                setattr(ours, kind, nn.Parameter(value.to(theirs.weight.dtype), requires_grad=False))
+        self.folded = True
+
+
+def product(ours: nn.Linear, frozen: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of `W^L (W x) = (W^L W) x`.
 
     The product of the two matrices costs as much as D tokens, forward and backward, and every token then passes one
     matrix instead of two.
     """
-    return F.linear(tokens, ours.weight @ frozen.weight, F.linear(frozen.bias, ours.weight, ours.bias))
+    return ours.weight @ frozen.weight, F.linear(frozen.bias, ours.weight, ours.bias)
 
 
 class ConvInjection(nn.Module):
@@ -132,6 +149,13 @@ class LRStream(nn.Module):
             for theirs, ours in ((frozen.attn, block.attn), (frozen.attn2, block.attn2)):
                 if ours is not None and ours.needs_output:
                     ours.out.load_state_dict(theirs.to_out[0].state_dict())
+
+    def fold(self, base: SD3Transformer2DModel) -> None:
+        """For inference, once: every `W^L W` becomes one matrix. What is folded cannot be trained or saved."""
+        for frozen, block in zip(base.transformer_blocks, self.blocks, strict=True):
+            block.attn.fold(frozen.attn)
+            if block.attn2 is not None:
+                block.attn2.fold(frozen.attn2)
 
 
 def heads(frozen: Attention, tokens: Tensor) -> Tensor:

@@ -1,0 +1,44 @@
+"""A forward pass of DiT4SR, folded as for restoring, against diffusers' own SD3 transformer over the same weights.
+
+    [OMP_NUM_THREADS=2] python benchmarks/forward.py [--dtype float32] [--repeats 9]
+
+The networks and the batch are those of `training_step.py`; the two take turns, without autograd. `products` is the
+part of a pass that goes into matrix products and attention: less than ours alone, and nothing is left but them.
+"""
+
+import argparse
+
+import torch
+from torch.profiler import profile
+from training_step import Contest, summarise, take_turns
+
+PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::_scaled_dot_product_flash_attention_for_cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+
+    contest = Contest(2, getattr(torch, args.dtype))
+    contest.net.lr_stream.fold(contest.base)
+    times = take_turns(contest, args.repeats, ("diffusers", "forward"))
+    theirs, ours = (summarise(runs) for runs in times.values())
+    print(f"{args.dtype}, {torch.get_num_threads()} threads, {args.repeats} repeats, in turns")
+    print(f"{'':10s}{'median s':>11s}{'min s':>11s}{'cpu min s':>11s}{'products s':>11s}")
+    for name, seconds in (("diffusers", theirs), ("ours", ours)):
+        products = in_products(contest, {"ours": "forward"}.get(name, name))
+        print(f"{name:10s}" + "".join(f"{s:11.3f}" for s in (*seconds, products)))
+    print(f"{'ratio':10s}" + "".join(f"{a / b:11.2f}" for a, b in zip(ours, theirs, strict=True)))
+
+
+def in_products(contest: Contest, run: str) -> float:
+    """Seconds of one pass in matrix products and attention."""
+    with profile() as profiler:
+        getattr(contest, run)()
+    return sum(event.self_cpu_time_total for event in profiler.key_averages() if event.key in PRODUCTS) / 1e6
+
+
+if __name__ == "__main__":
+    main()
