@@ -138,7 +138,6 @@ def test_every_network_trains_on_two_devices_without_unused_parameters(runs, nam
 
 
 @pytest.mark.filterwarnings("ignore:The checkpoint was not created with WeightAveraging")
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_goes_on_from_two_devices_to_one_and_back(runs, strategy):
     whole = runs.losses("whole")

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "dit4sr_pl"
 FLOORS = [
     {"model.variant", "model.controlnet", "randomness", "files", "config", "color", "tiling"}
     | {"degradation", "captions", "paper", "intervals", "metric_weights"},
-    {"images", "model.checkpoints", "results", "metrics"},
-    {"model.lr_stream", "latents", "text", "manifest", "embeddings", "captioner", "runs", "picture"},
+    {"images", "model.checkpoints", "results", "metrics", "provenance"},
+    {"model.lr_stream", "latents", "text", "manifest", "embeddings", "captioner", "runs", "run_folder", "picture"},
     {"model.block", "model.released", "backbone", "flow", "photo_sets", "blocks", "jobs"},
     {"model.transformer", "tables", "strips", "picture_restorer"},
     {"model", "charts"},

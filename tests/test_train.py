@@ -120,7 +120,6 @@ def test_checkpoint_holds_the_lr_stream_and_its_average_never_the_base(run, tmp_
     assert all(torch.equal(saved[name.removeprefix("lr_stream.")], averaged[name]) for name in names)
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
 def test_a_resumed_run_equals_one_that_was_not_stopped(run, tmp_path):
     run("whole", "trainer.max_steps=4")
     run("parts", "trainer.max_steps=2")
@@ -200,6 +199,8 @@ def test_a_checkpoint_of_another_variant_is_refused_in_one_line(run, tmp_path, a
     run("first", f"+ablation={ablation}")
     checkpoint = tmp_path / "first" / "checkpoints" / "last.ckpt"
     with pytest.raises(ValueError, match=r"last\.ckpt: trained as .*; this network is"):
+        run("second", f"ckpt_path={checkpoint}", "trainer.max_steps=4")
+    with pytest.raises(ValueError, match=r"last\.ckpt: has 2 steps behind it; give a larger trainer.max_steps than 2"):
         run("second", f"ckpt_path={checkpoint}")
 
 

@@ -43,6 +43,7 @@ def small(photos: Path) -> list[str]:
         "data.min_gradient=0",
         "model.compile=false",
         "sampler.steps=1",
+        "sampler.smallest=1",
         "trainer.max_steps=2",
         "trainer.val_check_interval=2",
         "trainer.log_every_n_steps=1",

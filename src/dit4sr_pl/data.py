@@ -8,6 +8,7 @@ the place to resume at of the step number: see `randomness`.
 import functools
 import itertools
 import logging
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -212,6 +213,12 @@ class PositionSampler(Sampler[list[Draw]]):
             yield batch
 
 
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Schedulers signal every process of a job: a worker that dies of it would take the run with it, unsaved."""
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 class SuperResolutionData(LightningDataModule):
     """Batches of LR and HR images for training, without end, and for validation.
 
@@ -310,6 +317,7 @@ class SuperResolutionData(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_signals_to_the_trainer,
         )
 
     def _place(self) -> tuple[int, int]:

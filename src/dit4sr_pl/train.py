@@ -12,10 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.config import check_backbone, check_data, check_readable, check_writable, command
 from dit4sr_pl.metric_weights import check_metrics
+from dit4sr_pl.run_folder import CHECKPOINTS, begin, finish, finished_steps, newest_checkpoint, open_run
 
 if TYPE_CHECKING:
     from dit4sr_pl.model import TrainedPart
     from dit4sr_pl.results import Result
+
+log = logging.getLogger("dit4sr_pl.train")  # started as a command, its name is another
 
 
 @command("train")
@@ -24,10 +27,19 @@ def main(cfg: DictConfig) -> None:
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
-    """Runs one training from its composed config; returns the last validation's scores."""
+    """Runs one training from its composed config, or goes on with it; returns the last validation's scores, none if
+    it was finished before."""
     settings = settings_that_count(cfg)
     check(cfg)
+    with open_run(cfg) as folder:
+        steps = finished_steps(folder)
+        if steps >= cfg.trainer.max_steps and cfg.ckpt_path is None:
+            log.info("%s: finished at step %d; a larger trainer.max_steps trains on", folder, steps)
+            return {}
+        return fit(cfg, settings, folder)
 
+
+def fit(cfg: DictConfig, settings: DictConfig, folder: Path) -> dict[str, float]:
     import torch
 
     # Moments that fade into denormals cost a CPU a factor of ten; set before any of its threads starts.
@@ -40,6 +52,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from dit4sr_pl.results import write_result
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # without devices found and advertisements
+    checkpoint = cfg.ckpt_path or newest_checkpoint(folder, cfg.trainer.max_steps)
+    start = step_of(checkpoint, cfg.trainer.max_steps) if checkpoint else 0
     seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     callbacks = instantiate(cfg.callbacks)
@@ -48,23 +62,24 @@ def train(cfg: DictConfig) -> dict[str, float]:
     trainer: Trainer = instantiate(
         cfg.trainer,
         callbacks=list(callbacks.values()),
-        logger=instantiate(cfg.logger),
-        default_root_dir=cfg.output,
+        logger=instantiate(cfg.logger, purge_step=start),  # TensorBoard hides what is about to be repeated
+        default_root_dir=folder / CHECKPOINTS,  # on SLURM Lightning prefers an hpc_ckpt found in here
     )
     if trainer.is_global_zero:
-        OmegaConf.save(cfg, Path(cfg.output) / "config.yaml", resolve=True)
-    trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        begin(cfg, folder, start)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     part = part_of(module.net, module.base)
     if trainer.is_global_zero:
-        save_part(part, Path(cfg.output) / f"{module.net.part}.safetensors")
+        save_part(part, folder / f"{module.net.part}.safetensors")
         if "scores" in callbacks and callbacks.scores.restored:
-            write_result(result_of(cfg, settings, part, callbacks.scores.restored), Path(cfg.output))
+            write_result(result_of(cfg, settings, part, callbacks.scores.restored), folder)
+        finish(folder, trainer.global_step)
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
 
 
 def settings_that_count(cfg: DictConfig) -> DictConfig:
     """The config of a run's repetitions: without its seed, and without where it reads and writes."""
-    here = {"seed": None, "output": "", "ckpt_path": None, "metric_weights": {"folder": ""}}
+    here = {"seed": None, "output": "", "ckpt_path": None, "overwrite": False, "metric_weights": {"folder": ""}}
     return OmegaConf.merge(copy.deepcopy(cfg), here)
 
 
@@ -86,6 +101,17 @@ def result_of(cfg: DictConfig, settings: DictConfig, part: "TrainedPart", scores
         versions=versions(),
         scores=scores,
     )
+
+
+def step_of(checkpoint: Path | str, max_steps: int) -> int:
+    """The steps that a checkpoint has behind it; raises ValueError unless there are some to go."""
+    import torch
+
+    step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    if step >= max_steps:
+        raise ValueError(f"{checkpoint}: has {step} steps behind it; give a larger trainer.max_steps than {max_steps}")
+    log.info("going on from step %d: %s", step, checkpoint)
+    return step
 
 
 def check(cfg: DictConfig) -> None:

@@ -14,4 +14,4 @@ class DegradationLog(Callback):
         if trainer.global_step % trainer.log_every_n_steps == 0:
             for name, values in batch["degradation"].scalars().items():
                 for writer in tensorboards(trainer):
-                    writer.add_histogram(f"degradation/{name}", values, trainer.global_step)
+                    writer.add_histogram(f"degradation/{name}", values, trainer.global_step - 1)  # as the loss

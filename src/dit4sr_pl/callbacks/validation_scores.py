@@ -101,7 +101,7 @@ class ValidationScores(Callback):
         self.bicubic = {name: bicubic for name, (_, bicubic, _) in rows}
         for writer in tensorboards(trainer):
             for name, (_, _, picture) in rows:
-                writer.add_image(f"val/{name}", picture, trainer.global_step)
+                writer.add_image(f"val/{name}", picture, trainer.global_step - 1)  # as the scores
         means = mean_scores(self.restored) | {f"{name}_bicubic": v for name, v in mean_scores(self.bicubic).items()}
         logged = {f"val/{name}": value for name, value in means.items() if not math.isnan(value)}
         pl_module.log_dict(logged | {"val/seconds": time.monotonic() - self.started}, sync_dist=True)

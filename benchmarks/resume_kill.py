@@ -1,0 +1,123 @@
+"""One training, killed (SIGKILL) at random moments and started again by the same command, against an undisturbed one.
+
+    python benchmarks/resume_kill.py [--kills 20] [--steps 200] [--every 10] [KEY=VALUE ...]
+
+The command is `python -m dit4sr_pl.train experiment=resume_check hydra.run.dir=FOLDER KEY=VALUE ...`, with `--steps`
+steps and a checkpoint `--every` so many. Every fourth kill falls into its start, the others into the training. All
+losses, those of repeated steps too, the trained weights, averaged and not, the optimizer's state and TensorBoard's
+losses must be equal to the last bit, and the newest checkpoint must never be lost.
+"""
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from dit4sr_pl.run_folder import checkpoints_in, is_whole
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from toy import events
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    options = [
+        *arguments.overrides,
+        f"trainer.max_steps={arguments.steps}",
+        f"callbacks.checkpoint.every_n_train_steps={arguments.every}",
+    ]
+    with tempfile.TemporaryDirectory() as work:
+        whole, killed = Path(work) / "whole", Path(work) / "killed"
+        start_up, training = through(whole, options)
+        print(
+            f"undisturbed: {start_up:.0f} s to the first loss, {training:.0f} s of {arguments.steps} steps", flush=True
+        )
+        seen, draws = Counter(), random.Random(0)
+        for kill in range(arguments.kills):
+            before, process = newest(killed), command(killed, options)
+            if kill % 4 == 0:
+                time.sleep(draws.random() * start_up)
+            else:
+                further = draws.randrange(1, 1 + 2 * arguments.steps // arguments.kills)
+                wait_for_loss(process, killed, min(before + further, arguments.steps - 2))
+                time.sleep(draws.random() * training / arguments.steps)
+            assert process.poll() is None, "the run ended before its kills; give it more --steps"
+            process.kill()
+            process.wait()
+            assert newest(killed) >= before and all(is_whole(path) for path in checkpoints_in(killed))
+            seen.update(losses(killed).items())
+            print(f"kill {kill + 1}: checkpoint {newest(killed)}, losses up to {len(losses(killed))}", flush=True)
+        through(killed, options)
+        compare(whole, killed, seen)
+        print(f"{arguments.kills} kills: {arguments.steps} losses, weights and optimizer equal to the last bit")
+
+
+def command(folder: Path, options: list[str]) -> subprocess.Popen:
+    arguments = ["experiment=resume_check", f"hydra.run.dir={folder}", *options]
+    with (folder.parent / "output.log").open("a") as log:
+        return subprocess.Popen([sys.executable, "-m", "dit4sr_pl.train", *arguments], stdout=log, stderr=log)
+
+
+def through(folder: Path, options: list[str]) -> tuple[float, float]:
+    """Seconds to the first loss, and from there to the end."""
+    start = time.monotonic()
+    process = command(folder, options)
+    wait_for_loss(process, folder, 1)
+    first = time.monotonic()
+    assert process.wait() == 0, (folder.parent / "output.log").read_text()
+    return first - start, time.monotonic() - first
+
+
+def wait_for_loss(process: subprocess.Popen, folder: Path, batch: int) -> None:
+    """Until a process has written the loss of a batch."""
+    path, start = folder / "losses.csv", time.time()
+    while not (path.exists() and path.stat().st_mtime > start and len(losses(folder)) >= batch):
+        assert process.poll() is None, (folder.parent / "output.log").read_text()
+        time.sleep(0.05)
+
+
+def losses(folder: Path) -> dict[int, str]:
+    """By batch, as written; of a row that a kill cut off nothing is known."""
+    path = folder / "losses.csv"
+    text = path.read_text() if path.exists() else ""
+    rows = [line.strip().split(",") for line in text.splitlines(keepends=True)[1:] if line.endswith("\n")]
+    return {int(batch): loss for batch, loss in rows}
+
+
+def newest(folder: Path) -> int:
+    return next((int(path.stem) for path in checkpoints_in(folder)), 0)
+
+
+def compare(whole: Path, killed: Path, seen: Counter) -> None:
+    assert losses(killed) == losses(whole)
+    assert all(losses(whole)[batch] == loss for batch, loss in seen)
+    ours, theirs = ([(e.step, e.value) for e in events(folder).Scalars("train/loss")] for folder in (killed, whole))
+    assert ours == theirs, "TensorBoard shows other losses"
+    assert_equal(*(load_file(folder / "lr_stream.safetensors") for folder in (killed, whole)))
+    ours, theirs = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (killed, whole))
+    for name in ("state_dict", "current_model_state", "averaging_state"):
+        assert_equal(ours[name], theirs[name])
+    ours, theirs = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (ours, theirs))
+    assert ours.keys() == theirs.keys()
+    for number in theirs:
+        assert_equal(ours[number], theirs[number])
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+if __name__ == "__main__":
+    main()

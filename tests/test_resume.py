@@ -1,0 +1,305 @@
+"""Runs that are stopped in every way and started again, against one that was not; and who may write to a folder."""
+
+import importlib.metadata
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from lightning import Callback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from omegaconf import OmegaConf
+from test_config import run as command
+from toy import events, toy
+
+from dit4sr_pl.config import conf_folder
+from dit4sr_pl.model import load_part
+from dit4sr_pl.run_folder import check_same_run, checkpoints_in, held, is_whole, leads
+from dit4sr_pl.train import train
+
+STEPS = 6
+LOSSES = ["+callbacks.losses._target_=dit4sr_pl.callbacks.Losses", "+callbacks.losses.folder=${output}"]
+SMALL = [*LOSSES, "metrics=[psnr]", f"trainer.max_steps={STEPS}", "trainer.val_check_interval=3"]
+
+
+class Event(Callback):
+    """Does something at a moment of the training.
+
+    Args:
+        what: name of a signal that the process gets, or `full`: the checkpoint after this step goes to a full disk.
+        hook: where, after so many `steps`.
+    """
+
+    def __init__(self, what: str, hook: str, steps: int):
+        self.what, self.steps = what, steps
+        setattr(self, hook, self.happen)
+
+    def happen(self, trainer, *_) -> None:
+        if trainer.global_step == self.steps:
+            if self.what == "full":
+                folder = Path(trainer.default_root_dir)
+                (folder / f".{self.steps + 1:07d}.ckpt.partial").symlink_to("/dev/full")
+            else:
+                os.kill(os.getpid(), signal.Signals[self.what])
+
+
+def event(what: str, hook: str, steps: int) -> list[str]:
+    return [f"+callbacks.event={{_target_: test_resume.Event, what: {what}, hook: {hook}, steps: {steps}}}"]
+
+
+def start(photos: Path, folder: Path, *overrides: str) -> dict[str, float]:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return train(compose("train", [*toy(photos, folder), *SMALL, *overrides]))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_part(folder / "lr_stream.safetensors").state
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.stem) for path in checkpoints_in(folder))
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    start(photos, folder)
+    return folder
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """Losses, averaged weights and everything that TensorBoard shows are equal, to the last bit."""
+    assert (folder / "losses.csv").read_text() == (whole / "losses.csv").read_text()
+    ours, theirs = weights(folder), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ours, theirs = events(folder), events(whole)
+    assert ours.Tags() == theirs.Tags()
+    for tag in set(theirs.Tags()["scalars"]) - {"val/seconds"}:
+        assert [(e.step, e.value) for e in ours.Scalars(tag)] == [(e.step, e.value) for e in theirs.Scalars(tag)]
+    for kind, shown in (("images", "Images"), ("histograms", "Histograms")):
+        for tag in theirs.Tags()[kind]:
+            assert [e.step for e in getattr(ours, shown)(tag)] == [e.step for e in getattr(theirs, shown)(tag)]
+
+
+def test_a_run_leaves_its_config_code_log_and_last_checkpoints(whole):
+    assert steps(whole) == [4, 5, 6]
+    assert (whole / "checkpoints" / "last.ckpt").resolve().name == "0000006.ckpt"
+    assert OmegaConf.load(whole / "config.yaml").output == str(whole)
+    code = OmegaConf.load(whole / "code.yaml")
+    assert len(code.git) == 40 and code.packages.torch == importlib.metadata.version("torch")
+    assert (whole / "train.log").exists()
+    assert [line.split(",")[0] for line in (whole / "losses.csv").read_text().splitlines()[1:]] == list("123456")
+
+
+def test_outside_of_a_checkout_there_is_no_git(monkeypatch, tmp_path):
+    from dit4sr_pl import provenance
+
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    provenance.record_code(tmp_path)
+    assert OmegaConf.load(tmp_path / "code.yaml").git == "no git"
+
+
+@pytest.mark.parametrize(
+    "what, hook, at, left",
+    [
+        ("SIGTERM", "on_train_batch_start", 0, [1]),
+        ("SIGTERM", "on_train_batch_start", 2, [2]),  # a validation follows
+        ("SIGTERM", "on_validation_batch_start", 6, [2, 4, 5]),
+    ],
+)
+def test_sigterm_saves_and_exits_with_143_and_the_same_command_goes_on(photos, tmp_path, whole, what, hook, at, left):
+    every = ["callbacks.checkpoint.every_n_train_steps=4"]
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        start(photos, tmp_path, *every, *event(what, hook, at))
+    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert steps(tmp_path) == left and not (tmp_path / "finished.yaml").exists()
+    start(photos, tmp_path, *every)
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_user_signal_saves_and_then_reaches_who_had_it_before(photos, tmp_path, signum):
+    had, never = [], ["callbacks.checkpoint.every_n_train_steps=null", "trainer.limit_val_batches=0"]
+    before = signal.signal(signum, lambda *_: had.append(steps(tmp_path)))
+    try:
+        start(photos, tmp_path, *never, *event(signum.name, "on_train_batch_start", 1))
+    finally:
+        signal.signal(signum, before)
+    assert had == [[2]]
+
+
+def test_a_checkpoint_that_finds_the_disk_full_costs_nothing_but_itself(photos, tmp_path, whole, caplog):
+    every = ["callbacks.checkpoint.every_n_train_steps=1", "callbacks.checkpoint.keep_last=9"]
+    start(photos, tmp_path, *every, *event("full", "on_train_batch_start", 3))
+    assert "0000004.ckpt: not saved (No space left on device); training goes on" in caplog.text
+    assert "not saved" in (tmp_path / "train.log").read_text()
+    assert steps(tmp_path) == [1, 2, 3, 5, 6] and not list((tmp_path / "checkpoints").glob(".*"))
+    assert_same_run(tmp_path, whole)
+
+
+def test_damaged_checkpoints_are_passed_over_for_the_one_before(photos, tmp_path, whole, caplog):
+    every = ["callbacks.checkpoint.every_n_train_steps=1", "trainer.max_steps=5"]
+    start(photos, tmp_path, *every)
+    newest, second, _ = checkpoints_in(tmp_path)
+    newest.write_bytes(newest.read_bytes()[:-1000])  # cut off
+    data = bytearray(second.read_bytes())
+    data[len(data) // 2] ^= 1
+    second.write_bytes(data)
+    start(photos, tmp_path)
+    assert "0000005.ckpt: damaged" in caplog.text and "going on from step 3" in caplog.text
+    assert not is_whole(tmp_path / "checkpoints" / "0000005.ckpt.aside") and is_whole(checkpoints_in(tmp_path)[0])
+    assert_same_run(tmp_path, whole)
+
+
+def test_minutes_make_checkpoints_too(photos, tmp_path):
+    never = ["callbacks.checkpoint.every_n_train_steps=null", "trainer.limit_val_batches=0"]
+    for minutes, left in (("1e-9", [1, 2, 3, 4]), ("1000", [3, 4])):
+        options = [f"callbacks.checkpoint.every_n_minutes={minutes}", "callbacks.checkpoint.keep_last=9"]
+        start(photos, tmp_path / minutes, *never, *options, "trainer.max_steps=4")
+        assert steps(tmp_path / minutes) == left
+
+
+def test_workers_and_validation_change_nothing(photos, tmp_path, whole):
+    start(photos, tmp_path, "data.num_workers=2", "trainer.limit_val_batches=0")
+    assert (tmp_path / "losses.csv").read_text() == (whole / "losses.csv").read_text()
+
+
+def test_accumulated_gradients_are_never_saved_halfway(photos, tmp_path):
+    options = ["trainer.accumulate_grad_batches=2", "trainer.max_steps=3", "trainer.limit_val_batches=0"]
+    start(photos, tmp_path / "whole", *options)
+    with pytest.raises(SystemExit):
+        start(photos, tmp_path / "parts", *options, *event("SIGTERM", "on_train_batch_start", 1))
+    assert steps(tmp_path / "parts") == [2]
+    start(photos, tmp_path / "parts", *options)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_checkpoint_that_lightning_left_on_slurm_is_not_read(photos, tmp_path, whole, monkeypatch):
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of another job")
+    monkeypatch.setattr(SLURMEnvironment, "detect", staticmethod(lambda: True))
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    start(photos, tmp_path)
+    assert_same_run(tmp_path, whole)
+
+
+def test_killed_runs_go_on_to_what_one_undisturbed_run_gives(photos, tmp_path, whole):
+    """SIGKILL as soon as there is one more loss; with another number of workers after every kill."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dit4sr_pl.train", "dit4sr_pl.module", "dit4sr_pl.callbacks"])
+    losses = tmp_path / "losses.csv"
+    for enough in (2, 4, STEPS):
+        every = ["callbacks.checkpoint.every_n_train_steps=1", f"data.num_workers={enough % 3}"]
+        process = context.Process(target=start, args=(photos, tmp_path, *every))
+        process.start()
+        while process.is_alive() and not (losses.exists() and losses.read_text().count("\n") > enough):
+            time.sleep(0.01)
+        if enough < STEPS:
+            process.kill()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if enough < STEPS else 0)
+    assert_same_run(tmp_path, whole)
+
+
+def test_sigterm_to_a_whole_job_saves_on_all_devices_and_leaves_their_workers_alone(photos, tmp_path):
+    """As schedulers send it, to every process: two devices, each with a worker; twice."""
+    options = ["data.num_workers=1", "trainer.max_steps=100000", "trainer.limit_val_batches=0"]
+    options += ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    arguments = [sys.executable, "-m", "dit4sr_pl.train", *toy(photos, tmp_path), *SMALL, *options]
+    losses = tmp_path / "losses.csv"
+    with (tmp_path / "output.log").open("w") as log:
+        process = subprocess.Popen(arguments, start_new_session=True, stdout=log, stderr=log)
+    while process.poll() is None and not (losses.exists() and losses.read_text().count("\n") > 1):
+        time.sleep(0.05)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=300) == 143, (tmp_path / "output.log").read_text()
+    newest = checkpoints_in(tmp_path)[0]
+    assert is_whole(newest) and int(newest.stem) == losses.read_text().count("\n") - 1
+
+
+def test_a_finished_run_says_so_without_pytorch(tmp_path):
+    (tmp_path / "finished.yaml").write_text("steps: 1000\n")
+    code = "import sys, runpy; sys.argv = ['x', 'output=.']\n" + (
+        "runpy.run_module('dit4sr_pl.train', run_name='__main__')\n"
+        "assert 'torch' not in sys.modules, 'PyTorch was imported for nothing'"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and ".: finished at step 1000" in result.stderr, result.stderr
+
+
+def test_overwrite_starts_again_and_leaves_other_files(photos, tmp_path):
+    for _ in range(2):
+        start(photos, tmp_path, "trainer.max_steps=2", "overwrite=true")
+        (tmp_path / "notes.txt").touch()
+    assert (tmp_path / "notes.txt").exists() and len(list(tmp_path.glob("events*"))) == 1
+
+
+def hold(folder: Path, ready) -> None:
+    with held(folder):
+        if os.fork() == 0:  # as DataLoader's workers outlive a killed process
+            time.sleep(60)
+            os._exit(0)
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_folder_belongs_to_one_process_until_that_ends(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    ready = context.Event()
+    process = context.Process(target=hold, args=(tmp_path, ready))
+    process.start()
+    assert ready.wait(60)
+    result = command("dit4sr_pl.train", f"output={tmp_path}", cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert f"{tmp_path}: process {process.pid} on " in result.stderr and "writes here; wait for it" in result.stderr
+    process.kill()
+    process.join()
+    with held(tmp_path):
+        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        (["optimizer.lr=1"], "settings: optimizer.lr=1 (there 5e-05);"),
+        (["+ablation=no_lr_residual"], "model.network.variant.lr_residual=False (there True)"),
+        (["callbacks.ema.decay=0.5"], "callbacks.ema.decay"),
+        (["callbacks=no_ema"], "callbacks.ema"),
+        (["seed=1"], "settings: seed=1 (there 0);"),
+        (["trainer.precision=32-true"], "trainer.precision"),
+        (["data.batch_size=8"], "images per step=8 (there 16)"),
+        (["data.batch_size=8", "trainer.devices=2"], None),
+        (["data.batch_size=8", "trainer.accumulate_grad_batches=2"], None),
+        (["trainer.max_steps=2000", "trainer.log_every_n_steps=1", "trainer.val_check_interval=9"], None),
+        (["data.num_workers=8", "data.validation_folders=[]", "sampler.steps=1", "metrics.psnr=null"], None),
+        (["~callbacks.progress", "callbacks.checkpoint.every_n_train_steps=1", "model.compile=true"], None),
+    ],
+)
+def test_a_folder_holds_runs_of_one_kind(tmp_path, overrides, named):
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        ours, theirs = (compose("train", ["output=x", *changed]) for changed in (overrides, []))
+    OmegaConf.save(theirs, tmp_path / "config.yaml", resolve=True)
+    check_same_run(ours, tmp_path)  # nothing there to lose
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "0000001.ckpt").touch()
+    if named is None:
+        return check_same_run(ours, tmp_path)
+    with pytest.raises(ValueError, match="holds a run of other settings.*overwrite=true") as refused:
+        check_same_run(ours, tmp_path)
+    assert named in str(refused.value)
+
+
+@pytest.mark.parametrize("rank", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_of_a_run_on_several_devices_rank_0_holds_the_folder(monkeypatch, rank):
+    two, one = OmegaConf.create({"devices": 2, "num_nodes": 1}), OmegaConf.create({"devices": 1, "num_nodes": 1})
+    assert leads(two) and leads(one)
+    monkeypatch.setenv(rank, "1")
+    assert not leads(two) and leads(one)
