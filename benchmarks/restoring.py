@@ -73,7 +73,7 @@ def one(size: int, overrides: list[str]) -> tuple[float, float]:
     from dit4sr_pl.restorer import Restorer
 
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = compose("restore", overrides)
+        cfg = compose("restore", ["device=cpu", *overrides])
     restorer = Restorer.load(
         instantiate(cfg.model.backbone), instantiate(cfg.sampler), cfg.checkpoint, torch.device(cfg.device), cfg.offload
     )

@@ -17,8 +17,10 @@ def test_agrees_with_the_reference(name):
 
 @pytest.mark.parametrize("name", ALIGNMENTS)
 def test_an_image_aligned_to_itself_stays(name):
-    image = torch.rand(2, 3, 40, 24)
-    torch.testing.assert_close(ALIGNMENTS[name](image, image), image)
+    for image in (torch.rand(2, 3, 40, 24), torch.rand(2, 3, 1, 1)):
+        torch.testing.assert_close(ALIGNMENTS[name](image, image), image)
+        channels_last = image.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(ALIGNMENTS[name](channels_last, image), image)
 
 
 @pytest.mark.parametrize("name", ["adain", "wavelet"])

@@ -1,6 +1,7 @@
 """The command: its contract, and what it does when it is killed, shared out, or given something that does not fit."""
 
 import csv
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from dit4sr_pl.config import conf_folder, mistakes_in_one_line
 from dit4sr_pl.evaluate import evaluate
 from dit4sr_pl.images import write_image
 from dit4sr_pl.latents import enlarge
+from dit4sr_pl.methods.bicubic import Bicubic
 from dit4sr_pl.randomness import generator
 from dit4sr_pl.results import read_result, read_scores
 
@@ -142,11 +144,57 @@ def test_a_folder_of_other_scores_is_refused(root, pairs, tmp_path):
     assert run(*arguments, "method=bicubic") is None
     before = (tmp_path / "out" / "scores.csv").read_bytes()
     assert run(*arguments, "method=bicubic", "dataset.crop=40").endswith("other scores (files); choose another folder")
-    assert "holds other scores (metrics)" in run(*arguments, "method=bicubic", "metrics=[ssim]")
+    assert "(metrics)" in run(*arguments, "method=bicubic", "metrics.psnr.test_y_channel=false")
     assert "holds other scores (method)" in run(*arguments, "sampler.steps=1")
     assert (tmp_path / "out" / "scores.csv").read_bytes() == before
     (tmp_path / "out" / "settings.json").unlink()
     assert "holds other scores (settings unknown)" in run(*arguments, "method=bicubic")
+
+
+def test_further_metrics_come_beside_those_that_are_there(root, tmp_path, monkeypatch):
+    arguments = ["dataset=realsr", f"root={root}", "method=bicubic", f"output={tmp_path / 'out'}"]
+    assert run(*arguments, "metrics=[psnr]") is None
+    before = read_scores(tmp_path / "out" / "scores.csv")
+    monkeypatch.setattr(Bicubic, "__call__", None)  # nothing is restored again
+    missing = [f"metric_weights.folder={tmp_path}", "metric_weights.on_missing=skip"]
+    assert run(*arguments, "metrics=[ssim,lpips]", *missing) is None
+    after = read_scores(tmp_path / "out" / "scores.csv")
+    assert [list(row) for row in after.values()] == [["psnr", "ssim", "lpips"]] * len(NAMES)
+    assert all(row["psnr"] == before[name]["psnr"] and row["ssim"] > 0 for name, row in after.items())
+    assert all(math.isnan(row["lpips"]) for row in after.values())
+    assert read_result(tmp_path / "out").metrics == ["psnr", "ssim", "lpips"]
+
+
+def test_pictures_of_unknown_origin_are_not_scored_as_this_methods(root, tmp_path):
+    write_image(tmp_path / "out" / "images" / f"{NAMES[0]}.png", torch.zeros(3, 60, 68))
+    message = run("dataset=realsr", f"root={root}", "method=bicubic", f"output={tmp_path / 'out'}")
+    assert "holds other scores (settings unknown)" in message
+
+
+def test_an_output_among_the_lr_images_is_refused(root, pairs):
+    message = run("dataset=realsr", f"root={root}", "method=bicubic", f"output={pairs / 'test_LR' / 'out'}")
+    assert "lies in dataset.lr, among its images" in message
+
+
+def test_two_tasks_of_one_shard_do_not_work_at_once(root, tmp_path):
+    arguments = ["dataset=realsr", f"root={root}", "method=bicubic", f"output={tmp_path / 'out'}"]
+    lock = tmp_path / "out" / "parts" / "1-of-1.lock"
+    lock.parent.mkdir(parents=True)
+    code = f"import pathlib, time, dit4sr_pl.files\nwith dit4sr_pl.files.held(pathlib.Path({str(lock)!r})):\n"
+    code += "    print('held', flush=True)\n    time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        assert f"process {other.pid} on " in run(*arguments)
+        other.kill()
+    assert run(*arguments) is None
+
+
+def test_a_path_with_metrics_in_it_names_no_metrics(pairs, tmp_path):
+    arguments = [f"images={pairs / 'test_HR'}", f"metric_weights.folder={tmp_path / 'metrics'}", f"output={tmp_path}"]
+    command = [sys.executable, "-m", "dit4sr_pl.evaluate", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "no ground truth: without psnr, ssim, lpips" in result.stdout and "metrics=musiq needs it" in result.stderr
 
 
 def test_changed_pixels_are_not_taken_for_the_scored_ones(pairs, tmp_path):

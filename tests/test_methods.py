@@ -29,7 +29,7 @@ PAPER |= {"SD3-ControlNet", "DiT4SR", "Bicubic"}
 
 def method(*overrides):
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return instantiate(compose("evaluate", [str(override) for override in overrides]).method)
+        return instantiate(compose("evaluate", ["device=cpu", *map(str, overrides)]).method)
 
 
 def photo(height=9, width=11, name="a", caption=""):
@@ -44,7 +44,7 @@ def restored(method, *photos):
 def test_every_row_of_the_paper_has_a_method():
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         methods = [compose("evaluate", [f"method={path.stem}"]).method for path in METHODS if path.stem != "command"]
-    assert {method.label for method in methods} - {None} == PAPER - {"SD3-ControlNet"}  # as the checkpoint says
+    assert {method.label for method in methods} - {None} == PAPER - {"SD3-ControlNet", "DiT4SR"} | {"DiT4SR-R1"}  # others as the checkpoint says
 
 
 def test_bicubic_is_pillows(tmp_path):
@@ -149,13 +149,13 @@ print("working on", len(list(pathlib.Path(source).iterdir())), "images")
 if mode == "fail":
     sys.exit("no GPU here")
 (pathlib.Path(target) / "sample00").mkdir()
+suffix = "_0" if any(path.read_text() for path in pathlib.Path(prompts).iterdir()) else ""
 for path in sorted(pathlib.Path(source).glob("*.png")):
     image = Image.open(path)
     if mode == path.stem:
         continue
-    prompt = (pathlib.Path(prompts) / (path.stem + ".txt")).read_text()
     image = image.resize([int(factor) * side for side in image.size], Image.NEAREST)
-    image.save(pathlib.Path(target) / "sample00" / (path.stem + ("_0" if prompt else "") + ".png"))
+    image.save(pathlib.Path(target) / "sample00" / (path.stem + suffix + ".png"))
 """
 
 
@@ -169,7 +169,7 @@ def stand_in(tmp_path):
     def build(factor="4", mode="work", **options) -> Command:
         arguments = ["test.py", "{input}", "{output}", "{prompts}", factor, mode]
         settings = dict(label="SeeSR", checkout=tmp_path / "checkout", python=sys.executable, arguments=arguments)
-        settings |= dict(weights={"sd": "sd.ckpt"}, outputs="sample00", suffixes=["", "_0"], seed=0)
+        settings |= dict(weights={"sd": "sd.ckpt"}, outputs="sample00", suffixes=["", "_0"], side=None, seed=0)
         return Command(**settings | dict(work=tmp_path / "work") | options)
 
     return build
@@ -199,6 +199,13 @@ def test_a_command_runs_in_its_checkout_and_its_results_are_collected(stand_in, 
 def test_what_goes_wrong_in_a_command_is_told_in_one_line(stand_in, options, message):
     with pytest.raises(ValueError, match=message):
         restored(stand_in(**options), photo(name="a"), photo(name="b"))
+
+
+def test_images_that_the_script_would_crop_and_places_that_are_none_are_told(stand_in):
+    with pytest.raises(ValueError, match="a: 6x5; SeeSR's script takes 8x8"):
+        restored(stand_in(side=8), photo(5, 6, "a"))
+    with pytest.raises(ValueError, match="method.arguments: {word} stands for nothing"):
+        stand_in(arguments=["test.py", "{word}"])
 
 
 def test_a_checkout_without_its_weights_is_told_before_anything_runs(stand_in):

@@ -19,8 +19,9 @@ from test_config import run as command
 from toy import events, toy
 
 from dit4sr_pl.config import conf_folder
+from dit4sr_pl.files import held
 from dit4sr_pl.model import load_part
-from dit4sr_pl.run_folder import check_same_run, checkpoints_in, held, is_whole, leads
+from dit4sr_pl.run_folder import LOCK, check_same_run, checkpoints_in, is_whole, leads
 from dit4sr_pl.train import train
 
 STEPS = 6
@@ -243,7 +244,7 @@ def test_overwrite_starts_again_and_leaves_other_files(photos, tmp_path):
 
 
 def hold(folder: Path, ready) -> None:
-    with held(folder):
+    with held(folder / LOCK):
         if os.fork() == 0:  # as DataLoader's workers outlive a killed process
             time.sleep(60)
             os._exit(0)
@@ -262,7 +263,7 @@ def test_a_folder_belongs_to_one_process_until_that_ends(tmp_path):
     assert f"{tmp_path}: process {process.pid} on " in result.stderr and "writes here; wait for it" in result.stderr
     process.kill()
     process.join()
-    with held(tmp_path):
+    with held(tmp_path / LOCK):
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
 
 

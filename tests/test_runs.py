@@ -42,10 +42,11 @@ def test_one_run_in_two_folders_is_a_mistake_that_names_both(folder):
         find_runs(["outputs", "other"])
 
 
-def test_a_copy_under_another_name_is_a_mistake_that_names_both(folder):
-    write_run(folder / "other", made_up(draw_scores(1), variant="no_lr_residual"))
-    with pytest.raises(ValueError, match=f"{SECOND} and other: equal scores of every image"):
-        find_runs(["outputs", "other"])
+def test_two_sets_under_one_name_are_a_mistake(folder):
+    scores = {f"other {name}": row for name, row in draw_scores(5).items()}
+    write_run(folder / "other", made_up(scores, variant="no_lr_residual"))
+    with pytest.raises(ValueError, match=f"{FIRST} and other: both of RealSR, without a common image"):
+        make_rows(find_runs([FIRST, "other"]), ["psnr"])
 
 
 def test_half_a_file_and_no_file_are_named(folder):

@@ -72,7 +72,7 @@ def test_guidance_at_1_is_no_guidance_and_otherwise_extrapolates(run, net):
     assert not torch.equal(guided, plain)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (50, 71), (13, 90), (7, 5)])
+@pytest.mark.parametrize("size", [(64, 64), (50, 71), (13, 90), (7, 5), (1, 1)])
 def test_any_size_comes_out_exactly_and_in_range(run, size):
     sr = run(picture(1, 8, 9), size, replace(SAMPLER, color="adain"))
     assert sr.shape == (1, 3, *size) and sr.min() >= 0 and sr.max() <= 1

@@ -78,7 +78,7 @@ def test_another_size_is_named(folders):
     with pytest.raises(ValueError, match="SeeSR/images/02.png: 20x40 but 40x40 in .*Bicubic/images/02.png"):
         list(write_strip(block_of(folders), folders / "strip.png", images=1, crop=8))
     (folders / "DiT4SR/images/01.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
-    with pytest.raises(ValueError, match="DiT4SR/images/01.png: not a readable picture"):
+    with pytest.raises(ValueError, match="DiT4SR/images/01.png: not a readable image"):
         list(write_strip(block_of(folders), folders / "strip.png", images=1, crop=8))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from dit4sr_pl.config import check_backbone, command
+from dit4sr_pl.config import check_backbone, choose_device, command
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -37,9 +37,10 @@ def main(cfg: DictConfig) -> None:
 
     from dit4sr_pl.restorer import Restorer
 
-    device = torch.device(cfg.device)
+    device = torch.device(choose_device(cfg.device))
     restorer = Restorer.load(instantiate(cfg.model.backbone), instantiate(cfg.sampler), cfg.checkpoint, device)
-    blocks = page(restorer, cfg).queue(default_concurrency_limit=1)  # one image at a time has the memory to itself
+    # One image at a time has the memory to itself.
+    blocks = page(restorer, cfg).queue(max_size=20, default_concurrency_limit=1)
     blocks.launch(
         server_name=cfg.host,
         server_port=cfg.port,

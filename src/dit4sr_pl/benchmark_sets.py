@@ -33,6 +33,13 @@ class Item:
     caption: str = ""
     crop: int | None = None
 
+    @property
+    def side(self) -> int:
+        """The shorter one of the restored image, in pixels, from a file's header."""
+        if self.lr is None:
+            return min(image_size(self.sr))
+        return self.crop or SCALE * min(image_size(self.lr))
+
     def read_lr(self) -> Tensor:
         """`(1, 3, h, w)` in 0..1, as the two below."""
         return read(self.lr, self.crop and self.crop // SCALE)

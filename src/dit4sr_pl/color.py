@@ -26,7 +26,7 @@ def adain(restored: Tensor, reference: Tensor) -> Tensor:
 
 def wavelet(restored: Tensor, reference: Tensor) -> Tensor:
     """Keeps the restored image's detail and takes the reference's low frequencies; shapes as in `adain`."""
-    aligned = torch.empty_like(restored)
+    aligned = torch.empty_like(restored, memory_format=torch.contiguous_format)
     channels = (images.flatten(0, 1).unsqueeze(1) for images in (aligned, restored, reference))
     for out, ours, theirs in zip(*channels, strict=True):  # one by one: one channel's worth of copies at a time
         torch.add(ours, low_frequencies(theirs - ours), out=out)
@@ -41,7 +41,8 @@ ALIGNMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"adain": adain, "wa
 
 
 def moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    variance, mean = torch.var_mean(images, dim=(2, 3), keepdim=True)
+    correction = int(images.shape[2:].numel() > 1)  # a single pixel varies by nothing
+    variance, mean = torch.var_mean(images, dim=(2, 3), keepdim=True, correction=correction)
     return mean, (variance + 1e-5).sqrt()  # a flat channel has no variance to divide by
 
 

@@ -93,6 +93,24 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def choose_device(name: str) -> str:
+    """The first CUDA device for `auto` where there is one.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except Exception as error:  # as many kinds as there are devices
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name}: cannot be used ({reason}); take auto, cpu or cuda:N") from None
+    return name
+
+
 def check_readable(path: str | Path, what: str) -> None:
     """Raises FileNotFoundError unless `path` is there; `what` names the config key that gave it."""
     if not Path(path).exists():

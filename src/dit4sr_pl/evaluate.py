@@ -3,6 +3,7 @@ python -m dit4sr_pl.evaluate dataset=NAME [method=NAME] [checkpoint=PATH] output
 
 import functools
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError
 
-from dit4sr_pl.config import check_backbone, check_readable, check_writable, command, read_shard
+from dit4sr_pl.config import check_backbone, check_readable, check_writable, choose_device, command, read_shard
 from dit4sr_pl.metric_weights import check_metrics
 
 
@@ -23,29 +24,37 @@ def evaluate(cfg: DictConfig) -> None:
     """Restores and scores what is left of this shard, and writes the result when nothing is left of any."""
     check(cfg)
     dataset, items = open_items(cfg)
-    chosen = metrics_for(cfg, has_reference=items[0].hr is not None)  # so far without PyTorch
+    chosen = metrics_for(cfg, items)  # so far without PyTorch
+    cfg.device = choose_device(cfg.device)
 
     from hydra.utils import instantiate
     from rich.progress import track
 
     from dit4sr_pl.methods import Finished
-    from dit4sr_pl.scoring import claim, join, keep_memory, restore, score
+    from dit4sr_pl.scoring import claim, join, keep_memory, restore, score, working
 
     output, (number, count) = Path(cfg.output), read_shard(cfg.shard)
     metrics = {name: instantiate(metric) for name, metric in chosen.items()}
-    method = instantiate(cfg.method) if cfg.images is None else Finished(Path(cfg.images).resolve().name)
+    method = instantiate(cfg.method) if cfg.images is None else Finished(named(Path(cfg.images)))
     settings = settings_of(cfg, dataset, items, metrics, method)
-    claim(output, settings)
+    settings = claim(output, settings, restores=cfg.images is None)
     mine = items[number - 1 :: count]
-    if cfg.images is None:
-        restore(mine, method, functools.partial(track, description=f"restoring, {method.label}"))
-    keep_memory()
-    for metric in metrics.values():
-        metric.to(cfg.device)
-    score(mine, metrics, output, (number, count), functools.partial(track, description="scoring"))
-    missing = join(items, output, functools.partial(finish, cfg, dataset, method, settings))
+    with working(output, (number, count)) as part:
+        if cfg.images is None:
+            restore(mine, method, functools.partial(track, description=f"restoring, {method.label}"))
+        keep_memory()
+        for metric in metrics.values():
+            metric.to(cfg.device)
+        score(mine, metrics, output, part, functools.partial(track, description="scoring"))
+        missing = join(items, settings["metrics"], output, functools.partial(finish, cfg, dataset, method, settings))
     if missing:
         print(f"{len(items) - len(missing)} of {len(items)} images scored; the last shard to end writes the result")
+
+
+def named(images: Path) -> str:
+    """The folder's name, of a result's `images/` the result's."""
+    images = images.resolve()
+    return images.parent.name if images.name == "images" else images.name
 
 
 def open_items(cfg: DictConfig) -> tuple[str, list]:
@@ -63,23 +72,24 @@ def open_items(cfg: DictConfig) -> tuple[str, list]:
     return dataset.name, dataset.items(restored) if cfg.images is None else dataset.finished(Path(cfg.images))
 
 
-def metrics_for(cfg: DictConfig, has_reference: bool) -> dict[str, DictConfig]:
+def metrics_for(cfg: DictConfig, items: list) -> dict[str, DictConfig]:
     """The metrics' configs; without ground truth those that need it are left out, with a line that says so.
 
     Raises:
-        ValueError: the user asked for one of them, or none is left.
+        ValueError: the user asked for one of them, none is left, or one needs larger images.
         FileNotFoundError: no weights, before anything is restored.
     """
-    needing = [name for name, metric in cfg.metrics.items() if metric.reference and not has_reference]
+    needing = [name for name, metric in cfg.metrics.items() if metric.reference and items[0].hr is None]
     if needing:
-        asked = HydraConfig.initialized() and any("metrics" in text for text in HydraConfig.get().overrides.task)
+        overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+        asked = any(re.match(r"[+~]*metrics\b", override) for override in overrides)
         if asked or len(needing) == len(cfg.metrics):
             raise ValueError(
                 f"no ground truth, needed for {', '.join(needing)}; give reference=FOLDER or metrics=no_reference"
             )
         print(f"no ground truth: without {', '.join(needing)}")
     chosen = {name: metric for name, metric in cfg.metrics.items() if name not in needing}
-    check_metrics(chosen)
+    check_metrics(chosen, min(item.side for item in items))
     return chosen
 
 
@@ -153,7 +163,10 @@ def check_dataset(cfg: DictConfig) -> None:
         raise ValueError(f"where is {name}? give dataset.folder=PATH, or root=PATH of all benchmarks") from None
     for key in ("lr", "hr"):
         if cfg.dataset[key] is not None:
-            check_readable(Path(cfg.dataset.folder) / cfg.dataset[key], f"dataset.{key}")
+            folder = Path(cfg.dataset.folder) / cfg.dataset[key]
+            check_readable(folder, f"dataset.{key}")
+            if cfg.images is None and Path(cfg.output).resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"output={cfg.output}: lies in dataset.{key}, among its images; choose another folder")
     if cfg.dataset.captions is not None:
         check_readable(cfg.dataset.captions, "dataset.captions")
 

@@ -62,6 +62,12 @@ def rgb_pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(_to_rgb(ImageOps.exif_transpose(image))).permute(2, 0, 1).contiguous()
 
 
+def open_rgb(path: Path | str) -> Image.Image:
+    """The same as an image of Pillow's, without PyTorch; errors as `read_image`."""
+    with opened(path) as image:
+        return Image.fromarray(_to_rgb(ImageOps.exif_transpose(image)))
+
+
 def check_image(path: Path | str) -> tuple[int, int]:
     """Width and height in pixels of what `read_image` makes of a file, which is decoded whole, without PyTorch.
 

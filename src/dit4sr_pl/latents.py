@@ -78,4 +78,4 @@ def draw_noise(like: Tensor, generators: list[torch.Generator]) -> Tensor:
 
 def enlarge(lr: Tensor, size: tuple[int, int]) -> Tensor:
     """Bicubic enlargement `(B, 3, h, w)` to `(B, 3, *size)`, as Pillow's (a = -0.5), clamped to 0..1."""
-    return F.interpolate(lr, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    return F.interpolate(lr, size=size, mode="bicubic", antialias=True).clamp_(0, 1)

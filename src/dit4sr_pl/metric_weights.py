@@ -69,10 +69,9 @@ def check_metrics(metrics: Mapping[str, Mapping], side: int | None = None) -> No
     """Raises what `Weights.check` raises, before anything heavy is done, and ValueError for a metric that needs images
     larger than `side` pixels."""
     for name, metric in metrics.items():
-        if side is not None and side < metric.get("smallest_side", 1):
+        measured = "weights" not in metric or Weights(**metric["weights"]).check(name)
+        if measured and side is not None and side < metric.get("smallest_side", 1):
             raise ValueError(f"metrics={name} needs images of {metric['smallest_side']} pixels a side, not {side}")
-        if "weights" in metric:
-            Weights(**metric["weights"]).check(name)
 
 
 def check_digest(path: Path, sha256: str | None) -> None:

@@ -65,8 +65,9 @@ class PictureRestorer:
         try:
             names, prompts = [job.name for job in jobs], [job.prompt for job in jobs]
             restored = self(pictures, names, prompts, lambda *_: on_step(jobs))
-        except ValueError as error:
-            yield from (Outcome(job, f"{job.source}: {error}") for job in jobs)
+        except (ValueError, MemoryError, RuntimeError) as error:  # PyTorch's lack of memory is a RuntimeError
+            reason = str(error).partition("\n")[0] or "out of memory"
+            yield from (Outcome(job, f"{job.source}: {reason}") for job in jobs)
             return
         for job, picture in zip(jobs, restored, strict=True):
             try:

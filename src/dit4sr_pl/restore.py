@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.config import check_backbone, check_readable, check_writable, command
+from dit4sr_pl.config import check_backbone, check_readable, check_writable, choose_device, command
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -32,6 +32,7 @@ def main(cfg: DictConfig) -> None:
         cfg.device = choose_device(cfg.device)
         if cfg.get("captioner") is not None:
             caption(work, cfg)
+    if work.jobs:
         restore(work, cfg)
     if done == pictures:
         print(f"nothing to do: {done} of {done} images are in {cfg.output} already; overwrite=true restores them again")
@@ -56,9 +57,10 @@ def restore(work: "Work", cfg: DictConfig) -> None:
     pictures = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, device, cfg.first_frame)
     waiting, work.jobs = work.jobs, []
     area = {job: job.size[0] * job.size[1] for job in waiting}
+    evaluations = restorer.evaluations
     with progress_bar() as bar:
         task = bar.add_task("restoring", total=sum(area.values()), done=0, count=len(waiting))
-        step = lambda jobs: bar.advance(task, sum(area[job] for job in jobs) / restorer.evaluations)  # noqa: E731
+        step = lambda jobs: bar.advance(task, sum(area[job] for job in jobs) / evaluations)  # noqa: E731
         finished = 0
         try:
             for job, failure, notes in pictures.run(batches(waiting, cfg.batch_size), step):
@@ -93,24 +95,6 @@ def caption(work: "Work", cfg: DictConfig) -> None:
             work.failures.append(str(error))
 
 
-def choose_device(name: str) -> str:
-    """The first CUDA device for `auto` where there is one.
-
-    Raises:
-        ValueError: a device that is not there.
-    """
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except Exception as error:  # as many kinds as there are devices
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={name}: cannot be used ({reason}); take auto, cpu or cuda:N") from None
-    return name
-
-
 def progress_bar() -> "Progress":
     """Moves with every step; the time left goes by the area that is done."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -136,6 +120,8 @@ def check(cfg: DictConfig) -> None:
     check_readable(cfg.input, "input")
     if not isinstance(cfg.scale, int | float) or not SCALES[0] <= cfg.scale <= SCALES[1]:
         raise ValueError(f"scale={cfg.scale}: must be a number from {SCALES[0]} to {SCALES[1]}")
+    if not isinstance(cfg.seed, int):
+        raise ValueError(f"seed={cfg.seed}: must be a whole number")
     if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
         raise ValueError(f"batch_size={cfg.batch_size}: must be 1 or more")
     for key, choices in (("alpha", ALPHA), ("dtype", (None, *DTYPES))):

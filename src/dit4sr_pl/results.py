@@ -71,12 +71,13 @@ class Result:
 
 
 def file_hash(path: Path | str) -> str:
-    """BLAKE2b (16 bytes, hexadecimal) of a file's bytes; of a folder, of all its files' names and hashes."""
+    """BLAKE2b (16 bytes, hexadecimal) of a file's bytes; of a folder, of its files' names and sizes, hidden ones left
+    out: folders of weights may hold tens of gigabytes."""
     path = Path(path)
     if path.is_dir():
-        return settings_hash(
-            {file.relative_to(path).as_posix(): file_hash(file) for file in path.rglob("*") if file.is_file()}
-        )
+        files = {file.relative_to(path): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+        shown = {name: size for name, size in files.items() if not any(part.startswith(".") for part in name.parts)}
+        return settings_hash({name.as_posix(): size for name, size in shown.items()})
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 

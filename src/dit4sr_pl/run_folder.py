@@ -9,13 +9,10 @@
 No PyTorch in here: a run that is finished or refused says so in a moment.
 """
 
-import fcntl
 import logging
 import math
 import os
 import shutil
-import socket
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,7 +21,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.files import replacing
+from dit4sr_pl.files import held, replacing
 from dit4sr_pl.provenance import record_code
 
 log = logging.getLogger(__name__)
@@ -52,7 +49,7 @@ def open_run(cfg: DictConfig) -> Iterator[Path]:
     """
     folder = Path(cfg.output)
     leader = leads(cfg.trainer)
-    with held(folder) if leader else nullcontext():
+    with held(folder / LOCK) if leader else nullcontext():
         if leader and cfg.overwrite:
             clear(folder)
         check_same_run(cfg, folder)
@@ -67,25 +64,6 @@ def leads(trainer: DictConfig) -> bool:
     """
     ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
     return (trainer.devices == 1 and trainer.num_nodes == 1) or all(rank == "0" for rank in ranks)
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of a folder; the kernel lets go of it when this process ends, however that is."""
-    with (folder / LOCK).open("a+") as file:
-        try:
-            # Not flock: that one lives on in DataLoader workers, which outlast a killed process by seconds.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ValueError(f"{folder}: {holder} writes here; wait for it or give another output") from None
-        except OSError as error:  # no locks on this file system
-            log.warning("%s: cannot be locked (%s); nothing keeps a second run out of it", folder, error.strerror)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} (since {time.strftime('%F %T')})\n")
-        file.flush()
-        yield
 
 
 def clear(folder: Path) -> None:

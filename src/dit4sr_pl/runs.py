@@ -72,7 +72,7 @@ def find_runs(paths: Iterable[str]) -> list[Run]:
 
     Raises:
         FileNotFoundError: a path without results.
-        ValueError: a damaged result, or one run twice: by its folder, by what it is, or by its scores.
+        ValueError: a damaged result, or one run twice: by its folder, or by what it is.
     """
     found: dict[Path, str] = {}
     for path in paths:
@@ -89,9 +89,11 @@ def find_folders(path: str) -> list[Path]:
     matches = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
     if not matches:
         raise FileNotFoundError(f"{path}: no such file or folder")
-    parents = [Path(match) if Path(match).is_dir() else Path(match).parent for match in matches]
     # Of a folder's own files a glob may match several, and so may `**` of folders one in another
-    folders = dict.fromkeys(file.parent for parent in parents for file in sorted(parent.rglob(f"{ROW}.parquet")))
+    folders: dict[Path, None] = {}
+    for match in map(Path, matches):
+        files = sorted(match.rglob(f"{ROW}.parquet")) if match.is_dir() else [match.parent / f"{ROW}.parquet"]
+        folders |= dict.fromkeys(file.parent for file in files if file.is_file())
     if not folders:
         raise FileNotFoundError(f"{path}: no {ROW}.parquet in it or below; `evaluate` and finished trainings write it")
     return list(folders)
@@ -107,13 +109,13 @@ def check_distinct(runs: Iterable[Run]) -> None:
     for run in runs:
         result = run.result
         names = (result.method, result.variant, paper.spelling(result.dataset), result.seed)
-        contents = (paper.spelling(result.dataset), str(result.scores))
         what = f"{run.label} on {result.dataset} with seed {result.seed}"
         if names in seen:
-            raise ValueError(f"{seen[names]} and {run.folder}: both are {what}; leave one out")
-        if contents in seen:
-            raise ValueError(f"{seen[contents]} and {run.folder}: equal scores of every image; one is a copy")
-        seen |= {names: run.folder, contents: run.folder}
+            raise ValueError(
+                f"{seen[names]} and {run.folder}: both are {what}; leave one out, or evaluate with dataset= and name= "
+                "that tell them apart"
+            )
+        seen[names] = run.folder
 
 
 def metrics_of(runs: Iterable[Run]) -> list[str]:
@@ -127,7 +129,15 @@ def make_rows(runs: Iterable[Run], metrics: Sequence[str]) -> dict[str, list[Row
         result = run.result
         dataset = seeds.setdefault(paper.spelling(result.dataset), {})
         dataset.setdefault((result.method, result.variant), []).append(run)
-    return {dataset: [average(row, metrics) for row in rows.values()] for dataset, rows in seeds.items()}
+    rows = {dataset: [average(runs, metrics) for runs in named.values()] for dataset, named in seeds.items()}
+    for dataset, (first, *others) in rows.items():
+        for other in others:
+            if not set(first.images) & set(other.images):
+                folders = f"{first.runs[0].folder} and {other.runs[0].folder}"
+                raise ValueError(
+                    f"{folders}: both of {dataset}, without a common image; evaluate them with dataset=NAME"
+                )
+    return rows
 
 
 def order(method: str, variant: str) -> tuple:

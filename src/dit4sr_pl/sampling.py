@@ -63,8 +63,8 @@ class Sampler:
                 raise ValueError(f"sampler: {name}={getattr(self, name)!r}; choose one of {', '.join(choices)}")
         if not 0 < self.strength <= 1:
             raise ValueError(f"sampler: strength={self.strength} must be above 0, and at most 1")
-        if not 0 <= self.overlap < self.tile:
-            raise ValueError(f"sampler: overlap={self.overlap} must be under tile={self.tile}")
+        if not 0 <= self.overlap < self.tile or self.tile % 2 or self.overlap % 2:
+            raise ValueError(f"sampler: overlap={self.overlap} must be under tile={self.tile}, and both even")
         if self.vae_tile < 4 or self.vae_tile % 4:
             raise ValueError(f"sampler: vae_tile={self.vae_tile}; give a multiple of 4")
 

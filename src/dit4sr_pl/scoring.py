@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -20,11 +21,11 @@ from uuid import uuid4
 import torch
 
 from dit4sr_pl.benchmark_sets import Item
-from dit4sr_pl.files import replacing
+from dit4sr_pl.files import held, replacing
 from dit4sr_pl.images import write_image
 from dit4sr_pl.methods import Method, Photo
 from dit4sr_pl.metrics import ImageScore
-from dit4sr_pl.results import SCORES, read_scores
+from dit4sr_pl.results import PICTURES, SCORES, read_scores
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 SETTINGS, PARTS = "settings.json", "parts"
@@ -33,23 +34,44 @@ Scores = dict[str, dict[str, float]]
 Bar = Callable[[list], Iterable]
 
 
-def claim(folder: Path, settings: dict) -> None:
-    """Writes down what this folder's scores are of.
+def claim(folder: Path, settings: dict, restores: bool) -> dict:
+    """Writes down what this folder's scores are of, and its restored images if it `restores`.
+
+    Returns:
+        The settings with the metrics that were measured before, to which new ones are added.
 
     Raises:
         ValueError: it holds scores of something else.
     """
     path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
-    if path.exists():
-        before = json.loads(path.read_text())
-        other = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
+    before = json.loads(path.read_text()) if path.exists() else None
+    if before is not None:
+        settings["metrics"] = before["metrics"] | settings["metrics"]
+        kept = before | {"metrics": settings["metrics"] | measured(before["metrics"])}
+        other = sorted(key for key in kept.keys() | settings.keys() if kept.get(key) != settings.get(key))
     else:
-        other = ["settings unknown"] if (folder / SCORES).exists() else []
+        unknown = (folder / SCORES).exists() or (restores and (folder / PICTURES).exists())
+        other = ["settings unknown"] if unknown else []
     if other:
         raise ValueError(f"output={folder}: holds other scores ({', '.join(other)}); choose another folder")
-    if not path.exists():
+    if before != settings:
         with replacing(path, uuid4().hex) as partial:
             partial.write_text(json.dumps(settings, indent=1))
+    return settings
+
+
+def measured(metrics: dict[str, dict]) -> dict[str, dict]:
+    """Without those whose weights were missing: they may come later."""
+    return {name: options for name, options in metrics.items() if options["measured"]}
+
+
+@contextlib.contextmanager
+def working(folder: Path, shard: tuple[int, int]) -> Iterator[Path]:
+    """The file of a shard's scores, which no other process works at meanwhile."""
+    part = folder / PARTS / "{}-of-{}.jsonl".format(*shard)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with held(part.with_suffix(".lock")):
+        yield part
 
 
 def restore(items: list[Item], method: Method, bar: Bar) -> None:
@@ -63,17 +85,24 @@ def restore(items: list[Item], method: Method, bar: Bar) -> None:
         write_image(paths[name], sr.cpu())
 
 
-def score(items: list[Item], metrics: dict[str, ImageScore], folder: Path, shard: tuple[int, int], bar: Bar) -> None:
-    """Scores the images that are not scored yet; each one's scores are on disk when the next one begins."""
+def score(items: list[Item], metrics: dict[str, ImageScore], folder: Path, part: Path, bar: Bar) -> None:
+    """Measures what is not measured yet; each image's scores are in `part` when the next one begins."""
     with locked(folder):
         scored = read_parts(folder)
-    left = [item for item in items if item.name not in scored]
+    left = {item: [name for name in metrics if not has(scored, item, name, metrics[name].score)] for item in items}
+    left = {item: names for item, names in left.items() if names}
     if not left:
         return
-    with journal(folder / PARTS / "{}-of-{}.jsonl".format(*shard)) as write:
-        for item in bar(left):
+    with journal(part) as write:
+        for item in bar(list(left)):
             sr, hr = item.read_sr(), item.read_hr()
-            write({"image": item.name} | {name: one_score(metric, sr, hr) for name, metric in metrics.items()})
+            write({"image": item.name} | {name: one_score(metrics[name], sr, hr) for name in left[item]})
+
+
+def has(scores: Scores, item: Item, metric: str, measurable: object) -> bool:
+    """Whether an image was measured; nan stands for a metric whose weights were missing."""
+    value = scores.get(item.name, {}).get(metric)
+    return value is not None and not (measurable and math.isnan(value))
 
 
 def keep_memory() -> None:
@@ -90,13 +119,15 @@ def one_score(metric: ImageScore, sr: torch.Tensor, hr: torch.Tensor | None) -> 
     return metric.each(sr.to(device), None if hr is None else hr.to(device)).item()
 
 
-def join(items: list[Item], folder: Path, write: Callable[[Scores], None]) -> list[str]:
-    """Writes all scores in the order of `items` when the last one is there; the names that are still to come."""
+def join(items: list[Item], metrics: dict[str, dict], folder: Path, write: Callable[[Scores], None]) -> list[str]:
+    """Writes all scores of `metrics`, as of the settings, in the order of `items` when the last one is there; the names
+    that are still to come."""
     with locked(folder):
         scores = read_parts(folder)
-        missing = [item.name for item in items if item.name not in scores]
+        complete = lambda item: all(has(scores, item, name, metrics[name]["measured"]) for name in metrics)  # noqa: E731
+        missing = [item.name for item in items if not complete(item)]
         if not missing:
-            write({item.name: scores[item.name] for item in items})
+            write({item.name: {name: scores[item.name][name] for name in metrics} for item in items})
             shutil.rmtree(folder / PARTS, ignore_errors=True)
     return missing
 
@@ -108,14 +139,13 @@ def read_parts(folder: Path) -> Scores:
         for line in part.read_text().splitlines(keepends=True):
             if line.endswith("\n"):  # else it was cut off
                 row = json.loads(line)
-                scores[row.pop("image")] = row
+                scores.setdefault(row.pop("image"), {}).update(row)
     return scores
 
 
 @contextlib.contextmanager
 def journal(path: Path) -> Iterator[Callable[[dict], None]]:
     """Adds rows to a file of lines, after its last whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)

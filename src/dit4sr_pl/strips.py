@@ -9,27 +9,22 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dit4sr_pl.blocks import Block
 from dit4sr_pl.files import replacing
+from dit4sr_pl.images import IMAGE_SUFFIXES, open_rgb
 from dit4sr_pl.runs import Run
 
 GAP, TEXT = 4, 13  # pixels
 Corner = tuple[int, int]
 
 
-def open_picture(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path}: not a readable picture ({error.strerror or error}); restore it again") from None
-
-
 def pictures_of(run: Run, name: str) -> Path:
-    return run.pictures / f"{name}.png"
+    """The file of an image; by the name that `evaluate` gives it where there is none."""
+    paths = [run.pictures / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES]
+    return next(filter(Path.is_file, paths), paths[0])
 
 
 def open_all(runs: Sequence[Run], name: str) -> list[Image.Image]:
     """Every run's picture; raises ValueError for one of another size than the first run's."""
-    pictures = [open_picture(pictures_of(run, name)) for run in runs]
+    pictures = [open_rgb(pictures_of(run, name)) for run in runs]
     for run, picture in zip(runs, pictures, strict=True):
         if picture.size != pictures[0].size:
             sizes = " but ".join("{}x{}".format(*each.size) for each in (picture, pictures[0]))
@@ -66,7 +61,7 @@ def beside(folder: str | None, name: str, size: Corner) -> list[Image.Image]:
     """The picture of that name in a folder, its pixels enlarged to the size of the runs' pictures."""
     if folder is None:
         return []
-    return [open_picture(Path(folder) / f"{name}.png").resize(size, Image.Resampling.NEAREST)]
+    return [open_rgb(Path(folder) / f"{name}.png").resize(size, Image.Resampling.NEAREST)]
 
 
 def strip(

@@ -110,6 +110,10 @@ def notes(block: Block) -> Iterator[str]:
     for label, row in zip(block.labels, block.rows, strict=True):
         if row.left_out:
             yield f"{label}: left out, not scored with every seed: {', '.join(row.left_out)}."
+    runs = [run for row in block.rows for run in row.runs]
+    for place, run in enumerate(runs):
+        if same := [str(other.folder) for other in runs[:place] if str(other.result.scores) == str(run.result.scores)]:
+            yield f"Equal scores of every image: {', '.join(same)}, {run.folder}."
     for metric, lower in zip(block.metrics, block.lower, strict=True):
         if lower is None:
             yield f"{metric}: nothing in conf/metrics/ says whether lower is better; its best is not marked."

@@ -82,8 +82,8 @@ class ValidationScores(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Tensor, batch: dict, *_
     ) -> None:
-        sr, hr, names = outputs, batch["hr"], batch["name"]
-        bicubic = enlarge(batch["lr"], hr.shape[-2:])
+        sr, hr, names = eight_bits(outputs), batch["hr"], batch["name"]
+        bicubic = eight_bits(enlarge(batch["lr"], hr.shape[-2:]))
         if not self.bicubic.keys() >= set(names):
             self.bicubic |= zip(names, self.measure(bicubic, hr), strict=True)
         for name, scores, *images in zip(names, self.measure(sr, hr), batch["lr"], bicubic, sr, hr, strict=True):
@@ -108,6 +108,11 @@ class ValidationScores(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.spent += time.monotonic() - self.started
+
+
+def eight_bits(images: Tensor) -> Tensor:
+    """As PNG files hold them: what is on disk is what is scored, as by `evaluate`."""
+    return images.mul(255).round().div(255)
 
 
 def mean_scores(images: dict[str, Scores]) -> Scores:

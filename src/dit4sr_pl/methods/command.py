@@ -1,5 +1,6 @@
 """Other people's systems: their own script, in their own checkout and environment."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,8 @@ class Command:
         python: the interpreter of its environment. arguments: of it; `{input}` and `{output}` stand for folders of
             PNG files, `{prompts}` for one of captions as `.txt`, `{seed}` for the seed, `{KEY}` for weights by key.
         weights: files and folders by key, seen from the checkout. outputs: folder below `{output}` with the results.
-        suffixes: what the script may add to a name. work: folder for all that, and for `log.txt`.
+        suffixes: what the script may add to names. side: of the only LR images that it restores, None for any.
+        work: folder for all that, and for `log.txt`.
 
     Raises:
         FileNotFoundError: a checkout, interpreter or weights that are not there.
@@ -38,21 +40,26 @@ class Command:
         weights: dict[str, str],
         outputs: str,
         suffixes: list[str],
+        side: int | None,
         seed: int,
         work: str,
     ):
         self.label, self.checkout, self.work = label, Path(checkout).resolve(), Path(work).resolve()
-        self.outputs, self.suffixes = self.work / "sr" / outputs, list(suffixes)
+        self.outputs, self.suffixes, self.side = self.work / "sr" / outputs, list(suffixes), side
         weights = {key: self.checkout / path for key, path in weights.items()}
         absent = [f"method.weights.{key}={path}" for key, path in weights.items() if not path.exists()]
         if not self.checkout.is_dir():
             absent.insert(0, f"method.checkout={checkout}")
-        if shutil.which(python) is None:
+        if (interpreter := shutil.which(python)) is None:
             absent.insert(0, f"method.python={python}")
         if absent:
             raise FileNotFoundError(f"{label}: not there: {', '.join(absent)} (docs/systems.md)")
         places = {"input": self.work / "lr", "output": self.work / "sr", "prompts": self.work / "prompts"}
-        self.command = [python, *(part.format(**places, **weights, seed=seed) for part in map(str, arguments))]
+        try:
+            filled = [part.format(**places, **weights, seed=seed) for part in map(str, arguments)]
+        except KeyError as error:
+            raise ValueError(f"method.arguments: {{{error.args[0]}}} stands for nothing there") from None
+        self.command = [os.path.abspath(interpreter), *filled]  # the command runs elsewhere
         hashes = {key: file_hash(path) for key, path in weights.items()}
         self.checkpoint = settings_hash(hashes) if hashes else ""
         self.settings = {"arguments": list(arguments), "weights": hashes, "seed": seed}
@@ -65,9 +72,12 @@ class Command:
         for photo in photos:
             if "/" in photo.name:
                 raise ValueError(f"{photo.name}: {self.label} takes the images of one folder, not of folders in it")
+            height, width = photo.lr.shape[-2:]
+            if self.side is not None and (height, width) != (self.side, self.side):
+                raise ValueError(f"{photo.name}: {width}x{height}; {self.label}'s script takes {self.side}x{self.side}")
             write_image(self.work / "lr" / f"{photo.name}.png", photo.lr[0])
             (self.work / "prompts" / f"{photo.name}.txt").write_text(photo.caption)
-            sizes[photo.name] = tuple(SCALE * length for length in photo.lr.shape[:-3:-1])
+            sizes[photo.name] = (SCALE * width, SCALE * height)
         self.run()
         for name, path in self.collect(sizes).items():
             yield name, read(path)[0]
@@ -93,10 +103,9 @@ class Command:
             written = by_name(self.outputs)
         except (FileNotFoundError, ValueError):
             written = {}
-        found = {}
-        for name in sizes:
-            candidates = [written[name + suffix] for suffix in self.suffixes if name + suffix in written]
-            found |= {name: candidates[0]} if candidates else {}
+        # One suffix for all: of `a` and `a_0` the script may make `a_0` and `a_0_0`.
+        kept = [{name: written[name + end] for name in sizes if name + end in written} for end in self.suffixes]
+        found = max(kept, key=len)
         if missing := sizes.keys() - found.keys():
             log = self.work / "log.txt"
             raise ValueError(f"{self.label}: no result in {self.outputs} for {', '.join(sorted(missing))}; see {log}")
