@@ -5,6 +5,8 @@ from dit4sr_pl.demo import comparison, score_table
 from dit4sr_pl.demo_photos import TEST, TRAIN
 from dit4sr_pl.metrics import ImageScore
 
+SCORES = {name: ImageScore(name, reference=True, lower_is_better=False) for name in ("psnr", "ssim")}
+
 
 @pytest.fixture
 def columns():
@@ -23,12 +25,13 @@ def test_picture_has_a_row_per_photo_and_a_column_per_method(columns):
 
 
 def test_table_holds_every_methods_mean_score(columns):
-    score = ImageScore("psnr")
+    score = SCORES["psnr"]
     for sr, hr in zip(columns["bicubic"], columns["ground truth"], strict=True):
         score.update(sr, hr)
-    lines = score_table(columns, {"psnr": ImageScore("psnr"), "ssim": ImageScore("ssim")}).splitlines()
+    mean = score.compute()
+    lines = score_table(columns, SCORES).splitlines()
     assert lines[0] == "| | psnr | ssim |" and len(lines) == 4
-    assert lines[2].startswith(f"| bicubic | {score.compute():.3f} |") and lines[3].endswith("1.000 |")
+    assert lines[2].startswith(f"| bicubic | {mean:.3f} |") and lines[3].endswith("1.000 |")
 
 
 def test_what_is_tested_is_not_trained_on():

@@ -44,7 +44,9 @@ def restored(method, *photos):
 def test_every_row_of_the_paper_has_a_method():
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         methods = [compose("evaluate", [f"method={path.stem}"]).method for path in METHODS if path.stem != "command"]
-    assert {method.label for method in methods} - {None} == PAPER - {"SD3-ControlNet", "DiT4SR"} | {"DiT4SR-R1"}  # others as the checkpoint says
+    assert {method.label for method in methods} - {None} == PAPER - {"SD3-ControlNet", "DiT4SR"} | {
+        "DiT4SR-R1"
+    }  # others as the checkpoint says
 
 
 def test_bicubic_is_pillows(tmp_path):

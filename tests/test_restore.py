@@ -165,7 +165,9 @@ def test_ctrl_c_leaves_whole_images_and_says_how_many(folder, tmp_path, monkeypa
             return super().__call__(*arguments, **options)
 
     restorer, arguments = Interrupted(), [f"input={folder}", f"output={tmp_path / 'out'}"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background ignore it
     message = command(monkeypatch, restorer, *arguments)
+    signal.signal(signal.SIGINT, before)
     assert message.startswith("interrupted: 2 of 5 images restored into") and "\n" not in message
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "2.png"]
     whole = Bicubic()

@@ -67,7 +67,7 @@ def test_a_run_leaves_the_scores_and_images_of_its_last_validation(run, tmp_path
         assert events(output).Scalars(f"val/{metric}")[-1].value == pytest.approx(mean, rel=1e-6)
         assert logged[f"val/{metric}"] == pytest.approx(mean, rel=1e-6)
     assert result.checkpoint == weights_hash(load_part(output / "lr_stream.safetensors").state)
-    assert {"torch", "lightning", "diffusers", "pyiqa", "dit4sr_pl"} == result.versions.keys()
+    assert {"torch", "lightning", "diffusers", "pyiqa", "dit4sr_pl"} < result.versions.keys()
     images = [read_image(output / result.pictures / f"{name}.png") for name in result.scores]
     strips = events(output).Images("val/0")
     assert len(strips) == 2  # one tag, two validations
@@ -178,7 +178,9 @@ def test_with_cached_embeddings_only_transformer_vae_and_scheduler_are_read(run,
     arguments += ["data.empty_prompt_probability=0.5", "metrics=[psnr]"]
     cached = run("cached", *arguments, f"model.backbone.name={model}", f"model.backbone.embeddings={cache}")
     assert sorted(read) == ["scheduler", "transformer", "vae"]
-    assert cached == pytest.approx(run("encoded", *arguments), rel=1e-2)
+    encoded = run("encoded", *arguments)
+    del cached["val/seconds"], encoded["val/seconds"]
+    assert cached == pytest.approx(encoded, rel=1e-2)
 
     (captioned / "0.txt").write_text("a cow")
     with pytest.raises(ValueError, match="no embeddings of the prompt 'a cow'; run prepare stage=embeddings"):
@@ -241,7 +243,13 @@ def test_averaging_copies_what_is_trained_and_nothing_frozen():
 def test_gradients_are_clipped_in_half_precision_with_a_fused_optimizer(run, tmp_path):
     """One step of gradient descent, learning rate 1, is as long as the clipped gradient."""
     descent = ["optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~optimizer.eps", "optimizer.weight_decay=0"]
-    descent += ["optimizer.lr=1.0", "callbacks=no_ema", "trainer.max_steps=1", "trainer.limit_val_batches=0"]
+    descent += [
+        "trainer.precision=bf16-mixed",
+        "optimizer.lr=1.0",
+        "callbacks=no_ema",
+        "trainer.max_steps=1",
+        "trainer.limit_val_batches=0",
+    ]
     run("still", *descent, "optimizer.lr=0.0", "callbacks.checkpoint.every_n_train_steps=1")
     run("step", *descent, "trainer.gradient_clip_val=1e-3", "callbacks.checkpoint.every_n_train_steps=1")
     still, step = (load_part(tmp_path / name / "lr_stream.safetensors").state for name in ("still", "step"))

@@ -45,6 +45,7 @@ def small(photos: Path) -> list[str]:
         "sampler.steps=1",
         "sampler.smallest=1",
         "trainer.max_steps=2",
+        "trainer.precision=32-true",  # CPUs without bfloat16 take seconds for a step in it
         "trainer.val_check_interval=2",
         "trainer.log_every_n_steps=1",
         "callbacks.checkpoint.every_n_train_steps=2",
