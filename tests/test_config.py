@@ -87,8 +87,14 @@ def test_help_needs_no_pytorch(command, tmp_path):
         (["evaluate", "dataset=realsr"], "where is realsr? give dataset.folder=PATH, or root=PATH"),
         (["evaluate", "dataset=realsr", "root=."], "dataset.folder=./RealSRVal_crop128: no such file or folder"),
         (["evaluate", "dataset=folder"], "no value for dataset.lr"),
-        (["evaluate", "dataset=folder", "dataset.lr=.", "method=swinir"], "no value for weights; give a published"),
-        (["evaluate", "dataset=folder", "dataset.lr=.", "method=seesr"], "no value for method.checkout, method.python"),
+        (
+            ["evaluate", "dataset=folder", "dataset.lr=.", "output=../out", "method=swinir"],
+            "no value for weights; give a published",
+        ),
+        (
+            ["evaluate", "dataset=folder", "dataset.lr=.", "output=../out", "method=seesr"],
+            "no value for method.checkout, method.python",
+        ),
         (["evaluate", "images=.", "shard=3/2"], "shard=3/2: must be i/n"),
         (["evaluate", "images=."], "no images in this folder"),
         (["restore"], "no value for input"),

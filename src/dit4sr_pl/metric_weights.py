@@ -69,9 +69,12 @@ def check_metrics(metrics: Mapping[str, Mapping], side: int | None = None) -> No
     """Raises what `Weights.check` raises, before anything heavy is done, and ValueError for a metric that needs images
     larger than `side` pixels."""
     for name, metric in metrics.items():
-        measured = "weights" not in metric or Weights(**metric["weights"]).check(name)
-        if measured and side is not None and side < metric.get("smallest_side", 1):
+        weights = Weights(**metric["weights"]) if "weights" in metric else None
+        left_out = weights is not None and weights.on_missing == "skip" and weights.missing()
+        if not left_out and side is not None and side < metric.get("smallest_side", 1):
             raise ValueError(f"metrics={name} needs images of {metric['smallest_side']} pixels a side, not {side}")
+        if weights is not None:
+            weights.check(name)
 
 
 def check_digest(path: Path, sha256: str | None) -> None:
