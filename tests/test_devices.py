@@ -88,7 +88,7 @@ def runs(photos, tmp_path_factory) -> Runs:
     resume = [*FOUR_STEPS, f"ckpt_path={runs.folder}/half/checkpoints/last.ckpt"]
     on_two = {name: ["trainer=ddp", *QUICK, *network] for name, network in NETWORKS.items()}
     on_two |= {f"{name}_fsdp": ["trainer=fsdp", *QUICK, *NETWORKS[name]] for name in ("legacy", "controlnet")}
-    on_two["full_bf16"] = ["trainer=fsdp", *QUICK, "model.backbone.dtype=bfloat16"]
+    on_two["full_bf16"] = ["trainer=fsdp", *QUICK, "trainer.precision=bf16-mixed", "model.backbone.dtype=bfloat16"]
     for strategy in STRATEGIES:
         held = ["+callbacks.held._target_=two_devices.Held", f"+callbacks.held.output={runs.folder}/2x4_{strategy}"]
         on_two[f"2x4_{strategy}"] = [f"trainer={strategy}", *descent, *held]
