@@ -28,7 +28,7 @@ SWITCHES = {
     "linear_lr_injection": {"lr_integration": "joint", "lr_residual": "true", "lr_injection": "linear"},
 }
 SWEPT = {f"default/{ablation}/seed0" for ablation in SWITCHES}
-CONTROLNET, UNVALIDATED = "default/controlnet/seed1", "default/unvalidated/seed0"
+CONTROLNET, UNVALIDATED = "default/sd3_controlnet/seed1", "default/unvalidated/seed0"
 VALIDATED = SWEPT | {CONTROLNET}
 RUNS = VALIDATED | {UNVALIDATED}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -120,13 +121,26 @@ def test_a_mistake_gets_one_line_and_no_traceback(arguments, message, tmp_path):
     assert result.stderr.count("\n") == 1 and message in result.stderr, result.stderr
 
 
-def test_contracts_spelling_of_an_ablation_and_its_output_folder():
+@pytest.mark.parametrize(
+    "arguments, folder",
+    [
+        ([], "default/full/seed0"),
+        (["+ablation=no_lr_residual", "seed=3"], "default/no_lr_residual/seed3"),
+        (["model=tiny_sd3_controlnet", "+ablation=full"], "default/sd3_controlnet/seed0"),
+        (["experiment=sd3_controlnet"], "sd3_controlnet/sd3_controlnet/seed0"),
+    ],
+)
+def test_a_run_has_the_folder_and_the_row_of_what_it_trains(arguments, folder, monkeypatch):
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        arguments = ["+ablation=no_lr_residual", "seed=3", "output=x"]
-        cfg = compose("train", arguments, return_hydra_config=True)
-        assert cfg.model.network.variant.lr_residual is False
-        assert cfg.hydra.run.dir == "outputs/default/no_lr_residual/seed3"
-        assert compose("train", return_hydra_config=True).hydra.run.dir == "outputs/default/full/seed0"
+        cfg = compose("train", [*arguments, "output=x"], return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)  # as in a command
+    assert cfg.hydra.run.dir == f"outputs/{folder}"
+    assert cfg.callbacks.hyper_parameters.columns.ablation == folder.split("/")[1]
+
+
+def test_contracts_spelling_of_an_ablation():
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        assert compose("train", ["+ablation=no_lr_residual"]).model.network.variant.lr_residual is False
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,14 @@ def choice(group: str, unchosen: str | None = None) -> str | None:
     return HydraConfig.get().runtime.choices.get(group, unchosen) if HydraConfig.initialized() else None
 
 
-OmegaConf.register_new_resolver("choice", choice, replace=True)
+def ablation_name() -> str | None:
+    """`${ablation_name:}`: the variant that a command trains; of a baseline, which has none, the network."""
+    network = choice("model/network", "dit4sr")
+    return choice("ablation", "full") if network == "dit4sr" else network
+
+
+for resolver in (choice, ablation_name):
+    OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
 def command(config_name: str) -> Callable:
