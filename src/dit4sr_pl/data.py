@@ -8,6 +8,7 @@ the place to resume at of the step number: see `randomness`.
 import functools
 import itertools
 import logging
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -315,6 +316,8 @@ class SuperResolutionData(LightningDataModule):
             dataset,
             batch_sampler=batch_sampler,
             num_workers=self.num_workers,
+            # Said aloud: joblib's processes have a way of their own, in which PyTorch's cannot start.
+            multiprocessing_context=multiprocessing.get_all_start_methods()[0] if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             worker_init_fn=leave_signals_to_the_trainer,

@@ -1,4 +1,5 @@
-"""Photos for the demo: those that scikit-image and scikit-learn carry inside their wheels, so nothing is downloaded."""
+"""Photos for the demo and the miniature ablation: those that scikit-image and scikit-learn carry inside their wheels,
+so nothing is downloaded."""
 
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from dit4sr_pl.images import write_image
 
 TRAIN = ("coffee", "coins", "flower", "grass", "gravel", "hubble_deep_field", "motorcycle", "retina")
 TEST = ("astronaut", "brick", "camera", "chelsea", "china", "rocket")
+WRITING = ("page", "text")  # print and handwriting
+CROP, CROPS = 128, 6
 
 
 def write_demo_photos(folder: Path | str) -> None:
@@ -24,6 +27,19 @@ def write_demo_photos(folder: Path | str) -> None:
             path = Path(folder, part, f"{name}.png")
             if not path.exists():
                 write_image(path, _load(name))
+
+
+def write_crops(folder: Path | str) -> None:
+    """Write what the miniature ablation is scored on: 128x128 crops of the held-out photos and of two pages of writing.
+
+    Up to 6 of each, spread over the picture, as `NAME_K.png`; those already there are left alone.
+    """
+    for name in (*TEST, *WRITING):
+        if not Path(folder, f"{name}_0.png").exists():
+            crops = _load(name).unfold(1, CROP, CROP).unfold(2, CROP, CROP).flatten(1, 2).transpose(0, 1)
+            chosen = torch.linspace(0, len(crops) - 1, min(CROPS, len(crops))).round().int()
+            for place, crop in reversed(list(enumerate(crops[chosen]))):  # 0 last: then all are there
+                write_image(Path(folder, f"{name}_{place}.png"), crop)
 
 
 def _load(name: str) -> torch.Tensor:
@@ -41,4 +57,5 @@ def _load(name: str) -> torch.Tensor:
 def demo_data(photos: str, **arguments) -> SuperResolutionData:
     """`SuperResolutionData` over the demo's photos, which are written into the folder `photos` first."""
     write_demo_photos(photos)
+    write_crops(Path(photos, "crops"))
     return SuperResolutionData(**arguments)
