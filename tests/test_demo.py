@@ -1,8 +1,12 @@
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
 import pytest
 import torch
 
 from dit4sr_pl.demo import comparison, score_table
-from dit4sr_pl.demo_photos import TEST, TRAIN
+from dit4sr_pl.demo_photos import CROP, TEST, TRAIN, write_crops, write_demo_photos
+from dit4sr_pl.images import read_image
 from dit4sr_pl.metrics import ImageScore
 
 SCORES = {name: ImageScore(name, reference=True, lower_is_better=False) for name in ("psnr", "ssim")}
@@ -36,3 +40,17 @@ def test_table_holds_every_methods_mean_score(columns):
 
 def test_what_is_tested_is_not_trained_on():
     assert not set(TRAIN) & set(TEST) and {"astronaut", "china"} <= set(TEST)
+
+
+def test_several_processes_may_write_the_photos_at_once(tmp_path):
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(write_demo_photos, [tmp_path] * 2))
+    assert {path.stem for path in (tmp_path / "train").iterdir()} == set(TRAIN)
+
+
+def test_crops_are_parts_of_what_was_held_out_each_another(tmp_path):
+    write_crops(tmp_path)
+    crops = {path.stem: read_image(path) for path in tmp_path.iterdir()}
+    assert {name.rpartition("_")[0] for name in crops} == {*TEST, "page", "text"}
+    assert {crop.shape for crop in crops.values()} == {(3, CROP, CROP)}
+    assert len({crop.numpy().tobytes() for crop in crops.values()}) == len(crops) >= 40

@@ -1,6 +1,7 @@
 """Photos for the demo and the miniature ablation: those that scikit-image and scikit-learn carry inside their wheels,
 so nothing is downloaded."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def write_demo_photos(folder: Path | str) -> None:
         for name in names:
             path = Path(folder, part, f"{name}.png")
             if not path.exists():
-                write_image(path, _load(name))
+                write(path, _load(name))
 
 
 def write_crops(folder: Path | str) -> None:
@@ -39,7 +40,12 @@ def write_crops(folder: Path | str) -> None:
             crops = _load(name).unfold(1, CROP, CROP).unfold(2, CROP, CROP).flatten(1, 2).transpose(0, 1)
             chosen = torch.linspace(0, len(crops) - 1, min(CROPS, len(crops))).round().int()
             for place, crop in reversed(list(enumerate(crops[chosen]))):  # 0 last: then all are there
-                write_image(Path(folder, f"{name}_{place}.png"), crop)
+                write(Path(folder, f"{name}_{place}.png"), crop)
+
+
+def write(path: Path, image: torch.Tensor) -> None:
+    """Runs of a sweep start at once, and so do the processes of a run on several devices."""
+    write_image(path, image, writer=f".{os.getpid()}")
 
 
 def _load(name: str) -> torch.Tensor:

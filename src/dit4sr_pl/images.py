@@ -87,10 +87,11 @@ def image_size(path: Path | str) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def write_image(path: Path | str, image: torch.Tensor) -> None:
+def write_image(path: Path | str, image: torch.Tensor, writer: str = "") -> None:
     """Write an RGB image `(3, H, W)` in 0..1 as an 8-bit PNG, rounded to the nearest level, clamped outside 0..1.
 
-    The file appears under its name only when it is complete; missing folders are made.
+    The file appears under its name only when it is complete; missing folders are made. Processes that may write it at
+    the same time must each be another `writer`.
 
     Raises `ValueError` for a name that does not end in `.png`, and for anything but finite floats `(3, H, W)`.
     """
@@ -100,7 +101,7 @@ def write_image(path: Path | str, image: torch.Tensor) -> None:
     if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point() or not image.isfinite().all():
         raise ValueError(f"{path}: not a finite float image (3, H, W): {image.dtype} {tuple(image.shape)}")
     levels = (image.detach().float().clamp(0, 1) * 255).round().byte()
-    with replacing(path) as partial:
+    with replacing(path, writer) as partial:
         Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()).save(partial, format="PNG")
 
 
