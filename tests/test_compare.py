@@ -76,10 +76,13 @@ def runs(*keys: tuple[str, str]) -> list[Run]:
 
 def test_the_table_follows_from_the_runs():
     variants, methods = runs(("DiT4SR", "full"), ("DiT4SR", "own")), runs(("DiT4SR", "full"), ("Bicubic", ""))
-    assert [choose_table("auto", of) for of in (variants, methods, variants[:1])] == [3, 1, 1]
+    two = runs(("DiT4SR", "full"), ("Other", "full"))
+    assert [choose_table("auto", of) for of in (variants, [*variants, methods[1]], variants[:1])] == [3, 3, 1]
+    assert [choose_table("auto", of) for of in (methods, two)] == [1, 1]
     assert choose_table(1, variants) == 1 and choose_table(3, variants[:1]) == 3
-    with pytest.raises(ValueError, match="table=3: .* DiT4SR, Bicubic; give table=1"):
-        choose_table(3, methods)
+    for several in (two, methods[1:]):
+        with pytest.raises(ValueError, match="table=3: .* of (DiT4SR and Other|none); give table=1"):
+            choose_table(3, several)
 
 
 def test_the_row_to_test_against():

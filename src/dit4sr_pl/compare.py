@@ -101,13 +101,18 @@ def check(cfg: DictConfig) -> None:
 
 
 def choose_table(wanted: int | str, runs: Sequence) -> int:
-    """3 where the runs are several variants of one method, else 1; raises ValueError for a 3 of several methods."""
-    methods = list(dict.fromkeys(run.result.method for run in runs))
-    variants = {run.result.variant for run in runs}
+    """3 where several variants of one method were run, beside methods without variants; else 1.
+
+    Raises ValueError for a 3 without variants, or with those of several methods.
+    """
+    variants = {(run.result.method, run.result.variant) for run in runs if run.result.variant}
+    methods = sorted({method for method, _ in variants})
     if wanted == "auto":
-        return 3 if len(methods) == 1 and len(variants) > 1 and all(variants) else 1
-    if wanted == 3 and (len(methods) > 1 or "" in variants):
-        raise ValueError(f"table=3: is of variants of one method, and runs are of {', '.join(methods)}; give table=1")
+        return 3 if len(methods) == 1 and len(variants) > 1 else 1
+    if wanted == 3 and len(methods) != 1:
+        raise ValueError(
+            f"table=3: is of one method's variants, here of {' and '.join(methods) or 'none'}; give table=1"
+        )
     return wanted
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dit4sr_pl import paper, results
 from dit4sr_pl.blocks import DIGITS, Block
 from dit4sr_pl.intervals import Resampling
+from dit4sr_pl.orders import orders
 from dit4sr_pl.runs import order, row_label, variant_label
 
 ARROWS = {True: " ↓", False: " ↑", None: ""}
@@ -30,6 +31,11 @@ TESTED = {
     "p": "p",
     "p_holm": "p_holm",
 }
+ORDERS = ["by", "from best to worst", *(f"tau to the paper's {name}" for name in paper.ablation(["FULL"]))]
+HOW_TO_READ_ORDERS = (
+    "tau: Kendall's, +1.0 if all pairs of variants are in the paper's order, -1.0 if none is; "
+    "in brackets that of each seed."
+)
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,10 @@ Line = list[Cell]
 
 
 def labels_of(table: int, keys: Sequence[tuple[str, str]]) -> list[str]:
-    """Names of rows by (method, variant): Table 3 is of one method, and leaves it out."""
-    return [variant_label(variant) if table == 3 else row_label(method, variant) for method, variant in keys]
+    """Names of rows by (method, variant): Table 3 is of one method's variants, and leaves it out."""
+    return [
+        variant_label(variant) if table == 3 and variant else row_label(method, variant) for method, variant in keys
+    ]
 
 
 def header(table: int, block: Block) -> list[str]:
@@ -133,6 +141,8 @@ def markdown(table: int, blocks: Sequence[Block], which: str, against: str, resa
         if block.paired:
             title = [f"difference to {against}", "images", *block.metrics]
             parts += [markdown_table(title, differences(block))]
+        if table == 3 and (found := orders(block)):
+            parts += [markdown_table(ORDERS, ([Cell(text) for text in line] for line in found)), HOW_TO_READ_ORDERS]
         parts += ["\n".join(f"- {note}" for note in notes(block))]
     return "\n\n".join(filter(None, [*parts, how_to_read(blocks, against, resampling)])) + "\n"
 

@@ -1,6 +1,7 @@
 """The paper's numbers: `benchmarks.csv` is Table 1, `ablation.csv` Table 3."""
 
 import csv
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def switches(variant: str) -> list[str]:
     """What Table 3 says of a variant; empty cells for one that it does not have."""
     (row,) = [row for row in read("ablation") if row["variant"] == VARIANTS.get(variant)] or [{}]
     return [row.get(switch, "") for switch in SWITCHES]
+
+
+def ablation(letters: Sequence[str]) -> dict[str, list[float]]:
+    """Table 3's columns for some of its variants, `musiq on RealLQ250` and so on; higher is better in all of them."""
+    rows = {row["variant"]: row for row in read("ablation")}
+    metrics = [name for name in rows["FULL"] if name not in ("variant", "dataset", *SWITCHES)]
+    return {
+        f"{name} on {rows['FULL']['dataset']}": [float(rows[letter][name]) for letter in letters] for name in metrics
+    }
 
 
 def number(dataset: str, method: str, variant: str, metric: str) -> float:
