@@ -1,5 +1,6 @@
 # make demo: set up, train DiT4SR on this machine for a few minutes, restore photos it never saw.
-# make ablation: the paper's Table 3 in miniature, hours.  make test, make lint: as CI runs them.  make tiny: how the weights in the package were made.
+# make ablation: the paper's Table 3 in miniature, hours.  make tiny: how the weights in the package were made.
+# make test, make lint: as CI runs them.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
