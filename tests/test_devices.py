@@ -27,6 +27,7 @@ NETWORKS |= {
 CPU = ["trainer.accelerator=cpu", "trainer.devices=2"]
 QUICK = ["~callbacks.scores", "trainer.limit_val_batches=0"]
 FOUR_STEPS = ["trainer.max_steps=4", "trainer.precision=32-true", *QUICK]
+BFLOAT16 = ["trainer.precision=bf16-mixed", "model.backbone.dtype=bfloat16", "data.crop_size=32"]  # slow on some CPUs
 SCORED = ["callbacks=no_ema", "trainer.precision=32-true", "data.validation_limit=3", "metrics=[psnr]"]
 # One step of gradient descent with learning rate 1: weights before minus weights after are the gradients.
 DESCENT = [*QUICK, "callbacks=no_ema", "callbacks.checkpoint.every_n_train_steps=1"]
@@ -88,7 +89,7 @@ def runs(photos, tmp_path_factory) -> Runs:
     resume = [*FOUR_STEPS, f"ckpt_path={runs.folder}/half/checkpoints/last.ckpt"]
     on_two = {name: ["trainer=ddp", *QUICK, *network] for name, network in NETWORKS.items()}
     on_two |= {f"{name}_fsdp": ["trainer=fsdp", *QUICK, *NETWORKS[name]] for name in ("legacy", "controlnet")}
-    on_two["full_bf16"] = ["trainer=fsdp", *QUICK, "trainer.precision=bf16-mixed", "model.backbone.dtype=bfloat16"]
+    on_two["full_bf16"] = ["trainer=fsdp", *QUICK, *BFLOAT16]
     for strategy in STRATEGIES:
         held = ["+callbacks.held._target_=two_devices.Held", f"+callbacks.held.output={runs.folder}/2x4_{strategy}"]
         on_two[f"2x4_{strategy}"] = [f"trainer={strategy}", *descent, *held]

@@ -275,7 +275,7 @@ def test_a_folder_belongs_to_one_process_until_that_ends(tmp_path):
         (["callbacks.ema.decay=0.5"], "callbacks.ema.decay"),
         (["callbacks=no_ema"], "callbacks.ema"),
         (["seed=1"], "settings: seed=1 (there 0);"),
-        (["trainer.precision=32-true"], "trainer.precision"),
+        (["trainer.precision=bf16-mixed"], "trainer.precision"),
         (["data.batch_size=8"], "images per step=8 (there 16)"),
         (["data.batch_size=8", "trainer.devices=2"], None),
         (["data.batch_size=8", "trainer.accumulate_grad_batches=2"], None),
