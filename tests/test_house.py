@@ -13,7 +13,7 @@ FLOORS = [
     {"model.lr_stream", "latents", "text", "manifest", "embeddings", "captioner", "runs", "run_folder", "picture"},
     {"model.block", "model.released", "backbone", "flow", "photo_sets", "blocks", "jobs"},
     {"model.transformer", "orders", "strips", "picture_restorer"},
-    {"model", "tables"},
+    {"model", "model.attention_maps", "tables"},
     {"sampling", "skeleton", "cost", "charts"},
     {"data", "restorer", "budget"},
     {"demo_photos", "module", "callbacks", "pipeline"},

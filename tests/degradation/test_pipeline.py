@@ -68,6 +68,23 @@ def test_same_parameters_replay_the_same_images(seesr, photos):
     assert all(torch.equal(a, b) for a, b in zip(seesr(photos, params), seesr(photos, params), strict=True))
 
 
+def test_stages_lead_from_the_target_to_the_lr_image(seesr, photos):
+    params = seesr.draw(range(8), (128, 128))
+    images = photos.repeat(2, 1, 1, 1)
+    lr, hr = seesr(images, params)
+    for i, drawn in enumerate(params[i] for i in range(8)):
+        stages = dict(seesr.stages(images[i : i + 1], params[i : i + 1]))
+        assert torch.equal(stages["hr"][0], hr[i]) and torch.equal(stages["lr"][0], lr[i])
+        factor = float(drawn.first.resize.factor)
+        assert stages["first resize"].shape[-1] == max(1, int(128 * factor))
+        skipped = {"second blur": not drawn.second.blur.on, "final sinc": not drawn.final.sinc.on}
+        assert {name for name, off in skipped.items() if off} == skipped.keys() - stages.keys()
+        order = list(stages)
+        assert (order.index("second JPEG") < order.index("final resize")) == bool(drawn.final.jpeg_first)
+    with pytest.raises(ValueError, match="stages are of one image, not of 8 with 8 draws"):
+        next(seesr.stages(images, params))
+
+
 def test_an_image_does_not_depend_on_its_batch(seesr, photos):
     seeds = [11, 12, 13, 14]
     together = seesr(photos, seesr.draw(seeds, (128, 128)))

@@ -7,16 +7,19 @@ final    resize to the LR size -> sinc -> JPEG,  or  JPEG -> resize to the LR si
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit4sr_pl.degradation import ops
-from dit4sr_pl.degradation.drawn import Dice, DrawnDegradation, DrawnFinal, DrawnNoise, DrawnStage
+from dit4sr_pl.degradation.drawn import Dice, DrawnDegradation, DrawnNoise, DrawnStage
 from dit4sr_pl.degradation.jpeg import jpeg
 from dit4sr_pl.degradation.settings import Final, Sharpen, Stage, read_settings
+
+Step = tuple[str, Callable[[Tensor], Tensor]]  # with its name
 
 
 class Degradation:
@@ -70,14 +73,7 @@ class Degradation:
         if len(params) != len(images):
             raise ValueError(f"degradation: {len(images)} images, but parameters of {len(params)}; draw one per image")
         self._check_size(tuple(images.shape[-2:]))
-        kernels = [
-            drawn.kernels(canvas).to(images.device, torch.float32)
-            for drawn, canvas in (
-                (params.first.blur, self.first.blur.size.high),
-                (params.second.blur, self.second.blur.size.high),
-                (params.final.sinc, self.final.sinc.size.high),
-            )
-        ]
+        kernels = self._kernels(params, images.device)
         # Training runs in bfloat16, whose steps near 1 are coarser than those of an 8-bit image.
         with torch.autocast(images.device.type, enabled=False):
             pairs = [
@@ -87,23 +83,68 @@ class Degradation:
         lr, hr = zip(*pairs, strict=True)
         return torch.cat(lr), torch.cat(hr)
 
+    @torch.no_grad()
+    def stages(self, image: Tensor, params: DrawnDegradation) -> Iterator[tuple[str, Tensor]]:
+        """One image `(1, 3, H, W)` in 0..1 after every step that was drawn for it: from its target `hr` to `lr`.
+
+        Yields name and image; sizes and ranges are those in between.
+
+        Raises:
+            ValueError: `params` were drawn for several images, or the size cannot be degraded.
+        """
+        if len(params) != len(image) or len(image) != 1:
+            raise ValueError(f"degradation: stages are of one image, not of {len(image)} with {len(params)} draws")
+        self._check_size(tuple(image.shape[-2:]))
+        image = self._target(image.float())
+        yield "hr", image
+        for name, step in self._steps(*self._kernels(params, image.device), params[0], tuple(image.shape[-2:])):
+            image = step(image)
+            yield name, image
+
+    def _kernels(self, params: DrawnDegradation, device: torch.device) -> list[Tensor]:
+        """Of the first blur, the second blur and the sinc filter, each `(B, K, K)`."""
+        filters = (
+            (params.first.blur, self.first.blur.size),
+            (params.second.blur, self.second.blur.size),
+            (params.final.sinc, self.final.sinc.size),
+        )
+        return [drawn.kernels(size.high).to(device, torch.float32) for drawn, size in filters]
+
     def _degrade(
         self, image: Tensor, first_kernel: Tensor, second_kernel: Tensor, sinc_kernel: Tensor, drawn: DrawnDegradation
     ) -> tuple[Tensor, Tensor]:
         """One image `(1, 3, H, W)` -> its LR image and its target."""
-        height, width = image.shape[-2:]
-        lr_size = (height // self.scale, width // self.scale)
-        hr = image if self.sharpen is None else self.sharpen.apply(image)
+        lr = hr = self._target(image)
+        for _, step in self._steps(first_kernel, second_kernel, sinc_kernel, drawn, tuple(image.shape[-2:])):
+            lr = step(lr)
+        return lr, hr
 
-        lr = _blur_resize_noise(hr, first_kernel, drawn.first, (height, width))
-        lr = jpeg(lr, float(drawn.first.quality))
-        lr = _blur_resize_noise(lr, second_kernel, drawn.second, lr_size)
+    def _target(self, image: Tensor) -> Tensor:
+        return image if self.sharpen is None else self.sharpen.apply(image)
 
+    def _steps(
+        self,
+        first_kernel: Tensor,
+        second_kernel: Tensor,
+        sinc_kernel: Tensor,
+        drawn: DrawnDegradation,
+        size: tuple[int, int],
+    ) -> Iterator[Step]:
+        """From the target of this size to its LR image."""
+        lr_size = (size[0] // self.scale, size[1] // self.scale)
+        yield from _blur_resize_noise("first", first_kernel, drawn.first, size)
+        yield "first JPEG", partial(jpeg, quality=float(drawn.first.quality))
+        yield from _blur_resize_noise("second", second_kernel, drawn.second, lr_size)
+
+        second_jpeg = ("second JPEG", partial(jpeg, quality=float(drawn.second.quality)))
         if drawn.final.jpeg_first:
-            lr = _shrink(jpeg(lr, float(drawn.second.quality)), sinc_kernel, drawn.final, lr_size)
-        else:
-            lr = jpeg(_shrink(lr, sinc_kernel, drawn.final, lr_size), float(drawn.second.quality))
-        return ops.to_8_bits(lr), hr
+            yield second_jpeg
+        yield "final resize", partial(ops.resize, size=lr_size, mode=int(drawn.final.mode))
+        if drawn.final.sinc.on:
+            yield "final sinc", partial(ops.blur, kernel=sinc_kernel)
+        if not drawn.final.jpeg_first:
+            yield second_jpeg
+        yield "lr", ops.to_8_bits
 
     def _check_size(self, size: tuple[int, int]) -> None:
         """Reflection needs more pixels than it adds: the sharpening's and the blurs' kernels bound the size below."""
@@ -120,22 +161,17 @@ class Degradation:
             )
 
 
-def _blur_resize_noise(image: Tensor, kernel: Tensor, drawn: DrawnStage, base: tuple[int, int]) -> Tensor:
+def _blur_resize_noise(stage: str, kernel: Tensor, drawn: DrawnStage, base: tuple[int, int]) -> Iterator[Step]:
     """What both passes have in common; the drawn factor is relative to the size `base`."""
     if drawn.blur.on:
-        image = ops.blur(image, kernel)
+        yield f"{stage} blur", partial(ops.blur, kernel=kernel)
     factor = float(drawn.resize.factor)
     size = (max(1, int(base[0] * factor)), max(1, int(base[1] * factor)))
-    return _add_noise(ops.resize(image, size, int(drawn.resize.mode)), drawn.noise)
+    yield f"{stage} resize", partial(ops.resize, size=size, mode=int(drawn.resize.mode))
+    yield f"{stage} noise", partial(_add_noise, drawn=drawn.noise)
 
 
 def _add_noise(image: Tensor, drawn: DrawnNoise) -> Tensor:
     if drawn.poisson:
         return ops.add_poisson_noise(image, float(drawn.poisson_scale), bool(drawn.grey), int(drawn.seed))
     return ops.add_gaussian_noise(image, float(drawn.sigma), bool(drawn.grey), int(drawn.seed))
-
-
-def _shrink(image: Tensor, kernel: Tensor, drawn: DrawnFinal, size: tuple[int, int]) -> Tensor:
-    """The last resize, to the LR size, and the sinc filter."""
-    image = ops.resize(image, size, int(drawn.mode))
-    return ops.blur(image, kernel) if drawn.sinc.on else image

@@ -6,7 +6,7 @@ from diffusers.models.attention import FeedForward, JointTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from dit4sr_pl.model.lr_stream import LRBlock, heads, normed
+from dit4sr_pl.model.lr_stream import LRAttention, LRBlock, heads, normed
 from dit4sr_pl.model.variant import Variant
 
 QKV = tuple[Tensor | None, Tensor, Tensor]
@@ -91,9 +91,7 @@ class MMDiTControlBlock(nn.Module):
     def attend(self, noise: Tensor, lr: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`attn` over `[noise, lr, text]`, or without text `attn2` over `[noise, lr]`; all after `to_out`."""
         frozen, ours = (self.frozen.attn2, self.lr.attn2) if text is None else (self.frozen.attn, self.lr.attn)
-        noise_qkv = noise_projections(frozen, noise)
-        lr_qkv = ours.queries(frozen, lr), ours.keys(frozen, lr, noise_qkv[1]), ours.values(frozen, lr)
-        text_qkv = () if text is None else (text_projections(frozen, text),)
+        noise_qkv, lr_qkv, *text_qkv = self.projections(frozen, ours, noise, lr, text)
 
         if self.joint:
             noise_attended, lr_attended, *text_attended = joint_attention(noise_qkv, lr_qkv, *text_qkv)
@@ -105,6 +103,14 @@ class MMDiTControlBlock(nn.Module):
         lr_out = None if lr_attended is None else ours.output(lr_attended, lr)
         text_out = None if not text_attended or text_attended[0] is None else frozen.to_add_out(text_attended[0])
         return noise_out, lr_out, text_out
+
+    def projections(
+        self, frozen: Attention, ours: LRAttention, noise: Tensor, lr: Tensor, text: Tensor | None
+    ) -> list[QKV]:
+        """Of noise, LR and, where there is one, text."""
+        noise_qkv = noise_projections(frozen, noise)
+        lr_qkv = ours.queries(frozen, lr), ours.keys(frozen, lr, noise_qkv[1]), ours.values(frozen, lr)
+        return [noise_qkv, lr_qkv] if text is None else [noise_qkv, lr_qkv, text_projections(frozen, text)]
 
 
 def joint_attention(*streams: QKV) -> tuple[Tensor | None, ...]:

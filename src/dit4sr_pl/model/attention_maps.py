@@ -1,0 +1,98 @@
+"""What the streams of a block attend to (paper Figure 4), and the LR tokens that leave it (supplement Figure 2)."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dit4sr_pl.model.block import QKV, MMDiTControlBlock
+from dit4sr_pl.model.transformer import DiT4SRTransformer
+
+STREAMS = ("noise", "lr", "text")
+
+Maps = dict[tuple[str, str], Tensor]
+
+
+@dataclass
+class Record:
+    """Of one block, from the last evaluation of its network.
+
+    Args:
+        attn, attn2: attention maps by the streams of queries and keys, float32, means over heads: X -> L is
+            `attn["noise", "lr"]` `(B, K, K)`, a row per query. A stream's rows over all the keys that it sees sum to 1.
+            A map is missing where a stream does not see the other (variant A), or has no queries (the last block).
+        lr: LR tokens after the block `(B, K, D)`; after the last one they are unfinished, as nothing reads them.
+    """
+
+    attn: Maps = field(default_factory=dict)
+    attn2: Maps = field(default_factory=dict)
+    lr: Tensor | None = None
+
+
+@contextmanager
+def record(net: DiT4SRTransformer, blocks: Iterable[int]) -> Iterator[dict[int, Record]]:
+    """Records these blocks while it is open, one at a time; what the network returns stays the same.
+
+        with record(net, blocks=[3, 6]) as records:
+            net(noisy_latent, lr_latent, timestep, prompt_embeds, pooled_prompt_embeds)
+        records[6].attn["noise", "lr"]
+
+    Raises:
+        ValueError: no such block.
+    """
+    records = {index: Record() for index in blocks}
+    if absent := records.keys() - set(range(len(net.blocks))):
+        raise ValueError(f"blocks {sorted(absent)}: there are none; give some of 0 to {len(net.blocks) - 1}")
+    with ExitStack() as opened:
+        for index, kept in records.items():
+            opened.enter_context(recorded(net.blocks[index], kept))
+        yield records
+
+
+@contextmanager
+def recorded(block: MMDiTControlBlock, kept: Record) -> Iterator[None]:
+    """Hides a method of the block behind one that looks on: closed, nothing of it is left to be asked for."""
+    project = block.projections
+
+    def looking_on(*tokens) -> list[QKV]:
+        streams = project(*tokens)
+        maps = maps_of(dict(zip(STREAMS, streams, strict=False)), block.joint)
+        setattr(kept, "attn" if len(streams) == len(STREAMS) else "attn2", maps)
+        return streams
+
+    block.projections = looking_on
+    hook = block.register_forward_hook(lambda block, before, after: setattr(kept, "lr", after[1].detach()))
+    try:
+        yield
+    finally:
+        hook.remove()
+        del block.projections
+
+
+def maps_of(streams: Mapping[str, QKV], joint: bool) -> Maps:
+    """As the block attends: in one softmax, or in variant A in two, the LR stream's own apart."""
+    if joint:
+        return attention_maps(streams)
+    others = {name: qkv for name, qkv in streams.items() if name != "lr"}
+    return attention_maps(others) | attention_maps({"lr": streams["lr"]})
+
+
+@torch.no_grad()
+def attention_maps(streams: Mapping[str, QKV]) -> Maps:
+    """One softmax over the keys of all streams, its mean over heads cut by the streams of queries and of keys."""
+    queries = {name: q.float() for name, (q, _, _) in streams.items() if q is not None}
+    keys = {name: k.float() for name, (_, k, _) in streams.items()}
+    every_query, every_key = torch.cat([*queries.values()], dim=2), torch.cat([*keys.values()], dim=2)
+    scaled = every_query * every_query.shape[-1] ** -0.5
+    # Head by head: all of SD3.5-medium's 24 would take half a gigabyte per image of 512x512.
+    heads = zip(scaled.unbind(1), every_key.unbind(1), strict=True)
+    weights = sum((q @ k.mT).softmax(dim=-1) for q, k in heads) / scaled.shape[1]
+
+    rows = weights.split([q.shape[2] for q in queries.values()], dim=1)
+    return {
+        (asking, asked): part
+        for asking, row in zip(queries, rows, strict=True)
+        for asked, part in zip(keys, row.split([k.shape[2] for k in keys.values()], dim=2), strict=True)
+    }
