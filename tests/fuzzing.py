@@ -24,7 +24,8 @@ class Hang(BaseException):
 
 @dataclass
 class Report:
-    """What became of the files, by kind; the longest reading, in seconds; and what should not have been."""
+    """What became of the files, by kind; the longest reading, restoring or writing, in seconds; and what should not
+    have been."""
 
     refused: Counter = field(default_factory=Counter)
     restored: Counter = field(default_factory=Counter)
@@ -35,8 +36,9 @@ class Report:
 
 def fuzz(work: Path, count: int, monkeypatch: MonkeyPatch) -> Report:
     files, report = write(work / "in", odd_files(count)), Report()
-    for reader in ("jobs.picture_size", "picture_restorer.read_picture"):
-        watch(f"dit4sr_pl.{reader}", report, monkeypatch)
+    for part in ("PictureRestorer.__call__", "read_picture", "write_picture"):
+        watch(f"dit4sr_pl.picture_restorer.{part}", report, monkeypatch)
+    watch("dit4sr_pl.jobs.read_header", report, monkeypatch)
     errors = StringIO()
     with redirect_stderr(errors), redirect_stdout(StringIO()):
         message = command(monkeypatch, Bicubic(), f"input={work / 'in'}", f"output={work / 'out'}", "scale=1")
@@ -65,17 +67,17 @@ def watch(name: str, report: Report, monkeypatch: MonkeyPatch) -> None:
     """Times the calls of a function, and ends those that take too long."""
     from pydoc import locate
 
-    reader: Callable = locate(name)
+    part: Callable = locate(name)
 
     def timed(*arguments):
         def stop(*_):
-            raise Hang(arguments[0])
+            raise Hang(arguments)
 
         signal.signal(signal.SIGALRM, stop)
         signal.alarm(LIMIT)
         start = time.perf_counter()
         try:
-            return reader(*arguments)
+            return part(*arguments)
         finally:
             signal.alarm(0)
             report.slowest = max(report.slowest, time.perf_counter() - start)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from urllib.request import urlopen
 
+import imagecodecs
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -18,10 +20,12 @@ from selenium.webdriver.support.ui import WebDriverWait
 from skimage import data
 from toy import SAMPLER
 
-from dit4sr_pl.app import check, restored
+from dit4sr_pl.app import answer, check, restored
 from dit4sr_pl.backbone import Backbone
 from dit4sr_pl.images import read_image
+from dit4sr_pl.jobs import Job
 from dit4sr_pl.latents import enlarge
+from dit4sr_pl.picture_restorer import PictureRestorer
 from dit4sr_pl.restorer import Restorer
 
 
@@ -100,9 +104,30 @@ def test_the_page_shows_what_the_restorer_restores_and_says_what_is_wrong(addres
 
 
 def test_large_results_and_wrong_settings_are_refused(photo, restorer):
-    for settings, limit, message in (({}, 10000, "256x192 pixels: at most 10000"), ({"steps": 0}, 10**6, "steps=0")):
+    cfg = OmegaConf.create({"max_pixels": 10000, "max_steps": 100})
+    for scale, steps, message in (
+        (4, 2, "256x192 pixels: at most 10000"),
+        (1, 0, "steps=0"),
+        (1, 10**6, "steps=1000000: must be from 1 to 100"),
+        (9, 2, "scale=9: must be a number from 1 to 8"),
+        (0.5, 2, "scale=0.5"),
+    ):
         with pytest.raises(ValueError, match=message):
-            restored(restorer, photo, 4, "", 0, settings, limit, show=lambda done: None)
+            restored(restorer, cfg, photo, scale, "", 0, {"steps": steps}, show=lambda done: None)
+
+
+def test_a_file_on_the_page_is_the_file_that_restore_writes(restorer, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 65536, (9, 7, 4), dtype=np.uint16)
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(levels))
+    cfg = OmegaConf.create({"max_pixels": 10**6, "max_steps": 100})
+    restore_file = answer(restorer, cfg, str(tmp_path))
+    _, after = restore_file(str(tmp_path / "a.png"), 2, "", 2, 1.0, "adain", 3, progress=lambda *_, **__: None)
+    chosen = Restorer(restorer.net, restorer.backbone, dataclasses.replace(restorer.sampler, steps=2))
+    pictures = PictureRestorer(chosen, 2, "bicubic", 3, torch.device("cpu"))
+    job = Job(tmp_path / "a.png", tmp_path / "out" / "a.png", "a", (9, 7), True)
+    assert [outcome.failure for outcome in pictures.run([[job]], lambda pixels: None)] == [None]
+    assert after.name == "a.png" and after.read_bytes() == job.target.read_bytes()
+    assert imagecodecs.png_decode(after.read_bytes()).shape == (18, 14, 4)
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):
@@ -114,6 +139,8 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
 def test_a_port_in_use_is_named():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        cfg = {"scale": 4, "host": "127.0.0.1", "port": port, "model": {"backbone": {"name": "x", "embeddings": None}}}
+        backbone = {"name": "x", "dtype": "float32", "embeddings": None}
+        cfg = {"scale": 4, "sampler": {"steps": 1}, "max_steps": 1, "model": {"backbone": backbone}}
+        cfg |= {"host": "127.0.0.1", "port": port}
         with pytest.raises(ValueError, match=f"port={port}: Address already in use"):
             check(OmegaConf.create(cfg))

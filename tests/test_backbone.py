@@ -1,4 +1,6 @@
+import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 from dit4sr_pl.backbone import SHIPPED, Backbone, encoders_of
 from dit4sr_pl.latents import LatentCoder, enlarge
 from dit4sr_pl.randomness import generator
+from dit4sr_pl.text import PromptEncoder
 
 
 def test_tiny_sd3_is_a_whole_pipeline_of_at_most_40_mb(tiny_backbone):
@@ -64,15 +67,52 @@ def test_prompts_equal_diffusers_and_are_encoded_once(tiny_backbone, monkeypatch
     expected, _, pooled, _ = pipeline.encode_prompt(
         prompts, prompts, prompts, do_classifier_free_guidance=False, max_sequence_length=8
     )
-    encoder = tiny_backbone.prompts
-    encoder.known.clear()
-    calls = []
-    encode = type(encoder).encode
-    monkeypatch.setattr(type(encoder), "encode", lambda self, *args: calls.append(args) or encode(self, *args))
+    encoder, calls = PromptEncoder(pipeline, 8), []
+    encode = pipeline.encode_prompt
+    monkeypatch.setattr(pipeline, "encode_prompt", lambda **given: calls.append(given["prompt"]) or encode(**given))
     embeds, pooled_embeds = encoder(prompts, torch.device("cpu"))
     torch.testing.assert_close(embeds, expected)
     torch.testing.assert_close(pooled_embeds, pooled)
-    assert embeds.shape == (3, 16, 64) and len(calls) == 2
+    assert embeds.shape == (3, 16, 64) and calls == ["a cat", ""]
+
+
+def test_without_t5_its_tokens_are_zeros_as_diffusers_has_them(tiny_backbone, tmp_path):
+    folder = tmp_path / "sd3"
+    shutil.copytree(SHIPPED / "tiny-sd3", folder, ignore=shutil.ignore_patterns("*_3"))
+    parts = json.loads((folder / "model_index.json").read_text())
+    parts |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(parts))
+    embeds, pooled = Backbone(str(folder), "float32", 8).prompts(["a cat"], torch.device("cpu"))
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        folder, vae=None, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
+    )
+    expected, _, expected_pooled, _ = pipeline.encode_prompt(
+        "a cat", "a cat", "a cat", do_classifier_free_guidance=False, max_sequence_length=8
+    )
+    torch.testing.assert_close((embeds, pooled), (expected, expected_pooled))
+    whole, _ = tiny_backbone.prompts(["a cat"], torch.device("cpu"))
+    assert embeds.shape == whole.shape and not embeds[:, 8:].any() and torch.equal(embeds[:, :8], whole[:, :8])
+
+
+def test_prompts_that_came_last_are_remembered_and_no_more(tiny_backbone, monkeypatch):
+    monkeypatch.setattr("dit4sr_pl.text.REMEMBERED", 3)
+    encoder, alive, calls = PromptEncoder(tiny_backbone.text_encoders, 8), weakref.WeakSet(), []
+    encode = tiny_backbone.text_encoders.encode_prompt
+
+    def counted(**given):
+        embeddings = encode(**given)
+        calls.append(given["prompt"])
+        alive.add(embeddings[0])
+        return embeddings
+
+    monkeypatch.setattr(tiny_backbone.text_encoders, "encode_prompt", counted)
+    for image in range(9):
+        for prompts in ([f"caption {image}"], ["negative"]):  # as guidance asks
+            encoder(prompts, torch.device("cpu"))
+    assert len(alive) == 3 and calls.count("negative") == 1 and len(calls) == 10
+    batch = [f"caption {image}" for image in range(9)]
+    embeds, _ = encoder(batch, torch.device("cpu"))
+    assert torch.equal(embeds, torch.cat([encoder([prompt], torch.device("cpu"))[0] for prompt in batch]))
 
 
 def test_latents_of_tiny_sd3_come_back_as_the_image_and_have_unit_scale(tiny_backbone):

@@ -105,7 +105,10 @@ def test_help_needs_no_pytorch(command, tmp_path):
         (["restore", "input=half.ckpt", "scale=four"], "scale=four: must be a number from 1 to 8"),
         (["restore", "input=half.ckpt", "batch_size=0"], "batch_size=0: must be 1 or more"),
         (["restore", "input=half.ckpt", "alpha=wavelet"], "alpha=wavelet: choose one of bicubic, network"),
-        (["restore", "input=half.ckpt", "dtype=int8"], "dtype=int8: choose one of float32, bfloat16, float16"),
+        (
+            ["restore", "input=half.ckpt", "model.backbone.dtype=int8"],
+            "dtype=int8: choose one of float32, bfloat16, float16",
+        ),
         (["restore", "input=.", "output=in/.."], "is the input folder; choose another"),
         (["restore", "input=."], ".: no images in this folder or below it"),
         (["restore", "input=half.ckpt"], "not restored: half.ckpt: not a readable image (unknown format)"),

@@ -10,7 +10,7 @@ from toy import SAMPLER
 
 from dit4sr_pl.backbone import Backbone
 from dit4sr_pl.latents import enlarge
-from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, save_part
+from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, lr_stream, save_part
 from dit4sr_pl.model.checkpoints import base_of, part_of
 from dit4sr_pl.pipeline import DiT4SRPipeline
 from dit4sr_pl.randomness import generator
@@ -38,8 +38,24 @@ def test_it_restores_what_the_restorer_restores(pipe, lr):
     restorer = Restorer.load(Backbone("tiny-sd3", "float32", 8), sampler, "tiny-dit4sr", torch.device("cpu"))
     expected = restorer(lr, (28, 36), ["a cat", ""], ["0", "1"], seed=3)
     images = pipe(lr, ["a cat", ""], scale=2, guidance_scale=1.5, seed=3, **SETTINGS, **settings).images
-    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)  # the restorer's projections are folded
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
     assert not torch.equal(pipe(lr, scale=2, seed=4, **SETTINGS).images, pipe(lr, scale=2, seed=3, **SETTINGS).images)
+
+
+def test_projections_are_folded_once_a_call_and_what_is_saved_stays(pipe, lr, monkeypatch):
+    before = {name: tensor.clone() for name, tensor in pipe.lr_stream.state_dict().items()}
+    products, folded = [], []
+    product, network = lr_stream.product, pipe.network
+    monkeypatch.setattr(lr_stream, "product", lambda *linears: products.append(linears) or product(*linears))
+    monkeypatch.setattr(pipe, "network", lambda: folded.append(network()) or folded[-1])
+    pipe(lr, num_inference_steps=2)
+    attentions = [module for module in folded[0].lr_stream.modules() if isinstance(module, lr_stream.LRAttention)]
+    assert len(products) == sum(3 if each.needs_output else 2 for each in attentions)
+    assert all(each.folded for each in attentions)
+    assert not any(getattr(module, "folded", False) for module in pipe.lr_stream.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.lr_stream.state_dict().items())
+    out = [net.blocks[0].attn.out.weight.data_ptr() for net in (folded[0].lr_stream, pipe.lr_stream)]
+    assert out[0] == out[1]
 
 
 def test_the_calls_defaults_are_the_models_own(pipe, lr):

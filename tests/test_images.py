@@ -35,10 +35,11 @@ def test_every_suffix_is_found_and_read(tmp_path, rgb, suffix):
     np.testing.assert_array_equal(pixels(path), np.asarray(Image.open(path).convert("RGB")))
 
 
-def test_find_images_is_recursive_sorted_and_skips_hidden_files(tmp_path, rgb):
-    names = ["b.png", "a.JPG", "sub/c.png", "._b.png", "notes.txt"]
+def test_find_images_is_recursive_sorted_and_skips_what_is_hidden(tmp_path, rgb):
+    tmp_path = tmp_path / ".photos"  # but for the folder itself
+    names = ["b.png", "a.JPG", "sub/c.png", "._b.png", "notes.txt", ".thumbnails/b.png", "sub/.git/deep/d.png"]
     for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/d.png").touch()

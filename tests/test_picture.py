@@ -12,8 +12,9 @@ from PIL import ExifTags, Image, ImageCms
 from PIL.PngImagePlugin import putchunk
 from standin import Bicubic
 
+from dit4sr_pl.images import read_image
 from dit4sr_pl.jobs import result_size
-from dit4sr_pl.picture import Picture, picture_size, read_picture, write_picture
+from dit4sr_pl.picture import Picture, read_header, read_picture, write_picture
 from dit4sr_pl.picture_restorer import PictureRestorer
 
 HEIGHT, WIDTH = 11, 7
@@ -72,7 +73,9 @@ def levels_of_png(path) -> np.ndarray:
 def through(path, scale=1, alpha="bicubic", restorer=None, **options) -> Picture:
     """What is written for a file, read again by hand."""
     pictures = PictureRestorer(restorer or Bicubic(), scale, alpha, 0, torch.device("cpu"))
-    (restored,) = pictures([read_picture(path, **options)], ["a"], [""], lambda: None)
+    picture = read_picture(path, **options)
+    assert read_header(path, **options).alpha == (picture.alpha is not None)
+    (restored,) = pictures([picture], ["a"], [""], lambda pixels: None)
     write_picture(path.parent / "out" / "a.png", restored)
     return restored
 
@@ -149,6 +152,25 @@ def test_sixteen_bit_tiff_keeps_every_level(tmp_path, channels, layout):
     kind |= {"extrasamples": ["unassalpha"]} if channels == 4 else {}
     tifffile.imwrite(tmp_path / "a.tif", planes, **kind, **layout)
     np.testing.assert_array_equal(written(tmp_path / "a.tif"), levels)
+
+
+@pytest.mark.parametrize("white", [65535, 1023])
+@pytest.mark.parametrize("kind", ["P2", "P3", "P5", "P6"])
+def test_pgm_and_ppm_of_more_than_eight_bits_keep_every_level(tmp_path, kind, white):
+    levels = draw(3 if kind in ("P3", "P6") else 1, np.uint16) & white
+    levels.flat[:2] = 0, white
+    numbers = b"# of a comment 7\n" + " ".join(map(str, levels.flat)).encode()
+    body = numbers if kind in ("P2", "P3") else levels.astype(">u2").tobytes()
+    path = tmp_path / "a.ppm"
+    path.write_bytes(f"{kind}\n# made by hand\n{WIDTH} {HEIGHT}\n{white}\n".encode() + body)
+    expected = np.array([round(int(level) / white * 65535) for level in levels.flat]).reshape(levels.shape)
+    np.testing.assert_array_equal(written(path), expected)
+    assert read_picture(path).bits == 16
+    eight = np.atleast_3d(np.rint(expected / 257)).repeat(1 if levels.ndim == 3 else 3, axis=2)
+    assert (np.abs(read_image(path).permute(1, 2, 0).numpy() - eight) <= (levels.ndim == 3)).all()
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="a.ppm: not a readable image"):
+        read_picture(path)
 
 
 def test_sixteen_bit_tiff_whose_white_is_zero_or_whose_colour_is_premultiplied(tmp_path):
@@ -348,7 +370,7 @@ def test_several_frames_are_refused_unless_the_first_is_wanted(tmp_path):
         path = tmp_path / f"a{suffix}"
         lossless = {"lossless": True} if suffix == ".webp" else {}
         frames[0].save(path, save_all=True, append_images=frames[1:], **lossless)
-        for reading in (read_picture, picture_size):
+        for reading in (read_picture, read_header):
             with pytest.raises(ValueError, match=r"3 frames or pages; first_frame=true restores the first"):
                 reading(path)
         first = written(path, first_frame=True)
@@ -389,4 +411,4 @@ def test_24_megapixels_are_read_and_900_are_refused_by_their_header(tmp_path):
     putchunk(bomb, b"IEND")
     (tmp_path / "bomb.png").write_bytes(bomb.getvalue())
     with pytest.raises(ValueError, match=r"900000000 pixels\) exceeds limit"):
-        picture_size(tmp_path / "bomb.png")
+        read_header(tmp_path / "bomb.png")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -187,6 +188,36 @@ def test_an_interrupted_write_leaves_nothing(folder, tmp_path, monkeypatch):
     assert message.startswith("interrupted: 0 of 5") and not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("alpha", ["bicubic", "network"])
+def test_the_bar_counts_every_pass_through_the_network(tmp_path, monkeypatch, alpha):
+    moves = []
+
+    class Bar(nullcontext):
+        def __enter__(self):
+            return self
+
+        def add_task(self, description, total, **fields):
+            moves.append(("total", total))
+
+        def advance(self, task, pixels):
+            moves.append(("step", pixels))
+
+        def update(self, task, completed, done):
+            moves.append(("completed", completed))
+
+    (tmp_path / "in").mkdir()
+    for name, mode in (("a", "RGBA"), ("b", "RGB"), ("c", "LA")):
+        Image.new(mode, (4, 3)).save(tmp_path / f"in/{name}.png")
+    monkeypatch.setattr("dit4sr_pl.restore.progress_bar", Bar)
+    arguments = [f"input={tmp_path / 'in'}", f"output={tmp_path / 'o'}", "batch_size=2", f"alpha={alpha}"]
+    assert command(monkeypatch, Bicubic(), *arguments) is None
+    expected = {
+        "bicubic": "total 36, step 24, completed 12, completed 24, step 12, completed 36",
+        "network": "total 60, step 24, step 12, completed 24, completed 36, step 12, step 12, completed 60",
+    }
+    assert ", ".join(f"{kind} {pixels:g}" for kind, pixels in moves) == expected[alpha]
+
+
 def test_pictures_that_differ_only_in_how_they_lie_share_a_batch_of_files(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     for name, orientation in (("a", 1), ("b", 6), ("c", 1)):
@@ -214,14 +245,27 @@ def test_a_caption_model_describes_what_has_no_prompt(folder, tmp_path, monkeypa
     described = {name: captioner([read_image(folder / f"{name}.png")])[0] for name in "012"}
     assert any(described.values()) and captions == described | {"3": "a cat"}
     assert sorted(path.name for path in folder.glob("*.txt")) == ["3.txt"]
+    assert {path.stem for path in (tmp_path / "out").glob("*.txt")} == set("0124")
 
 
-def test_dtype_is_the_backbones(photo, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr("dit4sr_pl.backbone.Backbone.__init__", lambda self, **options: seen.append(options["dtype"]))
-    for extra in ([], ["dtype=bfloat16"]):
-        command(monkeypatch, Bicubic(), f"input={photo}", f"output={tmp_path / 'o'}", "overwrite=true", *extra)
-    assert seen == ["float32", "bfloat16"]
+def test_captions_outlast_ctrl_c_until_overwrite(folder, tmp_path, monkeypatch):
+    asked, stop = [], 2
+
+    def write(images):
+        asked.append(images)
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        return [f"caption {len(asked)}"]
+
+    monkeypatch.setattr("dit4sr_pl.captioner.Captioner", lambda **options: write)
+    arguments = [f"input={folder}", f"output={tmp_path / 'out'}", "captioner=llava"]
+    restorer = Bicubic()
+    assert command(monkeypatch, restorer, *arguments).startswith("interrupted") and not restorer.calls
+    assert command(monkeypatch, restorer, *arguments) is None and len(asked) == 6
+    assert [call.captions[0] for call in restorer.calls] == [f"caption {i}" for i in (1, 4, 6, 3, 5)]
+    (tmp_path / "out/3.png").unlink()
+    assert command(monkeypatch, restorer, *arguments) is None and len(asked) == 6
+    assert command(monkeypatch, restorer, *arguments, "overwrite=true") is None and len(asked) == 11
 
 
 def test_a_note_says_what_of_a_file_is_left_out(tmp_path, monkeypatch, capsys):

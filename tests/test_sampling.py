@@ -155,6 +155,19 @@ def test_solvers_come_closer_to_the_solution_with_more_steps_and_count_their_eva
     assert errors[1] < errors[0] / (3 if solver == "euler" else 8)
 
 
+@pytest.mark.parametrize("solver", ["dpm", "unipc"])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+def test_solvers_of_other_families_take_the_bases_shift(solver, shift):
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        sampler = instantiate(compose("restore", ["input=x", f"sampler/solver={solver}", "sampler.steps=7"]).sampler)
+    base = FlowMatchEulerDiscreteScheduler(shift=shift)
+    schedule, _ = sampler.schedule(base)
+    first, last = (0.999, 0) if solver == "dpm" else (1, 0.001)  # either leaves out an end of the table
+    even = [first + i / 7 * (last - first) for i in range(7)] + [0]
+    assert schedule.sigmas.tolist() == pytest.approx([shift * s / (1 + (shift - 1) * s) for s in even], abs=2e-6)
+    assert base.config.shift == shift and "flow_shift" not in base.config
+
+
 def test_starting_from_the_lr_latent_skips_the_first_steps_and_mixes_it_with_noise(tiny_backbone):
     sampler, seen = replace(SAMPLER, steps=10, start="lr", strength=0.3), []
     lr_latent, noise = torch.full((1, 1, 8, 8), 2.0), torch.full((1, 1, 8, 8), 1.0)

@@ -27,6 +27,12 @@ for library in (diffusers, transformers):
 SHIPPED = Path(__file__).parent / "weights"
 
 
+class TextEncoders(StableDiffusion3Pipeline):
+    """SD3's, of which T5 may be left out."""
+
+    _optional_components = [*StableDiffusion3Pipeline._optional_components, "text_encoder_3", "tokenizer_3"]
+
+
 class Backbone:
     """SD3, SD3.5 or tiny-sd3.
 
@@ -63,8 +69,10 @@ class Backbone:
 
     @cached_property
     def text_encoders(self) -> StableDiffusion3Pipeline:
-        pipeline = self.read(StableDiffusion3Pipeline, transformer=None, vae=None, dtype=self.dtype)
+        pipeline = self.read(TextEncoders, transformer=None, vae=None, dtype=self.dtype)
         pipeline.set_progress_bar_config(disable=True)
+        if pipeline.text_encoder_3 is None:  # then diffusers puts zeros in T5's place, as wide as the transformer reads
+            pipeline.register_modules(transformer=self.transformer)
         for encoder in encoders_of(pipeline):
             self.place(encoder)
         return pipeline

@@ -18,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 PACKAGE = Path(__file__).parent
 USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
+DTYPES = ("float32", "bfloat16", "float16")
+SCALES = (1, 8)
 
 
 def conf_folder() -> Path:
@@ -141,9 +143,17 @@ def check_data(data: DictConfig, written: str = "") -> None:
         raise ValueError("no photos; give data.folders=[PATH] or data.sets.NAME.folder=PATH")
 
 
+def check_scale(scale: float) -> None:
+    """Raises ValueError unless images can be restored at this scale."""
+    if not isinstance(scale, int | float) or not SCALES[0] <= scale <= SCALES[1]:
+        raise ValueError(f"scale={scale}: must be a number from {SCALES[0]} to {SCALES[1]}")
+
+
 def check_backbone(backbone: DictConfig) -> None:
-    """Raises FileNotFoundError for a model folder or embeddings that are not there; a name without `.`, `/` or `~` in
-    front may be a hub id or a shipped model, which only loading can tell."""
+    """Raises ValueError for an unknown dtype, FileNotFoundError for a model folder or embeddings that are not there; a
+    name without `.`, `/` or `~` in front may be a hub id or a shipped model, which only loading can tell."""
+    if backbone.dtype not in DTYPES:
+        raise ValueError(f"model.backbone.dtype={backbone.dtype}: choose one of {', '.join(DTYPES)}")
     if backbone.name.startswith((".", "/", "~")):
         check_readable(Path(backbone.name) / "model_index.json", "model.backbone.name")
     if backbone.embeddings is not None:

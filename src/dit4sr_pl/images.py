@@ -24,8 +24,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")  # of the
 def find_images(folder: Path | str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
     """All images under `folder`, sorted by path, in any letter case of `suffixes`.
 
-    Linked folders are entered, unless they lead back up; hidden files are passed over (unfinished writes, macOS's
-    `._photo.jpg`).
+    Linked folders are entered, unless they lead back up; what is hidden in `folder` is passed over: files (unfinished
+    writes, macOS's `._photo.jpg`) and folders (`.thumbnails`).
 
     Raises `FileNotFoundError` if there is no such folder, `ValueError` if it holds no image.
     """
@@ -59,13 +59,13 @@ def rgb_pixels(image: Image.Image) -> torch.Tensor:
     """uint8 RGB `(3, H, W)` of an opened image, by the rules of `read_image`."""
     import torch
 
-    return torch.from_numpy(_to_rgb(ImageOps.exif_transpose(image))).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1).contiguous()
 
 
 def open_rgb(path: Path | str) -> Image.Image:
     """The same as an image of Pillow's, without PyTorch; errors as `read_image`."""
     with opened(path) as image:
-        return Image.fromarray(_to_rgb(ImageOps.exif_transpose(image)))
+        return Image.fromarray(_to_rgb(image))
 
 
 def check_image(path: Path | str) -> tuple[int, int]:
@@ -74,7 +74,7 @@ def check_image(path: Path | str) -> tuple[int, int]:
     Raises `ValueError` where `read_image` does.
     """
     with opened(path) as image:
-        height, width, _ = _to_rgb(ImageOps.exif_transpose(image)).shape
+        height, width, _ = _to_rgb(image).shape
     return width, height
 
 
@@ -106,14 +106,14 @@ def write_image(path: Path | str, image: torch.Tensor, writer: str = "") -> None
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Folders with the names of their files; a link to a folder that is being walked is not entered again."""
+    """Folders with the names of their files; not entered are hidden ones and links to one that is being walked."""
     above = {str(folder): {os.path.realpath(folder)}}
     for parent, folders, names in os.walk(folder, followlinks=True):
         yield parent, names
         entered = above.pop(parent)
         for name in list(folders):
             below = os.path.join(parent, name)
-            if (real := os.path.realpath(below)) in entered:
+            if name.startswith(".") or (real := os.path.realpath(below)) in entered:
                 folders.remove(name)
             else:
                 above[below] = entered | {real}
@@ -135,7 +135,11 @@ def opened(path: Path | str) -> Iterator[Image.Image]:
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    """uint8 `(H, W, 3)`, contiguous and writable."""
+    """uint8 `(H, W, 3)`, upright, contiguous and writable."""
+    deep_grey = image.format == "PPM" and image.mode == "I"
+    image = ImageOps.exif_transpose(image)
+    if deep_grey:  # 16 bits in a mode of 32
+        image = image.convert("I;16")
     if image.mode in ("I", "F"):
         raise ValueError(UNKNOWN_RANGE)
     if image.mode.startswith("I;16"):

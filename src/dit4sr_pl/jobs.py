@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dit4sr_pl.captions import CaptionFiles
 from dit4sr_pl.images import find_images
-from dit4sr_pl.picture import PICTURE_SUFFIXES, picture_size
+from dit4sr_pl.picture import PICTURE_SUFFIXES, read_header
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,14 @@ class Job:
     Args:
         source, target: its file and its result's.
         name: the file's path below the input folder without suffix; decides on the noise and the caption's file.
-        size: height and width in the file's header.
+        size, alpha: of the file's header.
     """
 
     source: Path
     target: Path
     name: str
     size: tuple[int, int]
+    alpha: bool
     prompt: str = ""
 
 
@@ -76,7 +77,7 @@ def list_work(
             if target.is_file() and not overwrite:
                 work.done += 1
                 continue
-            work.jobs.append(Job(file, target, name, picture_size(file, first_frame), prompt or texts[name]))
+            work.jobs.append(Job(file, target, name, *read_header(file, first_frame), prompt or texts[name]))
         except (ValueError, OSError) as error:
             work.failures.append(str(error))
     return work

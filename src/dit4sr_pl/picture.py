@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
@@ -54,7 +55,8 @@ class Picture:
 def read_picture(path: Path | str, first_frame: bool = False) -> Picture:
     """Reads a file whole.
 
-    PNG and TIFF keep 16 bits per channel. CMYK becomes 8-bit sRGB through its profile, and is then without one.
+    PNG, TIFF, PGM and PPM keep 16 bits per channel. CMYK becomes 8-bit sRGB through its profile, and is then without
+    one.
 
     Raises `ValueError` for a file that is missing, damaged or no image; for 32-bit pixels, whose range is unknown; for
     more pixels than Pillow thinks safe (89 million); for several frames or pages, unless `first_frame` is wanted.
@@ -78,8 +80,15 @@ def read_picture(path: Path | str, first_frame: bool = False) -> Picture:
     return Picture(color, alpha, 16 if deep else 8, icc, exif, tuple(dict.fromkeys(notes)))
 
 
-def picture_size(path: Path | str, first_frame: bool = False) -> tuple[int, int]:
-    """Height and width as the file's header gives them, before it is turned upright, without decoding it.
+class Header(NamedTuple):
+    """Height and width before the picture is turned upright, and whether it has alpha."""
+
+    size: tuple[int, int]
+    alpha: bool
+
+
+def read_header(path: Path | str, first_frame: bool = False) -> Header:
+    """What a file says of itself before anything is decoded.
 
     Raises `ValueError` where `read_picture` would for what the header shows.
     """
@@ -87,7 +96,7 @@ def picture_size(path: Path | str, first_frame: bool = False) -> tuple[int, int]
         _check_frames(image, first_frame)
         if image.mode == "F":
             raise ValueError(UNKNOWN_RANGE)
-        return image.height, image.width
+        return Header((image.height, image.width), image.has_transparency_data)
 
 
 def write_picture(path: Path, picture: Picture) -> None:
@@ -140,11 +149,15 @@ def _is_deep(image: Image.Image) -> bool:
         return False
     if image.format == "TIFF":
         return set(image.tag_v2.get(BITS_PER_SAMPLE, ())) == {16}
+    if image.format == "PPM":  # arguments are the mode and what is white, or the mode alone
+        return image.mode == "I" or (image.tile[0].args[0] == "RGB" and image.tile[0].args[1] > 255)
     return image.format == "PNG" and ";16" in str(image.tile[0].args)
 
 
 def _deep_levels(path: Path | str, format: str) -> np.ndarray:
-    """uint16 `(H, W)` or `(H, W, C)` of a PNG or TIFF, as it lies in the file."""
+    """uint16 `(H, W)` or `(H, W, C)` of a PNG, TIFF, PGM or PPM, as it lies in the file."""
+    if format == "PPM":
+        return _netpbm_levels(path)
     if format == "PNG":
         import imagecodecs
 
@@ -165,6 +178,20 @@ def _deep_levels(path: Path | str, format: str) -> np.ndarray:
         color = np.rint(np.divide(color * 65535, alpha, out=np.zeros_like(color), where=alpha > 0))
         levels = np.concatenate([color.clip(0, 65535).astype(np.uint16), alpha], axis=2)
     return levels[..., :-1] if extra and extra[0].name == "UNSPECIFIED" else levels
+
+
+def _netpbm_levels(path: Path | str) -> np.ndarray:
+    """Of a PGM or PPM of 9 to 16 bits, scaled to 16; Pillow would keep 8 of colour."""
+    with opened(path) as image:
+        shape = image.height, image.width, len(image.getbands())
+        codec, _, start, arguments = image.tile[0]
+    white = arguments[1] if isinstance(arguments, tuple) else 65535
+    content, count = Path(path).read_bytes()[start:], shape[0] * shape[1] * shape[2]
+    if codec == "ppm_plain":
+        levels = np.array(re.sub(rb"#[^\r\n]*", b"", content).split()[:count], dtype=float)
+    else:
+        levels = np.frombuffer(content, ">u2", count)
+    return np.rint(levels / white * 65535).astype(np.uint16).reshape(shape)
 
 
 def _turned(levels: np.ndarray, orientation: int) -> np.ndarray:

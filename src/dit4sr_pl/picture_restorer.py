@@ -43,8 +43,9 @@ class PictureRestorer:
     device: torch.device
     first_frame: bool = False
 
-    def run(self, batches: Iterable[list[Job]], on_step: Callable[[list[Job]], None]) -> Iterator[Outcome]:
-        """Restores and writes; every job has one outcome. `on_step(jobs)` is called after each step of theirs.
+    def run(self, batches: Iterable[list[Job]], on_step: Callable[[int], None]) -> Iterator[Outcome]:
+        """Restores and writes; every job has one outcome. `on_step` is told after every evaluation of the network of
+        how many LR pixels it was.
 
         Raises:
             OSError: nothing more can be written.
@@ -60,11 +61,11 @@ class PictureRestorer:
                 same = [(job, picture) for job, picture in read if picture.color.shape[-2:] == size]
                 yield from self._write(same, on_step)
 
-    def _write(self, read: list[tuple[Job, Picture]], on_step: Callable[[list[Job]], None]) -> Iterator[Outcome]:
+    def _write(self, read: list[tuple[Job, Picture]], on_step: Callable[[int], None]) -> Iterator[Outcome]:
         jobs, pictures = zip(*read, strict=True)
         try:
             names, prompts = [job.name for job in jobs], [job.prompt for job in jobs]
-            restored = self(pictures, names, prompts, lambda *_: on_step(jobs))
+            restored = self(pictures, names, prompts, on_step)
         except (ValueError, MemoryError, RuntimeError) as error:  # PyTorch's lack of memory is a RuntimeError
             reason = str(error).partition("\n")[0] or "out of memory"
             yield from (Outcome(job, f"{job.source}: {reason}") for job in jobs)
@@ -79,7 +80,7 @@ class PictureRestorer:
                 yield Outcome(job, f"{job.source}: {error}")
 
     def __call__(
-        self, pictures: Iterable[Picture], names: list[str], prompts: list[str], on_step: Callable[..., None]
+        self, pictures: Iterable[Picture], names: list[str], prompts: list[str], on_step: Callable[[int], None]
     ) -> list[Picture]:
         """Pictures of one size, restored. Grey ones are the mean of the channels that the network makes of them."""
         size = result_size(pictures[0].color.shape[-2:], self.scale)
@@ -88,7 +89,7 @@ class PictureRestorer:
         for picture, name, color in zip(pictures, names, sr, strict=True):
             alpha = picture.alpha
             if alpha is not None and self.alpha == "network":
-                alpha = self._network([alpha], size, [""], [f"{name}/alpha"], lambda *_: None)[0].mean(0, keepdim=True)
+                alpha = self._network([alpha], size, [""], [f"{name}/alpha"], on_step)[0].mean(0, keepdim=True)
             elif alpha is not None:
                 alpha = enlarge(alpha[None], size)[0]
             grey = len(picture.color) == 1
@@ -97,4 +98,6 @@ class PictureRestorer:
 
     def _network(self, planes: list[Tensor], size: tuple[int, int], prompts, names, on_step) -> Tensor:
         lr = torch.stack([plane.expand(3, -1, -1) for plane in planes]).to(self.device)
-        return self.restorer(lr, size, prompts, names, self.seed, on_step=on_step).float().cpu()
+        pixels = lr.shape[0] * lr.shape[2] * lr.shape[3]
+        step = lambda: on_step(pixels)  # noqa: E731
+        return self.restorer(lr, size, prompts, names, self.seed, on_step=step).float().cpu()

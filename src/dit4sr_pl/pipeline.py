@@ -212,9 +212,18 @@ class DiT4SRPipeline(DiffusionPipeline):
         return sr
 
     def network(self) -> DiT4SRTransformer:
-        """The transformer and the LR stream, paired: no weight is copied."""
-        net = DiT4SRTransformer(self.transformer, lr_stream=self.lr_stream).eval()
-        net.register_forward_pre_hook(lambda net, _: onload(net.base, net.lr_stream))
+        """The transformer and a second LR stream, which is folded; of its other weights none is a copy."""
+        with torch.device("meta"):
+            folded = LRStream.over(self.transformer, self.lr_stream.variant)
+        net = DiT4SRTransformer(self.transformer, lr_stream=folded).eval()
+
+        def ready(*_) -> None:
+            onload(self.transformer, self.lr_stream)
+            if next(folded.parameters()).is_meta:  # the first time, where the weights are about to work
+                folded.load_state_dict(self.lr_stream.state_dict(), assign=True)
+                folded.fold(self.transformer)
+
+        net.register_forward_pre_hook(ready)
         return net
 
     def enable_sequential_cpu_offload(self, *_, **__):

@@ -2,12 +2,13 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.config import check_backbone, check_readable, check_writable, choose_device, command
+from dit4sr_pl.config import check_backbone, check_readable, check_scale, check_writable, choose_device, command
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from dit4sr_pl.jobs import Work
 
 ALPHA = ("bicubic", "network")
-DTYPES = ("float32", "bfloat16", "float16")
-SCALES = (1, 8)
 
 
 @command("restore")
@@ -50,21 +49,19 @@ def restore(work: "Work", cfg: DictConfig) -> None:
     from dit4sr_pl.picture_restorer import PictureRestorer
     from dit4sr_pl.restorer import Restorer
 
-    if cfg.dtype is not None:
-        cfg.model.backbone.dtype = cfg.dtype
     device, backbone = torch.device(cfg.device), instantiate(cfg.model.backbone)
     restorer = Restorer.load(backbone, instantiate(cfg.sampler), cfg.checkpoint, device, cfg.offload)
     pictures = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, device, cfg.first_frame)
     waiting, work.jobs = work.jobs, []
-    area = {job: job.size[0] * job.size[1] for job in waiting}
+    pixels = {job: job.size[0] * job.size[1] * (2 if job.alpha and cfg.alpha == "network" else 1) for job in waiting}
     evaluations = restorer.evaluations
     with progress_bar() as bar:
-        task = bar.add_task("restoring", total=sum(area.values()), done=0, count=len(waiting))
-        step = lambda jobs: bar.advance(task, sum(area[job] for job in jobs) / evaluations)  # noqa: E731
+        task = bar.add_task("restoring", total=sum(pixels.values()), done=0, count=len(waiting))
+        step = lambda evaluated: bar.advance(task, evaluated / evaluations)  # noqa: E731
         finished = 0
         try:
             for job, failure, notes in pictures.run(batches(waiting, cfg.batch_size), step):
-                finished += area[job]
+                finished += pixels[job]
                 bar.update(task, completed=finished, done=len(work.jobs) + 1)
                 if failure is None:
                     work.jobs.append(job)
@@ -80,23 +77,28 @@ def restore(work: "Work", cfg: DictConfig) -> None:
 
 
 def caption(work: "Work", cfg: DictConfig) -> None:
-    """Gives the pictures without a prompt one; what cannot be read joins the failures. The model is gone afterwards."""
+    """Gives the pictures without a prompt one, written beside the result, where the same command finds it again; what
+    cannot be read joins the failures. The model is gone afterwards."""
     from hydra.utils import instantiate
     from rich.progress import track
 
-    from dit4sr_pl.images import read_image
+    from dit4sr_pl.captioner import write_captions
 
-    captioner, jobs, work.jobs = instantiate(cfg.captioner), work.jobs, []
-    for job in track(jobs, description="captions"):
-        try:
-            prompt = job.prompt or captioner([read_image(job.source)])[0]
-            work.jobs.append(replace(job, prompt=prompt))
-        except ValueError as error:
-            work.failures.append(str(error))
+    texts = {job: job.target.with_suffix(".txt") for job in work.jobs if not job.prompt}
+    for text in texts.values() if cfg.overwrite else []:
+        text.unlink(missing_ok=True)
+    missing = [(job.source, text) for job, text in texts.items() if not text.exists()]
+    if missing:
+        bar = partial(track, description="captions")
+        work.failures += write_captions(missing, instantiate(cfg.captioner), 1, bar)
+    described = {job: text.read_text(encoding="utf-8").strip() for job, text in texts.items() if text.exists()}
+    work.jobs = [
+        replace(job, prompt=described.get(job, job.prompt)) for job in work.jobs if job.prompt or job in described
+    ]
 
 
 def progress_bar() -> "Progress":
-    """Moves with every step; the time left goes by the area that is done."""
+    """Moves with every step; the time left goes by the LR pixels that went through the network."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     count = TextColumn("{task.description} {task.fields[done]}/{task.fields[count]}")
@@ -118,15 +120,13 @@ def check(cfg: DictConfig) -> None:
     if OmegaConf.is_missing(cfg, "input"):
         raise ValueError("no value for input; give an image or a folder of images as input=PATH")
     check_readable(cfg.input, "input")
-    if not isinstance(cfg.scale, int | float) or not SCALES[0] <= cfg.scale <= SCALES[1]:
-        raise ValueError(f"scale={cfg.scale}: must be a number from {SCALES[0]} to {SCALES[1]}")
+    check_scale(cfg.scale)
     if not isinstance(cfg.seed, int):
         raise ValueError(f"seed={cfg.seed}: must be a whole number")
     if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
         raise ValueError(f"batch_size={cfg.batch_size}: must be 1 or more")
-    for key, choices in (("alpha", ALPHA), ("dtype", (None, *DTYPES))):
-        if cfg[key] not in choices:
-            raise ValueError(f"{key}={cfg[key]}: choose one of {', '.join(filter(None, choices))}")
+    if cfg.alpha not in ALPHA:
+        raise ValueError(f"alpha={cfg.alpha}: choose one of {', '.join(ALPHA)}")
     if Path(cfg.output).resolve() == Path(cfg.input).resolve():
         raise ValueError(f"output={cfg.output}: is the input folder; choose another, which may be in it")
     check_backbone(cfg.model.backbone)

@@ -74,6 +74,8 @@ class Sampler:
     def schedule(self, base: FlowMatchEulerDiscreteScheduler) -> tuple[SchedulerMixin, range]:
         """A solver with its timesteps, and the network evaluations that are run, numbered as its `sigmas`."""
         solver = self.solver(base.config)
+        if "flow_shift" in solver.config:  # what some solvers call the base's `shift`
+            solver.register_to_config(flow_shift=base.config.shift)
         solver.set_timesteps(self.steps)
         run = self.steps if self.start == "noise" else max(1, round(self.strength * self.steps))
         first = (self.steps - run) * solver.order

@@ -1,12 +1,16 @@
 """The text stream's input: SD3's two CLIP encoders and T5, through diffusers."""
 
+from functools import lru_cache
+
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
+REMEMBERED = 128  # prompts; of SD3 with 256 tokens of T5 in float32 700 MB
+
 
 class PromptEncoder:
-    """Frozen text encoders with a memory: every prompt is encoded once.
+    """Frozen text encoders that remember the prompts that came last: one that every image has is encoded once.
 
     Args:
         pipeline: an SD3 pipeline with its text encoders (transformer and VAE may be None).
@@ -16,14 +20,11 @@ class PromptEncoder:
     def __init__(self, pipeline: StableDiffusion3Pipeline, t5_tokens: int):
         self.pipeline = pipeline
         self.t5_tokens = t5_tokens
-        self.known: dict[str, tuple[Tensor, Tensor]] = {}
+        self.remembered = lru_cache(REMEMBERED)(self.encode)
 
     def __call__(self, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Prompt embeddings `(B, 77 + t5_tokens, D_text)` and pooled ones `(B, D_pooled)` for SD3's tokenizers."""
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self.known:
-                self.known[prompt] = self.encode(prompt, device)
-        embeds, pooled = zip(*(self.known[prompt] for prompt in prompts), strict=True)
+        embeds, pooled = zip(*(self.remembered(prompt, device) for prompt in prompts), strict=True)
         return torch.cat(embeds).to(device), torch.cat(pooled).to(device)
 
     @torch.no_grad()
@@ -36,5 +37,5 @@ class PromptEncoder:
             do_classifier_free_guidance=False,
             max_sequence_length=self.t5_tokens,
         )
-        # Captions of a whole data set stay on the CPU, in half the bytes, but exact where the encoders are.
+        # What is remembered stays on the CPU, in half the bytes, but exact where the encoders are.
         return embeds.cpu(), pooled.cpu()
