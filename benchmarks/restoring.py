@@ -1,13 +1,16 @@
 """What restoring costs with tiny-dit4sr: peak memory and time per output megapixel, each run in a new process.
 
-    python benchmarks/restoring.py sizes [--sizes 512 1024 2048] [--overrides key=value ...]
+    python benchmarks/restoring.py sizes [--sizes 512 1024x2048 ...] [--without-networks] [--overrides key=value ...]
     python benchmarks/restoring.py knobs [--sizes 1024]
-    python benchmarks/restoring.py seams
+    python benchmarks/restoring.py tiles
+    python benchmarks/restoring.py seams [--backbone NAME]
 
-`sizes` restores one photo x4 to SIZE x SIZE pixels and writes it, as the command does; memory is the process's peak,
-with PyTorch and all weights; time is processor time, which other programs on the machine disturb least. `knobs` does
-so at one size with other tiles, steps and batches. `seams` compares the autoencoder in tiles with the whole.
-Overrides are those of `dit4sr_pl.restore`.
+`sizes` restores one photo x4 to each size, from file to file as the command does; memory is the process's peak, with
+PyTorch and all weights; time is processor time, which other programs on the machine disturb least. With
+`--without-networks` means of 8x8 pixels stand in for latents and the LR latent for the result's, which leaves the cost
+of all else. `knobs` does so at one size with other tiles and steps. `tiles` counts what a forward pass over tiles holds
+at its peak, on tensors without memory. `seams` compares the autoencoder in tiles with the whole. Overrides are those of
+`dit4sr_pl.restore`.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from math import prod
 from pathlib import Path
 from time import process_time
 
@@ -22,8 +26,8 @@ KNOBS = [
     "sampler.tile=16 sampler.overlap=6",
     "sampler.tile=32 sampler.overlap=12",
     "sampler.tile=64 sampler.overlap=24",
-    "sampler.tile_batch=1",
-    "sampler.tile_batch=16",
+    "sampler.tile_memory=0.01",
+    "sampler.tile_memory=0.2",
     "sampler.steps=10",
     "sampler.steps=40",
 ]
@@ -31,45 +35,68 @@ KNOBS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sizes", "knobs", "seams", "one"])
-    parser.add_argument("--sizes", type=int, nargs="+", help="512 1024 2048, or 1024")
+    parser.add_argument("what", choices=["sizes", "knobs", "tiles", "seams", "one"])
+    parser.add_argument("--sizes", nargs="+", help="SIDE or HEIGHTxWIDTH")
+    parser.add_argument("--without-networks", action="store_true")
+    parser.add_argument("--backbone", default="tiny-sd3")
     parser.add_argument("--overrides", nargs="*", default=[])
     args = parser.parse_args()
     if args.what == "one":
-        print(*one(args.sizes[0], args.overrides))
+        print(*one(area(args.sizes[0]), args.without_networks, args.overrides))
     elif args.what == "seams":
-        seams()
+        seams(args.backbone)
+    elif args.what == "tiles":
+        tiles()
     elif args.what == "sizes":
-        print("| output | processor seconds | per megapixel | peak memory, MiB |\n|---|---|---|---|")
-        for size in args.sizes or [512, 1024, 2048]:
-            seconds, memory = measured(size, args.overrides)
-            print(f"| {size}x{size} | {seconds:.1f} | {seconds / size**2 * 1e6:.2f} | {memory:.0f} |", flush=True)
+        sizes(args.sizes or ["512", "1024", "2048"], args.without_networks, args.overrides)
     else:
-        size = args.sizes[0] if args.sizes else 1024
-        print(f"| {size}x{size} with | per megapixel | peak memory, MiB |\n|---|---|---|")
+        (size,) = args.sizes or ["1024"]
+        print(f"| {size} with | per megapixel | peak memory, MiB |\n|---|---|---|")
         for knobs in KNOBS:
-            seconds, memory = measured(size, [*args.overrides, *knobs.split()])
-            print(f"| {knobs} | {seconds / size**2 * 1e6:.2f} | {memory:.0f} |", flush=True)
+            seconds, memory = measured(size, args.without_networks, [*args.overrides, *knobs.split()])
+            print(f"| {knobs} | {seconds / prod(area(size)) * 1e6:.2f} | {memory:.0f} |", flush=True)
 
 
-def measured(size: int, overrides: list[str]) -> tuple[float, float]:
+def area(size: str) -> tuple[int, int]:
+    sides = [int(side) for side in size.split("x")]
+    return sides[0], sides[-1]
+
+
+def sizes(sizes: list[str], without_networks: bool, overrides: list[str]) -> None:
+    print("| output | processor seconds | per megapixel | peak memory, MiB | bytes per pixel more |")
+    print("|---|---|---|---|---|")
+    before = None
+    for size in sizes:
+        seconds, memory = measured(size, without_networks, overrides)
+        pixels, slope = prod(area(size)), ""
+        if before is not None:
+            slope = f"{(memory - before[1]) * 2**20 / (pixels - before[0]):.1f}"
+        before = pixels, memory
+        print(f"| {size} | {seconds:.1f} | {seconds / pixels * 1e6:.2f} | {memory:.0f} | {slope} |", flush=True)
+
+
+def measured(size: str, without_networks: bool, overrides: list[str]) -> tuple[float, float]:
     """`one` in a new process."""
-    command = [sys.executable, __file__, "one", "--sizes", str(size), "--overrides", *overrides]
+    command = [sys.executable, __file__, "one", "--sizes", size, "--overrides", *overrides]
+    command += ["--without-networks"] * without_networks
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, memory = map(float, result.stdout.split())
     return seconds, memory
 
 
-def one(size: int, overrides: list[str]) -> tuple[float, float]:
-    """Processor seconds of restoring and writing one image, models loaded; the process's peak memory in MiB."""
+def one(size: tuple[int, int], without_networks: bool, overrides: list[str]) -> tuple[float, float]:
+    """Processor seconds of one image from file to file, models loaded; the process's peak memory in MiB."""
     import torch
+    import torch.nn.functional as F
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
     from skimage.data import astronaut
 
     from dit4sr_pl.config import conf_folder
     from dit4sr_pl.images import write_image
+    from dit4sr_pl.jobs import Job
     from dit4sr_pl.latents import enlarge
+    from dit4sr_pl.picture_restorer import PictureRestorer
     from dit4sr_pl.restorer import Restorer
 
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
@@ -77,16 +104,54 @@ def one(size: int, overrides: list[str]) -> tuple[float, float]:
     restorer = Restorer.load(
         instantiate(cfg.model.backbone), instantiate(cfg.sampler), cfg.checkpoint, torch.device(cfg.device), cfg.offload
     )
-    photo = torch.from_numpy(astronaut()).permute(2, 0, 1)[None] / 255
-    lr = enlarge(photo, (size // 4, size // 4))
-    start = process_time()
-    sr = restorer(lr, (size, size), [cfg.prompt], ["astronaut"], cfg.seed)
+    if without_networks:
+        vae = restorer.backbone.vae
+        restorer.net.forward = lambda noisy, lr, *_: noisy - lr
+        vae.encoder.forward = lambda images: F.avg_pool2d(images, 8).repeat(1, 6, 1, 1)[:, :16]
+        vae.decoder.forward = lambda latents: F.interpolate(latents[:, :3], scale_factor=8)
+    photo, small = torch.from_numpy(astronaut()).permute(2, 0, 1)[None] / 255, tuple(side // 4 for side in size)
     with tempfile.TemporaryDirectory() as folder:
-        write_image(Path(folder) / "sr.png", sr[0])
+        job = Job(Path(folder) / "lr.png", Path(folder) / "sr.png", "astronaut", small)
+        write_image(job.source, enlarge(photo, small)[0])
+        start = process_time()
+        (outcome,) = PictureRestorer(restorer, 4, cfg.alpha, cfg.seed).run([[job]], lambda _: None)
+    if outcome.failure:
+        raise SystemExit(outcome.failure)
     return process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def seams() -> None:
+def tiles() -> None:
+    """Numbers held at the peak of a forward pass, per token of all streams and unit of width."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from dit4sr_pl.backbone import SHIPPED
+    from dit4sr_pl.config import PACKAGE
+    from dit4sr_pl.cost import CostCounter, give_storage
+    from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet
+    from dit4sr_pl.skeleton import Skeleton
+
+    print("| network | tiles | T5 tokens | numbers per token and unit of width |\n|---|---|---|---|")
+    for folder in (SHIPPED / "tiny-sd3", PACKAGE / "published/stabilityai/stable-diffusion-3.5-medium"):
+        for kind in (DiT4SRTransformer, lambda base: SD3ControlNet(base, len(base.transformer_blocks) // 2)):
+            for count, side, t5_tokens in ((1, 64, 77), (2, 64, 256), (8, 64, 256), (2, 128, 256)):
+                skeleton = Skeleton(folder, "float32")
+                net = skeleton.network(kind).eval()
+                config, text = net.base.config, skeleton.text_tokens(t5_tokens)
+                with FakeTensorMode(), CostCounter() as counter, torch.no_grad():
+                    give_storage(net)
+                    latents = torch.empty(count, config.in_channels, side, side)
+                    embeds = torch.empty(count, text, config.joint_attention_dim)
+                    pooled = torch.empty(count, config.pooled_projection_dim)
+                    weights = counter.peak = counter.now
+                    net(latents, latents, torch.empty(count), embeds, pooled)
+                tokens = count * (2 * (side // net.patch_size) ** 2 + text)
+                held = (counter.peak - weights) / 4 / tokens / (config.num_attention_heads * config.attention_head_dim)
+                name = f"{type(net).__name__} over {folder.name}"
+                print(f"| {name} | {count} of {side}x{side} | {t5_tokens} | {held:.1f} |", flush=True)
+
+
+def seams(backbone: str) -> None:
     """Differences in levels of 255 between an autoencoder in tiles and whole, near the tiles' edges and elsewhere."""
     import torch
     from skimage.data import astronaut
@@ -95,12 +160,12 @@ def seams() -> None:
     from dit4sr_pl.latents import enlarge
 
     side, size = 64, 1024
-    coder = Backbone("tiny-sd3", "float32", t5_tokens=8).coder
+    coder = Backbone(backbone, "float32", t5_tokens=8).coder
     photo = enlarge(torch.from_numpy(astronaut()).permute(2, 0, 1)[None] / 255, (size, size))
     latents = coder.encode(photo)
     whole = {"encode, latents": latents, "decode, levels of 255": 255 * coder.decode(latents)}
-    with coder.tiles(side):
-        tiled = {"encode, latents": coder.encode(photo), "decode, levels of 255": 255 * coder.decode(latents)}
+    decoded = torch.cat(list(coder.decode_tiled(latents, side)), dim=2)
+    tiled = {"encode, latents": coder.encode_tiled(photo, side), "decode, levels of 255": 255 * decoded}
     print("| | largest, mean where tiles overlap | largest, mean elsewhere |\n|---|---|---|")
     for name in whole:
         difference = (tiled[name] - whole[name]).abs()

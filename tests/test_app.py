@@ -123,7 +123,7 @@ def test_a_file_on_the_page_is_the_file_that_restore_writes(restorer, tmp_path):
     restore_file = answer(restorer, cfg, str(tmp_path))
     _, after = restore_file(str(tmp_path / "a.png"), 2, "", 2, 1.0, "adain", 3, progress=lambda *_, **__: None)
     chosen = Restorer(restorer.net, restorer.backbone, dataclasses.replace(restorer.sampler, steps=2))
-    pictures = PictureRestorer(chosen, 2, "bicubic", 3, torch.device("cpu"))
+    pictures = PictureRestorer(chosen, 2, "bicubic", 3)
     job = Job(tmp_path / "a.png", tmp_path / "out" / "a.png", "a", (9, 7), True)
     assert [outcome.failure for outcome in pictures.run([[job]], lambda pixels: None)] == [None]
     assert after.name == "a.png" and after.read_bytes() == job.target.read_bytes()

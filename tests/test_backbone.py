@@ -9,7 +9,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, StableDiffusion3Pipeline
 from PIL import Image
 
 from dit4sr_pl.backbone import SHIPPED, Backbone, encoders_of
-from dit4sr_pl.latents import LatentCoder, enlarge
+from dit4sr_pl.latents import Enlarged, LatentCoder, enlarge
 from dit4sr_pl.randomness import generator
 from dit4sr_pl.text import PromptEncoder
 
@@ -157,28 +157,26 @@ def kl(**config) -> AutoencoderKL:
     )
 
 
+@pytest.mark.parametrize("height, width", [(64, 96), (168, 96), (40, 200)])
 @pytest.mark.parametrize("kind", ["AutoencoderDC", "AutoencoderKL"])
-def test_autoencoder_tiles_are_diffusers_own_and_start_only_above_their_size(tiny_backbone, kind, monkeypatch):
+def test_tiles_of_an_autoencoder_are_blended_as_diffusers_does(tiny_backbone, kind, height, width):
     coder = tiny_backbone.coder if kind == "AutoencoderDC" else LatentCoder(kl(scaling_factor=1.5))
-    calls = []
-    for name in ("tiled_encode", "_tiled_encode", "tiled_decode"):
-        if hasattr(coder.vae, name):
-            method = getattr(coder.vae, name)
-            monkeypatch.setattr(coder.vae, name, lambda *a, m=method, **kw: calls.append(1) or m(*a, **kw))
-    images = enlarge(torch.rand(2, 3, 4, 4, generator=generator("cpu", 0)), (64, 96))
-    latents = coder.encode(images)
+    image = enlarge(torch.rand(1, 3, 4, 4, generator=generator("cpu", 0)), (height, width))
+    latents = coder.encode(image)
     whole = coder.decode(latents)
-    with coder.tiles(12):
-        torch.testing.assert_close(coder.encode(images), latents)
-        torch.testing.assert_close(coder.decode(latents), whole)
-        assert not calls
-    with coder.tiles(8):
-        tiled_latents, tiled = coder.encode(images), coder.decode(latents)
-    assert len(calls) == 4  # two images, each by itself
-    assert tiled_latents.shape == latents.shape and tiled.shape == whole.shape
-    assert torch.equal(coder.decode(latents), whole) and len(calls) == 4
-    if kind == "AutoencoderDC":  # the other's group norms see one tile each, and its weights are random
-        assert (tiled - whole).abs().mean() < 0.01
+    assert torch.equal(coder.encode_tiled(image, 28), latents)
+    assert torch.equal(torch.cat(list(coder.decode_tiled(latents, 28)), dim=2), whole)
+
+    ours, decoded = coder.encode_tiled(image, 8), torch.cat(list(coder.decode_tiled(latents, 8)), dim=2)
+    if kind == "AutoencoderDC":
+        coder.vae.enable_tiling(64, 64, 48, 48)
+    else:
+        coder.vae.enable_tiling()
+        coder.vae.tile_sample_min_size, coder.vae.tile_latent_min_size = 64, 8
+    torch.testing.assert_close(ours, coder.encode(image), atol=1e-5, rtol=0)
+    torch.testing.assert_close(decoded, coder.decode(latents), atol=1e-6, rtol=0)
+    coder.vae.disable_tiling()
+    assert not torch.equal(ours, latents) and not torch.equal(decoded, whole)
 
 
 def test_offloaded_parts_give_the_same_and_leave_the_device_after_they_ran(tiny_backbone):
@@ -194,6 +192,20 @@ def test_offloaded_parts_give_the_same_and_leave_the_device_after_they_ran(tiny_
     for model in (early, *encoders_of(backbone.text_encoders)):
         assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert backbone.transformer.device == cpu
+
+
+@pytest.mark.parametrize(
+    "small, large", [((7, 9), (28, 36)), ((5, 8), (14, 22)), ((30, 41), (24, 40)), ((1, 1), (5, 4))]
+)
+def test_windows_of_an_enlarged_image_are_those_of_the_whole_and_go_on_as_reflection(small, large):
+    lr = torch.rand(2, 3, *small)
+    extent = tuple(length + more for length, more in zip(large, (0, 47), strict=True))
+    whole = np.pad(enlarge(lr, large), [(0, 0), (0, 0), (0, 0), (0, 47)], "reflect")
+    windows = Enlarged(lr, large, extent)
+    assert windows.shape == whole.shape
+    for rows, columns in ((slice(0, 3), slice(None)), (slice(2, 99), slice(3, 7)), (slice(None), slice(2, 50))):
+        expected = torch.from_numpy(whole[..., rows, columns])
+        torch.testing.assert_close(windows[..., rows, columns], expected, atol=1e-5, rtol=0)
 
 
 def test_enlarging_equals_pillow():

@@ -133,7 +133,8 @@ def test_offloading_moves_each_component_before_it_works(pipe, lr, monkeypatch):
     monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: moved.append("freed"))
     assert torch.equal(pipe(lr, **SETTINGS).images, expected)
     pipe.remove_all_hooks()
-    assert moved == ["vae", "text_encoder_3", *["transformer", "lr_stream"] * 2, "vae", "freed"]
+    steps = ["transformer", "lr_stream"] * 2
+    assert moved == ["vae", "vae", "text_encoder_3", *steps, "vae", "vae", "freed"]  # two images, one by one
     with pytest.raises(NotImplementedError, match="use enable_model_cpu_offload"):
         pipe.enable_sequential_cpu_offload()
 

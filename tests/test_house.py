@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "dit4sr_pl"
 FLOORS = [
-    {"model.variant", "model.controlnet", "randomness", "files", "config", "color", "tiling"}
+    {"model.variant", "model.controlnet", "randomness", "files", "config", "bands", "tiling"}
     | {"degradation", "captions", "paper", "intervals", "metric_weights"},
-    {"images", "model.checkpoints", "results", "metrics", "provenance"},
+    {"images", "color", "model.checkpoints", "results", "metrics", "provenance"},
     {"model.lr_stream", "latents", "text", "manifest", "embeddings", "captioner", "runs", "run_folder", "picture"},
     {"model.block", "model.released", "backbone", "flow", "photo_sets", "blocks", "jobs"},
     {"model.transformer", "orders", "strips", "picture_restorer"},

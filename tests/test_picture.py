@@ -72,7 +72,7 @@ def levels_of_png(path) -> np.ndarray:
 
 def through(path, scale=1, alpha="bicubic", restorer=None, **options) -> Picture:
     """What is written for a file, read again by hand."""
-    pictures = PictureRestorer(restorer or Bicubic(), scale, alpha, 0, torch.device("cpu"))
+    pictures = PictureRestorer(restorer or Bicubic(), scale, alpha, 0)
     picture = read_picture(path, **options)
     assert read_header(path, **options).alpha == (picture.alpha is not None)
     (restored,) = pictures([picture], ["a"], [""], lambda pixels: None)

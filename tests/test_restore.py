@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib
 import os
 import signal
 import subprocess
@@ -156,6 +157,29 @@ def test_a_network_that_fails_on_one_image_goes_on_and_a_full_disk_does_not(fold
     monkeypatch.setattr("dit4sr_pl.picture_restorer.write_picture", disk_full)
     message = command(monkeypatch, Bicubic(), f"input={folder}", f"output={tmp_path / 'new'}")
     assert "No space left on device" in message and "0 of 5 images restored" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("stage", ["read_picture", "network", "write_picture"])
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")])
+def test_an_image_without_enough_memory_is_named_and_the_others_go_on(
+    stage, error, folder, tmp_path, monkeypatch, capsys
+):
+    """At any stage."""
+    count, restorer, room = iter(range(9)), Bicubic(), "dit4sr_pl.picture_restorer"
+    owner, name = (Bicubic, "__call__") if stage == "network" else (importlib.import_module(room), stage)
+    whole = getattr(owner, name)
+
+    def third(*arguments, **options):
+        if next(count) == 2:
+            raise error
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, third)
+    message = command(monkeypatch, restorer, f"input={folder}", f"output={tmp_path / 'out'}")
+    assert message.lower() == f"error: not restored: {folder / '4.png'}: ".lower() + (
+        "out of memory" if isinstance(error, MemoryError) else "cuda out of memory."
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1.png", "2.png", "3.png"]
 
 
 def test_ctrl_c_leaves_whole_images_and_says_how_many(folder, tmp_path, monkeypatch):

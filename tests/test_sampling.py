@@ -1,18 +1,21 @@
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from torch._subclasses.fake_tensor import FakeTensorMode
 from toy import SAMPLER
 
 from dit4sr_pl.config import conf_folder
+from dit4sr_pl.cost import CostCounter
 from dit4sr_pl.latents import draw_noise, enlarge
 from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.randomness import generator
-from dit4sr_pl.sampling import extended, restore, sample
+from dit4sr_pl.restorer import Restorer
+from dit4sr_pl.sampling import restore, sample
+from dit4sr_pl.tiling import TilesAtOnce
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +30,11 @@ def net(tiny_backbone):
 
 @pytest.fixture
 def run(net, tiny_backbone):
-    def run(lr, size, sampler=SAMPLER, captions=None, seeds=None, net=net):
+    def run(lr, size, sampler=SAMPLER, captions=None, seeds=None, at_once=None):
         generators = [generator("cpu", seed) for seed in seeds or range(len(lr))]
         parts = tiny_backbone.coder, tiny_backbone.prompts, tiny_backbone.scheduler
-        return restore(net, *parts, sampler, lr, size, captions or [""] * len(lr), generators)
+        captions, at_once = captions or [""] * len(lr), at_once and TilesAtOnce(at_once)
+        return restore(net, *parts, sampler, lr, size, captions, generators, at_once=at_once)
 
     return run
 
@@ -81,28 +85,16 @@ def test_any_size_comes_out_exactly_and_in_range(run, size):
 def test_large_images_go_through_the_window_in_tiles(run, net):
     windows = []
     hook = net.register_forward_pre_hook(lambda module, inputs: windows.append((len(inputs[0]), *inputs[0].shape[-2:])))
-    run(picture(1, 16, 80), (64, 320), replace(SAMPLER, steps=1, tile_batch=1))
+    run(picture(1, 16, 80), (64, 320), replace(SAMPLER, steps=1), at_once=1)
     hook.remove()
     assert windows == [(1, 8, 32)] * 2
-
-
-@pytest.mark.parametrize("height, width, least", [(16, 16, 0), (17, 30, 0), (1, 3, 40), (1, 1, 16), (50, 7, 48)])
-def test_extending_reflects_as_often_as_it_takes_and_reaches_the_multiple(height, width, least):
-    image = torch.rand(2, 3, height, width)
-    longer = extended(image, least, 16)
-    expected = [-(-max(length, least) // 16) * 16 for length in (height, width)]
-    assert list(longer.shape[-2:]) == expected
-    numpy = np.pad(
-        image, [(0, 0), (0, 0), *((0, e - n) for e, n in zip(expected, (height, width), strict=True))], "reflect"
-    )
-    assert torch.equal(longer, torch.from_numpy(numpy))
 
 
 @pytest.mark.parametrize(
     "wrong, message",
     [
         ({"steps": 0}, "steps=0"),
-        ({"tile_batch": 0}, "tile_batch=0"),
+        ({"tile_memory": 0}, "tile_memory=0"),
         ({"start": "hr"}, "start='hr'; choose one of noise, lr"),
         ({"strength": 0}, "strength=0"),
         ({"vae_tile": 30}, "vae_tile=30"),
@@ -115,16 +107,52 @@ def test_numbers_that_cannot_be_are_refused(wrong, message):
         replace(SAMPLER, **wrong)
 
 
-@pytest.mark.parametrize("tile_batch", [1, 3])
-def test_a_tiled_images_result_does_not_depend_on_batch_order_or_neighbours(run, tile_batch):
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_tiled_images_result_does_not_depend_on_batch_order_or_neighbours(run, at_once):
     lr = picture(3, 8, 24) * torch.tensor([1.0, 0.7, 0.4]).view(3, 1, 1, 1)  # two tiles each
-    sampler = replace(SAMPLER, steps=2, tile=16, overlap=6, tile_batch=tile_batch, guidance_scale=3.0)
+    sampler = replace(SAMPLER, steps=2, tile=16, overlap=6, guidance_scale=3.0)
     captions, seeds = ["a cat", "a dog", ""], [5, 6, 7]
-    together = run(lr, (32, 160), sampler, captions, seeds)
-    turned = run(lr.flip(0), (32, 160), sampler, captions[::-1], seeds[::-1]).flip(0)
-    alone = run(lr[1:2], (32, 160), replace(sampler, tile_batch=8), captions[1:2], seeds[1:2])
+    together = run(lr, (32, 160), sampler, captions, seeds, at_once)
+    turned = run(lr.flip(0), (32, 160), sampler, captions[::-1], seeds[::-1], at_once).flip(0)
+    alone = run(lr[1:2], (32, 160), sampler, captions[1:2], seeds[1:2], at_once=8)
     torch.testing.assert_close(turned, together, atol=1e-5, rtol=0)
     torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=0)
+
+
+def test_tiles_that_do_not_fit_are_fewer_from_then_on_with_one_warning(run, net, tiny_backbone, caplog):
+    lr, sampler, sizes = picture(1, 8, 40), replace(SAMPLER, steps=2, tile=16, overlap=6), []  # four tiles
+
+    def small_memory(module, inputs):
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    restorer = Restorer(net, tiny_backbone, sampler)
+    enough = restorer(lr, (32, 320), [""], ["a"], 0)
+    with caplog.at_level("WARNING"):
+        hook, fitting = net.register_forward_pre_hook(small_memory), 1
+        fewer = restorer(lr, (32, 320), [""], ["a"], 0)
+        again = restorer(lr, (32, 320), [""], ["a"], 0)
+        fitting = 0
+        with pytest.raises(ValueError, match="a single tile does not fit .* lower sampler.tile, "):
+            restorer(lr, (32, 320), [""], ["a"], 0)
+        hook.remove()
+    assert sizes == [4, 2] + [1] * 4 * 2 * 2 + [1]
+    (warning,) = caplog.records
+    assert warning.message.startswith("4 tiles at once do not fit")
+    torch.testing.assert_close(fewer, enough, atol=1e-5, rtol=0)
+    assert torch.equal(again, fewer)
+
+
+def test_tiles_at_once_take_the_memory_that_the_sampler_gives_them(net):
+    """Counted: all tensors that a forward pass makes, at its peak."""
+    with FakeTensorMode(allow_non_fake_inputs=True), CostCounter() as counter, torch.no_grad():
+        latents, embeds, pooled = torch.empty(2, 16, 32, 32), torch.empty(2, 77 + 8, 64), torch.empty(2, 64)
+        net(latents, latents, torch.empty(2), embeds, pooled)
+    taken = counter.peak / 2**30  # of a tile with guidance
+    for tiles, room in ((1, 0.1), (1, 1.5), (7, 10)):
+        sampler = replace(SAMPLER, guidance_scale=2.0, tile_memory=room * taken)
+        assert sampler.tiles_at_once(net).most == tiles
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "dpm", "unipc"])
@@ -143,7 +171,7 @@ def test_solvers_come_closer_to_the_solution_with_more_steps_and_count_their_eva
 
         sampler = replace(sampler, steps=steps)
         schedule, evaluations = sampler.schedule(tiny_backbone.scheduler)
-        result = sample(velocity, tiny_backbone.scheduler, sampler, noise, noise, 2, lambda: None)
+        result = sample(velocity, tiny_backbone.scheduler, sampler, noise, noise, 2, TilesAtOnce(1), lambda: None)
         # z(0) for z(1) = noise: z(s) = c e^s + (sin s - cos s) / 2
         one = torch.ones(())
         expected = (noise - (one.sin() - one.cos()) / 2) / one.exp() - 0.5
@@ -176,7 +204,7 @@ def test_starting_from_the_lr_latent_skips_the_first_steps_and_mixes_it_with_noi
         seen.append((noisy[0, 0, 0, 0].item(), timestep.item() / 1000))
         return torch.zeros_like(noisy)
 
-    sample(velocity, tiny_backbone.scheduler, sampler, lr_latent, noise, 2, lambda: None)
+    sample(velocity, tiny_backbone.scheduler, sampler, lr_latent, noise, 2, TilesAtOnce(1), lambda: None)
     latent, sigma = seen[0]
     everything = FlowMatchEulerDiscreteScheduler(shift=3.0)
     everything.set_timesteps(10)

@@ -117,8 +117,8 @@ def answer(restorer: Restorer, cfg: DictConfig, folder: str) -> Callable:
             for note in picture.notes:
                 gr.Info(note)
             return files
-        except (ValueError, torch.OutOfMemoryError) as error:
-            message = str(error).replace(f"{Path(file or '').parent}/", "")
+        except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+            message = (str(error) or "out of memory").replace(f"{Path(file or '').parent}/", "")
             raise gr.Error(message, print_exception=False) from None
 
     return restore_file
@@ -154,9 +154,8 @@ def restored(
     chosen = Restorer(restorer.net, restorer.backbone, replace(restorer.sampler, **settings))
     done, total = itertools.count(1), chosen.evaluations
     bicubic = lambda lr, size, *_, on_step: enlarge(lr, size)  # noqa: E731
-    device, picture = restorer.backbone.device, read_picture(file)
-    before, after = (PictureRestorer(each, scale, "bicubic", seed, device) for each in (bicubic, chosen))
-    one = [picture], [file.stem], [prompt]
+    before, after = (PictureRestorer(each, scale, "bicubic", seed) for each in (bicubic, chosen))
+    one = [read_picture(file)], [file.stem], [prompt]
     return before(*one, lambda _: None)[0], after(*one, lambda _: show((next(done), total)))[0]
 
 

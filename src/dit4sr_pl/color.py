@@ -6,31 +6,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit4sr_pl.bands import bands
+
 WAVELET_LEVELS = 5
+MARGIN = 2**WAVELET_LEVELS - 1  # rows beside a pixel that its low frequencies are made of
 
 
 def adain(restored: Tensor, reference: Tensor) -> Tensor:
     """Gives every channel the reference's mean and standard deviation.
 
     Args:
-        restored, reference: `(B, 3, H, W)` in 0..1.
+        restored: `(B, 3, H, W)` in 0..1; the result takes its place.
+        reference: the same; a tensor, or what gives one for `reference[..., rows, :]`.
 
     Returns:
         `(B, 3, H, W)`, not clamped.
     """
-    mean, std = moments(restored)
-    reference_mean, reference_std = moments(reference)
+    (mean, std), (reference_mean, reference_std) = moments(restored), moments(reference)
     scale = reference_std / std
-    return torch.addcmul(reference_mean - mean * scale, restored, scale)
+    return restored.mul_(scale.float()).add_((reference_mean - mean * scale).float())
 
 
 def wavelet(restored: Tensor, reference: Tensor) -> Tensor:
-    """Keeps the restored image's detail and takes the reference's low frequencies; shapes as in `adain`."""
-    aligned = torch.empty_like(restored, memory_format=torch.contiguous_format)
-    channels = (images.flatten(0, 1).unsqueeze(1) for images in (aligned, restored, reference))
-    for out, ours, theirs in zip(*channels, strict=True):  # one by one: one channel's worth of copies at a time
-        torch.add(ours, low_frequencies(theirs - ours), out=out)
-    return aligned
+    """Keeps the restored image's detail and takes the reference's low frequencies; arguments as of `adain`."""
+    height, above = restored.shape[2], restored[..., :0, :]
+    for rows in bands(height):
+        wanted = slice(rows.start - above.shape[2], min(rows.stop + MARGIN, height))
+        ours = torch.cat([above, restored[..., rows.start : wanted.stop, :]], dim=2)  # as it was
+        low = low_frequencies(reference[..., wanted, :] - ours)
+        inside = slice(rows.start - wanted.start, rows.stop - wanted.start)
+        restored[..., rows, :] += low[..., inside, :]
+        above = ours[..., max(inside.stop - MARGIN, 0) : inside.stop, :]
+    return restored
 
 
 def none(restored: Tensor, reference: Tensor) -> Tensor:
@@ -41,17 +48,23 @@ ALIGNMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"adain": adain, "wa
 
 
 def moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    correction = int(images.shape[2:].numel() > 1)  # a single pixel varies by nothing
-    variance, mean = torch.var_mean(images, dim=(2, 3), keepdim=True, correction=correction)
-    return mean, (variance + 1e-5).sqrt()  # a flat channel has no variance to divide by
+    """Mean and standard deviation `(B, 3, 1, 1)`, float64."""
+    total, squares, count = 0, 0, images.shape[2:].numel()
+    for rows in bands(images.shape[2]):
+        band = images[..., rows, :].double()
+        total = total + band.sum((2, 3), keepdim=True)
+        squares = squares + band.square_().sum((2, 3), keepdim=True)
+    mean = total / count
+    variance = (squares - total * mean) / max(count - 1, 1)  # a single pixel varies by nothing
+    return mean, (variance.clamp(min=0) + 1e-5).sqrt()  # a flat channel has no variance to divide by
 
 
 def low_frequencies(images: Tensor) -> Tensor:
-    """À trous wavelet of one channel `(1, H, W)`: a 3x3 binomial blur, its taps 1, 2, 4, 8 and 16 pixels apart."""
+    """À trous wavelet of `(B, 3, H, W)`: a 3x3 binomial blur, its taps 1, 2, 4, 8 and 16 pixels apart."""
     taps = torch.tensor([0.25, 0.5, 0.25], dtype=images.dtype, device=images.device)
-    kernel = torch.outer(taps, taps)[None, None]
+    kernel = torch.outer(taps, taps).expand(3, 1, 3, 3)
     for level in range(WAVELET_LEVELS):
         step = 2**level
         padded = F.pad(images, (step, step, step, step), mode="replicate")
-        images = F.conv2d(padded, kernel, dilation=step)
+        images = F.conv2d(padded, kernel, dilation=step, groups=3)
     return images

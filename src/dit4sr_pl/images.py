@@ -130,6 +130,7 @@ def opened(path: Path | str) -> Iterator[Image.Image]:
             yield image
     except Exception as error:  # Pillow's decoders let nearly any exception through on a damaged file
         known = {UnidentifiedImageError: "unknown format", FileNotFoundError: "no such file"}
+        known |= {MemoryError: "out of memory"}
         reason = known.get(type(error)) or str(error) or type(error).__name__
         raise ValueError(f"{path}: not a readable image ({reason})") from None
 

@@ -1,7 +1,7 @@
 """Images to latents and back: SD3's `AutoencoderKL`, and tiny-sd3's `AutoencoderDC`, which has no posterior."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -28,25 +28,6 @@ class LatentCoder:
             return self.vae.spatial_compression_ratio
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    @contextmanager
-    def tiles(self, side: int) -> Iterator[None]:
-        """Inside, images go through one by one, and in overlapping tiles where they are larger than `side` latents.
-
-        The tiles and their blending are diffusers' own; they overlap by a quarter. `side` is a multiple of 4.
-        """
-        tile, stride = side * self.factor, side * self.factor * 3 // 4
-        if isinstance(self.vae, AutoencoderDC):
-            self.vae.enable_tiling(tile, tile, stride, stride)
-        else:
-            self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = tile, side
-            self.vae.enable_tiling()
-        self.vae.enable_slicing()
-        try:
-            yield
-        finally:
-            self.vae.disable_tiling()
-            self.vae.disable_slicing()
-
     @torch.no_grad()
     def encode(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
         """`(B, 3, H, W)` in 0..1 to scaled latents `(B, C, H/8, W/8)`, float32.
@@ -66,8 +47,43 @@ class LatentCoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents to images `(B, 3, H, W)` in 0..1, float32, clamped."""
-        images = self.vae.decode((latents / self.scale + self.shift).to(self.vae.dtype)).sample.float()
-        return images.div_(2).add_(0.5).clamp_(0, 1)
+        return to_images(self._decode(latents))
+
+    def encode_tiled(self, image: "Tensor | Enlarged", side: int) -> Tensor:
+        """As `encode` of one image `(1, 3, H, W)`, in tiles where it is larger than `side` latents, a multiple of 4."""
+        encode = lambda *window: self.encode(image[..., *window])  # noqa: E731
+        return torch.cat(list(self._bands(encode, image.shape[-2:], side * self.factor, side)), dim=2)
+
+    @torch.no_grad()
+    def decode_tiled(self, latent: Tensor, side: int) -> Iterator[Tensor]:
+        """As `decode` of one latent `(1, C, h, w)`, in tiles: the image from top to bottom, in bands `(1, 3, n, W)`."""
+        decode = lambda *window: self._decode(latent[..., *window])  # noqa: E731
+        yield from map(to_images, self._bands(decode, latent.shape[-2:], side, side * self.factor))
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode((latents / self.scale + self.shift).to(self.vae.dtype)).sample
+
+    def _bands(self, code: Callable[..., Tensor], size: tuple[int, int], side: int, coded: int) -> Iterator[Tensor]:
+        """Tiles and blending of diffusers' `tiled_encode` and `tiled_decode`, which hold all tiles until the end; here
+        two rows of them are held.
+
+        Args:
+            code: from rows and columns of what is coded to that tile's result. size: of what is coded.
+            side, coded: of a tile before and after; neighbours overlap by a quarter.
+        """
+        if max(size) <= side:
+            yield code(slice(0, size[0]), slice(0, size[1]))
+            return
+        step, kept, overlap, above = side * 3 // 4, coded * 3 // 4, coded // 4, None
+        for top in range(0, size[0], step):
+            row = [code(slice(top, top + side), slice(left, left + side)) for left in range(0, size[1], step)]
+            for place, tile in enumerate(row):
+                if above is not None:
+                    self.vae.blend_v(above[place], tile, overlap)
+                if place > 0:
+                    self.vae.blend_h(row[place - 1], tile, overlap)
+            yield torch.cat([tile[..., :kept, :kept] for tile in row], dim=3)
+            above = row
 
 
 def draw_noise(like: Tensor, generators: list[torch.Generator]) -> Tensor:
@@ -76,6 +92,51 @@ def draw_noise(like: Tensor, generators: list[torch.Generator]) -> Tensor:
     return torch.stack(noise).to(like.device)
 
 
+def to_images(decoded: Tensor) -> Tensor:
+    return decoded.float().div_(2).add_(0.5).clamp_(0, 1)
+
+
 def enlarge(lr: Tensor, size: tuple[int, int]) -> Tensor:
     """Bicubic enlargement `(B, 3, h, w)` to `(B, 3, *size)`, as Pillow's (a = -0.5), clamped to 0..1."""
     return F.interpolate(lr, size=size, mode="bicubic", antialias=True).clamp_(0, 1)
+
+
+class Enlarged:
+    """What `enlarge` gives, of which there is only what is asked for: `images[..., rows, columns]`, as of a tensor.
+
+    Args:
+        lr: `(B, 3, h, w)` in 0..1. size: of the enlarged images.
+        extent: of these with their reflection at the bottom and the right, as often as it takes; without it, `size`.
+    """
+
+    def __init__(self, lr: Tensor, size: tuple[int, int], extent: tuple[int, int] | None = None):
+        self.lr, self.size = lr, size
+        self.shape = torch.Size([*lr.shape[:2], *(extent or size)])
+
+    def __getitem__(self, window: tuple) -> Tensor:
+        images = self.lr
+        for dim, wanted in zip((2, 3), window[1:], strict=True):
+            position = torch.arange(*wanted.indices(self.shape[dim]), dtype=torch.float64)
+            there_and_back = max(2 * (self.size[dim - 2] - 1), 1)
+            position = torch.minimum(position % there_and_back, -position % there_and_back)
+            images = resampled(images, dim, position, self.size[dim - 2])
+        return images.clamp_(0, 1)
+
+
+def resampled(images: Tensor, dim: int, position: Tensor, length: int) -> Tensor:
+    """What `enlarge` to `length` gives at `position` along a dimension, before clamping."""
+    scale = images.shape[dim] / length
+    width = max(scale, 1.0)  # of the kernel, which widens where images become smaller
+    center = (position + 0.5) * scale
+    first = (center - 2 * width + 0.5).floor()
+    result, weights = 0, 0
+    for tap in range(ceil(4 * width)):
+        index = first + tap
+        x = (index + 0.5 - center).abs() / width
+        weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
+        weight = weight.where((x < 2) & (index >= 0) & (index < images.shape[dim]), 0)
+        nearest = index.clamp(0, images.shape[dim] - 1).long().to(images.device)
+        shape = [-1 if each == dim else 1 for each in range(images.ndim)]
+        result = result + images.index_select(dim, nearest) * weight.view(shape).to(images)
+        weights = weights + weight
+    return result / weights.view(shape).to(images)

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import putchunk
 
+from dit4sr_pl.bands import bands
 from dit4sr_pl.files import replacing
 from dit4sr_pl.images import IMAGE_SUFFIXES, UNKNOWN_RANGE, opened
 
@@ -107,21 +108,32 @@ def write_picture(path: Path, picture: Picture) -> None:
     Raises `ValueError` for values that are not finite.
     """
     import imagecodecs
-    import torch
 
-    planes = picture.color if picture.alpha is None else torch.cat([picture.color, picture.alpha])
-    if not planes.isfinite().all():
-        raise ValueError(f"{path}: the result is not finite; try model.backbone.dtype=float32")
-    levels = (planes.clamp(0, 1) * (2**picture.bits - 1)).round().permute(1, 2, 0).cpu().numpy()
-    image = imagecodecs.png_encode(levels.astype(np.uint16 if picture.bits == 16 else np.uint8, order="C"))
+    image = imagecodecs.png_encode(_levels(path, picture))
     header = 33  # signature and IHDR; profile and EXIF come between them and the pixels
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(image[:header])
         if picture.icc is not None:
             putchunk(file, b"iCCP", b"ICC profile\0\0", zlib.compress(picture.icc))
         if picture.exif is not None:
-            putchunk(file, b"eXIf", _resized(picture.exif, *planes.shape[-2:]))
+            putchunk(file, b"eXIf", _resized(picture.exif, *picture.color.shape[-2:]))
         file.write(image[header:])
+
+
+def _levels(path: Path, picture: Picture) -> np.ndarray:
+    """uint8 or uint16 `(H, W, C)`, made by bands."""
+    import torch
+
+    planes = [picture.color] if picture.alpha is None else [picture.color, picture.alpha]
+    height, width = picture.color.shape[-2:]
+    shape = height, width, sum(len(plane) for plane in planes)
+    levels = np.empty(shape, np.uint16 if picture.bits == 16 else np.uint8)
+    for rows in bands(height):
+        band = torch.cat([plane[:, rows] for plane in planes])
+        if not band.isfinite().all():
+            raise ValueError(f"{path}: the result is not finite; try model.backbone.dtype=float32")
+        levels[rows] = (band.clamp_(0, 1) * (2**picture.bits - 1)).round_().permute(1, 2, 0).cpu().numpy()
+    return levels
 
 
 @contextmanager

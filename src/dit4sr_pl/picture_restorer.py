@@ -12,6 +12,7 @@ from dit4sr_pl.jobs import Job, result_size
 from dit4sr_pl.latents import enlarge
 from dit4sr_pl.picture import Picture, read_picture, write_picture
 
+FAILURES = (ValueError, MemoryError, RuntimeError)  # PyTorch's lack of memory is a RuntimeError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other picture will fare better
 
 
@@ -32,7 +33,6 @@ class PictureRestorer:
         scale: of both sides, see `result_size`.
         alpha: what enlarges it: `bicubic`, or `network`, which sees it as a grey image without a prompt.
         seed: of the noise, together with each picture's name.
-        device: for the LR images.
         first_frame: see `read_picture`.
     """
 
@@ -40,7 +40,6 @@ class PictureRestorer:
     scale: float
     alpha: str
     seed: int
-    device: torch.device
     first_frame: bool = False
 
     def run(self, batches: Iterable[list[Job]], on_step: Callable[[int], None]) -> Iterator[Outcome]:
@@ -55,8 +54,8 @@ class PictureRestorer:
             for job in batch:
                 try:
                     read.append((job, read_picture(job.source, self.first_frame)))
-                except ValueError as error:
-                    yield Outcome(job, str(error))
+                except FAILURES as error:
+                    yield Outcome(job, reason(job, error))
             for size in {tuple(picture.color.shape[-2:]) for _, picture in read}:  # two when some lay on their side
                 same = [(job, picture) for job, picture in read if picture.color.shape[-2:] == size]
                 yield from self._write(same, on_step)
@@ -66,18 +65,17 @@ class PictureRestorer:
         try:
             names, prompts = [job.name for job in jobs], [job.prompt for job in jobs]
             restored = self(pictures, names, prompts, on_step)
-        except (ValueError, MemoryError, RuntimeError) as error:  # PyTorch's lack of memory is a RuntimeError
-            reason = str(error).partition("\n")[0] or "out of memory"
-            yield from (Outcome(job, f"{job.source}: {reason}") for job in jobs)
+        except FAILURES as error:
+            yield from [Outcome(job, reason(job, error)) for job in jobs]
             return
         for job, picture in zip(jobs, restored, strict=True):
             try:
                 write_picture(job.target, picture)
                 yield Outcome(job, notes=picture.notes)
-            except (ValueError, OSError) as error:
+            except (*FAILURES, OSError) as error:
                 if isinstance(error, OSError) and error.errno in FULL:
                     raise
-                yield Outcome(job, f"{job.source}: {error}")
+                yield Outcome(job, reason(job, error))
 
     def __call__(
         self, pictures: Iterable[Picture], names: list[str], prompts: list[str], on_step: Callable[[int], None]
@@ -97,7 +95,13 @@ class PictureRestorer:
         return restored
 
     def _network(self, planes: list[Tensor], size: tuple[int, int], prompts, names, on_step) -> Tensor:
-        lr = torch.stack([plane.expand(3, -1, -1) for plane in planes]).to(self.device)
+        lr = torch.stack([plane.expand(3, -1, -1) for plane in planes])
         pixels = lr.shape[0] * lr.shape[2] * lr.shape[3]
         step = lambda: on_step(pixels)  # noqa: E731
-        return self.restorer(lr, size, prompts, names, self.seed, on_step=step).float().cpu()
+        return self.restorer(lr, size, prompts, names, self.seed, on_step=step)
+
+
+def reason(job: Job, error: Exception) -> str:
+    """A line that names the file."""
+    text = str(error).partition("\n")[0] or "out of memory"  # of which Python's own error says nothing
+    return text if text.startswith(str(job.source)) else f"{job.source}: {text}"

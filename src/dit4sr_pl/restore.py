@@ -51,7 +51,7 @@ def restore(work: "Work", cfg: DictConfig) -> None:
 
     device, backbone = torch.device(cfg.device), instantiate(cfg.model.backbone)
     restorer = Restorer.load(backbone, instantiate(cfg.sampler), cfg.checkpoint, device, cfg.offload)
-    pictures = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, device, cfg.first_frame)
+    pictures = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, cfg.first_frame)
     waiting, work.jobs = work.jobs, []
     pixels = {job: job.size[0] * job.size[1] * (2 if job.alpha and cfg.alpha == "network" else 1) for job in waiting}
     evaluations = restorer.evaluations

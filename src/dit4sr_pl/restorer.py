@@ -23,6 +23,7 @@ class Restorer:
 
     def __init__(self, net: nn.Module, backbone: Backbone, sampler: Sampler):
         self.net, self.backbone, self.sampler = net, backbone, sampler
+        self.at_once = sampler.tiles_at_once(net)
 
     @classmethod
     def load(
@@ -65,13 +66,15 @@ class Restorer:
         seed: int,
         on_step: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """`(B, 3, h, w)` to `(B, 3, *size)`, both in 0..1; an image's noise depends on the seed and its name.
+        """`(B, 3, h, w)` to `(B, 3, *size)`, both in 0..1 and on one device, which need not be the network's; an
+        image's noise depends on the seed and its name.
 
         `on_step` is called `evaluations` times, after every evaluation of the network.
         """
         generators = [generator("cpu", "restore", seed, name) for name in names]
         parts = self.backbone.coder, self.backbone.prompts, self.backbone.scheduler
-        return restore(self.net, *parts, self.sampler, lr, size, captions, generators, on_step)
+        where = self.backbone.device, self.at_once
+        return restore(self.net, *parts, self.sampler, lr, size, captions, generators, on_step, *where)
 
 
 def checkpoint_file(checkpoint: str | Path) -> Path:

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from dit4sr_pl.color import ALIGNMENTS
 from dit4sr_pl.flow import interpolate
-from dit4sr_pl.latents import LatentCoder, draw_noise, enlarge
+from dit4sr_pl.latents import Enlarged, LatentCoder, draw_noise
 from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.text import PromptEncoder
-from dit4sr_pl.tiling import tiled
+from dit4sr_pl.tiling import TilesAtOnce, tiled
 
 STARTS = ("noise", "lr")
+CLIP_TOKENS = 77
+ACTIVATIONS = 18  # numbers that a forward pass holds at its peak, per token and unit of width; docs/sampling.md
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Sampler:
         added_prompt: appended to every caption. negative_prompt: what guidance leads away from.
         t5_tokens: tokens of T5 that commands which restore give to their backbone; training's validation takes its own.
         tile, overlap: in latents, for images larger than one tile.
-        tile_batch: tiles in one forward pass, of one or of several images; guidance doubles them.
+        tile_memory: GiB that one forward pass may take beside the weights; as many tiles, of one image or of several,
+            go through at once, and at least one.
         smallest: latents per side; smaller images are extended by reflection, and their results cut.
         vae_tile: side of the autoencoder's tiles in latents, for images larger than one; they overlap by a quarter.
         color: alignment to the enlarged LR image: `adain`, `wavelet` or `none`.
@@ -49,15 +52,17 @@ class Sampler:
     t5_tokens: int
     tile: int
     overlap: int
-    tile_batch: int
+    tile_memory: float
     smallest: int
     vae_tile: int
     color: str
 
     def __post_init__(self) -> None:
-        for name in ("steps", "tile_batch", "smallest"):
+        for name in ("steps", "smallest"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampler: {name}={getattr(self, name)}; at least 1 is needed")
+        if self.tile_memory <= 0:
+            raise ValueError(f"sampler: tile_memory={self.tile_memory}; give GiB above 0")
         for name, choices in (("start", STARTS), ("color", ALIGNMENTS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"sampler: {name}={getattr(self, name)!r}; choose one of {', '.join(choices)}")
@@ -82,6 +87,15 @@ class Sampler:
         solver.set_begin_index(first)
         return solver, range(first, len(solver.timesteps))
 
+    def tiles_at_once(self, net: DiT4SRTransformer) -> TilesAtOnce:
+        """By the memory that a tile takes: its tokens in the noise, LR and text stream, with guidance twice."""
+        config, dtype = net.base.config, net.base.dtype
+        tokens = 2 * (self.tile // net.patch_size) ** 2 + CLIP_TOKENS + self.t5_tokens
+        width = config.num_attention_heads * config.attention_head_dim
+        passes = 1 if self.guidance_scale == 1 else 2
+        tile = ACTIVATIONS * passes * tokens * width * dtype.itemsize
+        return TilesAtOnce(max(1, int(self.tile_memory * 2**30 / tile)))
+
 
 @torch.no_grad()
 def restore(
@@ -95,6 +109,8 @@ def restore(
     captions: list[str],
     generators: list[torch.Generator],
     on_step: Callable[[], None] = lambda: None,
+    device: torch.device | None = None,
+    at_once: TilesAtOnce | None = None,
 ) -> Tensor:
     """Restores a batch of LR images of one size.
 
@@ -102,31 +118,37 @@ def restore(
         lr: `(B, 3, h, w)` in 0..1. size: of the result. captions: one per image, may be empty.
         generators: one CPU generator per image: a result does not depend on the batch around it.
         on_step: called after every network evaluation.
+        device: where latents and networks are; without it, that of `lr`.
+        at_once: tiles, known from an earlier batch.
 
     Returns:
-        `(B, 3, *size)` in 0..1, float32.
+        `(B, 3, *size)` in 0..1, float32, on the device of `lr`. No second image of that size is made.
+
+    Raises:
+        ValueError: a single tile does not fit into the device's memory.
     """
-    enlarged = enlarge(lr, size)
-    with coder.tiles(sampler.vae_tile):
-        lr_latent = coder.encode(extended(enlarged, sampler.smallest * coder.factor, net.patch_size * coder.factor))
-    velocity = guided(net, encode_prompts, sampler, captions, lr.device)
-    latent = sample(velocity, scheduler, sampler, lr_latent, draw_noise(lr_latent, generators), net.patch_size, on_step)
-    with coder.tiles(sampler.vae_tile):
-        sr = coder.decode(latent)[..., : size[0], : size[1]]
-    return ALIGNMENTS[sampler.color](sr, enlarged).clamp_(0, 1)
+    device = device or lr.device
+    extent = tuple(extended(length, sampler.smallest * coder.factor, net.patch_size * coder.factor) for length in size)
+    enlarged = (Enlarged(each, size, extent) for each in lr.to(device).split(1))
+    lr_latent = torch.cat([coder.encode_tiled(each, sampler.vae_tile) for each in enlarged])
+    noise = draw_noise(lr_latent, generators)
+    velocity = guided(net, encode_prompts, sampler, captions, device)
+    at_once = at_once or sampler.tiles_at_once(net)
+    latent = sample(velocity, scheduler, sampler, lr_latent, noise, net.patch_size, at_once, on_step)
+    del lr_latent, noise  # a byte per pixel of the result each
+    sr = torch.empty(*lr.shape[:2], *size, device=lr.device)
+    for image, each in zip(sr, latent.split(1), strict=True):
+        top = 0
+        for band in coder.decode_tiled(each, sampler.vae_tile):
+            rows = image[:, top : top + band.shape[2]]  # of the last band fewer
+            rows.copy_(band[0, :, : rows.shape[1], : size[1]])
+            top += band.shape[2]
+    return ALIGNMENTS[sampler.color](sr, Enlarged(lr, size)).clamp_(0, 1)
 
 
-def extended(images: Tensor, least: int, multiple: int) -> Tensor:
-    """Extends images `(B, 3, H, W)` at the bottom and the right to a multiple, `least` or more, by reflection as often
-    as it takes."""
-    for dim in (2, 3):
-        length = images.shape[dim]
-        wanted = -(-max(length, least) // multiple) * multiple
-        if wanted > length:
-            there_and_back = max(2 * (length - 1), 1)
-            position = torch.arange(wanted, device=images.device) % there_and_back
-            images = images.index_select(dim, torch.minimum(position, there_and_back - position))
-    return images
+def extended(length: int, least: int, multiple: int) -> int:
+    """The multiple that a length is extended to, `least` or more."""
+    return -(-max(length, least) // multiple) * multiple
 
 
 def guided(
@@ -158,6 +180,7 @@ def sample(
     lr_latent: Tensor,
     noise: Tensor,
     patch: int,
+    at_once: TilesAtOnce,
     on_step: Callable[[], None],
 ) -> Tensor:
     """From noise, or the noised LR latent, to the restored image's latent; all `(B, C, H, W)`, float32."""
@@ -169,7 +192,7 @@ def sample(
         # Of the sigma: some of diffusers' solvers round their timesteps.
         timestep = solver.sigmas[evaluation].to(noise.device) * solver.config.num_train_timesteps
         predict = lambda *tiles, timestep=timestep: velocity(*tiles, timestep)  # noqa: E731
-        v = tiled(predict, latent, lr_latent, sampler.tile, sampler.overlap, patch, sampler.tile_batch)
+        v = tiled(predict, latent, lr_latent, sampler.tile, sampler.overlap, patch, at_once)
         latent = solver.step(v, solver.timesteps[evaluation], latent).prev_sample
         on_step()
     return latent

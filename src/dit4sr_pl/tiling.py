@@ -1,11 +1,52 @@
 """Latents larger than the transformer's window: overlapping tiles, blended with Gaussian weights at every step."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 VARIANCE = 0.01  # of the squared tile size
+
+log = logging.getLogger(__name__)
+
+
+class TilesAtOnce:
+    """How many tiles pass the network at once: `most`, and half as many whenever they do not fit into the memory."""
+
+    def __init__(self, most: int):
+        self.most, self.warned = most, False
+
+    def batches(self, predict: Callable[[Sequence], Tensor], places: Sequence) -> Iterator[tuple[Sequence, Tensor]]:
+        """Places, as many as fit, with what `predict` gives for them.
+
+        Raises:
+            ValueError: one tile alone does not fit.
+        """
+        begin = 0
+        while begin < len(places):
+            chosen = places[begin : begin + self.most]
+            try:
+                predicted = predict(chosen)
+            except torch.OutOfMemoryError:
+                self.lower(len(chosen))
+            else:
+                yield chosen, predicted
+                begin += len(chosen)
+
+    def lower(self, tried: int) -> None:
+        if tried == 1:
+            raise ValueError(
+                "a single tile does not fit into the device's memory; lower sampler.tile, take half precision "
+                "(model.backbone.dtype=bfloat16) or offload=true"
+            ) from None
+        if not self.warned:
+            log.warning(
+                "%d tiles at once do not fit into the device's memory; fewer go through from now on: lower "
+                "sampler.tile_memory",
+                tried,
+            )
+        self.most, self.warned = tried // 2, True
 
 
 def tiled(
@@ -15,7 +56,7 @@ def tiled(
     tile: int,
     overlap: int,
     patch: int,
-    tile_batch: int,
+    at_once: TilesAtOnce,
 ) -> Tensor:
     """Runs `predict` over tiles of `(B, C, H, W)` latents, several at once, and blends the results.
 
@@ -24,7 +65,7 @@ def tiled(
     Args:
         predict: from noisy and LR latents of tiles `(N, C, h, w)`, and the image that each is of, to their velocity.
         tile: side of a tile in latents. overlap: of neighbours, at least. patch: the transformer's patch size.
-        tile_batch: most tiles in one call, of one image or of several.
+        at_once: tiles in one call, of one image or of several.
     """
     rows, columns = (starts(length, tile, overlap, patch) for length in noisy.shape[-2:])
     height, width = (min(tile, length) for length in noisy.shape[-2:])
@@ -33,16 +74,20 @@ def tiled(
     if len(rows) == len(columns) == 1:
         weights = torch.ones_like(weights)  # exact
 
+    def window(place: tuple[int, int, int]) -> tuple:
+        image, top, left = place
+        return image, ..., slice(top, top + height), slice(left, left + width)
+
+    def predict_at(chosen: Sequence) -> Tensor:
+        tiles = (torch.stack([latents[window(place)] for place in chosen]) for latents in (noisy, lr))
+        return predict(*tiles, [image for image, _, _ in chosen])
+
     total, norm = torch.zeros_like(noisy), torch.zeros_like(noisy[:, :1])
-    for begin in range(0, len(places), tile_batch):
-        chosen = places[begin : begin + tile_batch]
-        windows = [(image, ..., slice(top, top + height), slice(left, left + width)) for image, top, left in chosen]
-        noisy_tiles, lr_tiles = (torch.stack([latents[window] for window in windows]) for latents in (noisy, lr))
-        predicted = predict(noisy_tiles, lr_tiles, [image for image, _, _ in chosen])
-        for window, velocity in zip(windows, predicted, strict=True):
-            total[window] += weights * velocity
-            norm[window] += weights
-    return total / norm
+    for chosen, predicted in at_once.batches(predict_at, places):
+        for place, velocity in zip(chosen, predicted, strict=True):
+            total[window(place)] += weights * velocity
+            norm[window(place)] += weights
+    return total.div_(norm)
 
 
 def starts(length: int, tile: int, overlap: int, patch: int) -> list[int]:
