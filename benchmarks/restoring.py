@@ -111,7 +111,7 @@ def one(size: tuple[int, int], without_networks: bool, overrides: list[str]) -> 
         vae.decoder.forward = lambda latents: F.interpolate(latents[:, :3], scale_factor=8)
     photo, small = torch.from_numpy(astronaut()).permute(2, 0, 1)[None] / 255, tuple(side // 4 for side in size)
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(Path(folder) / "lr.png", Path(folder) / "sr.png", "astronaut", small)
+        job = Job(Path(folder) / "lr.png", Path(folder) / "sr.png", "astronaut", small, alpha=False)
         write_image(job.source, enlarge(photo, small)[0])
         start = process_time()
         (outcome,) = PictureRestorer(restorer, 4, cfg.alpha, cfg.seed).run([[job]], lambda _: None)

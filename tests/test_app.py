@@ -108,7 +108,7 @@ def test_large_results_and_wrong_settings_are_refused(photo, restorer):
     for scale, steps, message in (
         (4, 2, "256x192 pixels: at most 10000"),
         (1, 0, "steps=0"),
-        (1, 10**6, "steps=1000000: must be from 1 to 100"),
+        (1, 10**6, "steps=1000000: must be a whole number from 1 to 100"),
         (9, 2, "scale=9: must be a number from 1 to 8"),
         (0.5, 2, "scale=0.5"),
     ):

@@ -158,12 +158,12 @@ def test_sixteen_bit_tiff_keeps_every_level(tmp_path, channels, layout):
 @pytest.mark.parametrize("kind", ["P2", "P3", "P5", "P6"])
 def test_pgm_and_ppm_of_more_than_eight_bits_keep_every_level(tmp_path, kind, white):
     levels = draw(3 if kind in ("P3", "P6") else 1, np.uint16) & white
-    levels.flat[:2] = 0, white
+    levels.flat[:3] = 0, white, min(white + 1, 65535) if kind in ("P5", "P6") else 0  # numbers cannot be too large
     numbers = b"# of a comment 7\n" + " ".join(map(str, levels.flat)).encode()
     body = numbers if kind in ("P2", "P3") else levels.astype(">u2").tobytes()
     path = tmp_path / "a.ppm"
     path.write_bytes(f"{kind}\n# made by hand\n{WIDTH} {HEIGHT}\n{white}\n".encode() + body)
-    expected = np.array([round(int(level) / white * 65535) for level in levels.flat]).reshape(levels.shape)
+    expected = np.array([round(min(int(level), white) / white * 65535) for level in levels.flat]).reshape(levels.shape)
     np.testing.assert_array_equal(written(path), expected)
     assert read_picture(path).bits == 16
     eight = np.atleast_3d(np.rint(expected / 257)).repeat(1 if levels.ndim == 3 else 3, axis=2)

@@ -272,7 +272,7 @@ def test_a_caption_model_describes_what_has_no_prompt(folder, tmp_path, monkeypa
     assert {path.stem for path in (tmp_path / "out").glob("*.txt")} == set("0124")
 
 
-def test_captions_outlast_ctrl_c_until_overwrite(folder, tmp_path, monkeypatch):
+def test_captions_outlast_ctrl_c_and_overwrite(folder, tmp_path, monkeypatch):
     asked, stop = [], 2
 
     def write(images):
@@ -289,7 +289,10 @@ def test_captions_outlast_ctrl_c_until_overwrite(folder, tmp_path, monkeypatch):
     assert [call.captions[0] for call in restorer.calls] == [f"caption {i}" for i in (1, 4, 6, 3, 5)]
     (tmp_path / "out/3.png").unlink()
     assert command(monkeypatch, restorer, *arguments) is None and len(asked) == 6
-    assert command(monkeypatch, restorer, *arguments, "overwrite=true") is None and len(asked) == 11
+    assert command(monkeypatch, restorer, *arguments, "overwrite=true") is None and len(asked) == 6
+    assert [call.captions[0] for call in restorer.calls[-5:]] == [f"caption {i}" for i in (1, 4, 6, 3, 5)]
+    (tmp_path / "out/3.txt").write_bytes(b"\xff")
+    assert "out/3.txt: the caption is not UTF-8" in command(monkeypatch, restorer, *arguments, "overwrite=true")
 
 
 def test_a_note_says_what_of_a_file_is_left_out(tmp_path, monkeypatch, capsys):

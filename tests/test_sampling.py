@@ -1,8 +1,9 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -194,6 +195,9 @@ def test_solvers_of_other_families_take_the_bases_shift(solver, shift):
     even = [first + i / 7 * (last - first) for i in range(7)] + [0]
     assert schedule.sigmas.tolist() == pytest.approx([shift * s / (1 + (shift - 1) * s) for s in even], abs=2e-6)
     assert base.config.shift == shift and "flow_shift" not in base.config
+    own = partial(sampler.solver, flow_shift=2 * shift)
+    assert replace(sampler, solver=own).schedule(base)[0].config.flow_shift == 2 * shift
+    assert sampler.schedule(UniPCMultistepScheduler(flow_shift=4.0))[0].config.flow_shift == 4
 
 
 def test_starting_from_the_lr_latent_skips_the_first_steps_and_mixes_it_with_noise(tiny_backbone):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
+import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -99,9 +101,9 @@ def page(restorer: Restorer, cfg: DictConfig) -> gr.Blocks:
 def answer(restorer: Restorer, cfg: DictConfig, folder: str) -> Callable:
     """What the button calls: `restored`, written below `folder`, with progress and mistakes as messages on the page."""
     import gradio as gr
-    import torch
 
     from dit4sr_pl.picture import write_picture
+    from dit4sr_pl.picture_restorer import FAILURES
 
     def restore_file(file, scale, prompt, steps, guidance, color, seed, progress=gr.Progress()):  # noqa: B008
         settings = {"steps": steps, "guidance_scale": guidance, "color": color}
@@ -112,14 +114,18 @@ def answer(restorer: Restorer, cfg: DictConfig, folder: str) -> Callable:
             pictures = restored(restorer, cfg, Path(file), scale, prompt, seed, settings, show)
             results = Path(mkdtemp(dir=folder))
             files = results / f"{Path(file).stem}.bicubic.png", results / f"{Path(file).stem}.png"
-            for result, picture in zip(files, pictures, strict=True):
-                write_picture(result, picture)
+            try:
+                for result, picture in zip(files, pictures, strict=True):
+                    write_picture(result, picture)
+            except BaseException:
+                shutil.rmtree(results)  # the page deletes only what it has shown
+                raise
             for note in picture.notes:
                 gr.Info(note)
             return files
-        except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
-            message = (str(error) or "out of memory").replace(f"{Path(file or '').parent}/", "")
-            raise gr.Error(message, print_exception=False) from None
+        except (*FAILURES, OSError) as error:
+            message = str(error).partition("\n")[0] or "out of memory"
+            raise gr.Error(re.sub(r"/\S*/", "", message), print_exception=False) from None
 
     return restore_file
 
@@ -160,8 +166,8 @@ def restored(
 
 
 def check_steps(steps: int, most: int) -> None:
-    if not 1 <= steps <= most:
-        raise ValueError(f"steps={steps}: must be from 1 to {most}")
+    if not isinstance(steps, int) or not 1 <= steps <= most:
+        raise ValueError(f"steps={steps}: must be a whole number from 1 to {most}, the page's max_steps")
 
 
 if __name__ == "__main__":

@@ -48,12 +48,13 @@ ALIGNMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"adain": adain, "wa
 
 
 def moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `(B, 3, 1, 1)`, float64."""
+    """Mean and standard deviation `(B, 3, 1, 1)`, in float64 where the device has it."""
     total, squares, count = 0, 0, images.shape[2:].numel()
+    exact = torch.float32 if images.device.type == "mps" else torch.float64  # of which Apple's GPUs have none
     for rows in bands(images.shape[2]):
-        band = images[..., rows, :].double()
+        band = images[..., rows, :].to(exact)
         total = total + band.sum((2, 3), keepdim=True)
-        squares = squares + band.square_().sum((2, 3), keepdim=True)
+        squares = squares + band.square().sum((2, 3), keepdim=True)
     mean = total / count
     variance = (squares - total * mean) / max(count - 1, 1)  # a single pixel varies by nothing
     return mean, (variance.clamp(min=0) + 1e-5).sqrt()  # a flat channel has no variance to divide by

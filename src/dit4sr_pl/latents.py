@@ -114,29 +114,33 @@ class Enlarged:
         self.shape = torch.Size([*lr.shape[:2], *(extent or size)])
 
     def __getitem__(self, window: tuple) -> Tensor:
-        images = self.lr
+        images, mixed = self.lr, []
         for dim, wanted in zip((2, 3), window[1:], strict=True):
             position = torch.arange(*wanted.indices(self.shape[dim]), dtype=torch.float64)
             there_and_back = max(2 * (self.size[dim - 2] - 1), 1)
             position = torch.minimum(position % there_and_back, -position % there_and_back)
-            images = resampled(images, dim, position, self.size[dim - 2])
+            index, weights = taps(position, self.lr.shape[dim], self.size[dim - 2])
+            first, last = int(index.min()), int(index.max())
+            images = images.narrow(dim, first, last - first + 1)  # so that nothing is made as wide as the image
+            mixed.append((dim, index - first, weights))
+        for dim, index, weights in mixed:
+            images = weighted(images, dim, index.to(images.device), weights.to(images))
         return images.clamp_(0, 1)
 
 
-def resampled(images: Tensor, dim: int, position: Tensor, length: int) -> Tensor:
-    """What `enlarge` to `length` gives at `position` along a dimension, before clamping."""
-    scale = images.shape[dim] / length
+def taps(position: Tensor, count: int, length: int) -> tuple[Tensor, Tensor]:
+    """Which of `count` pixels `enlarge` to `length` mixes at each position, with their weights: `(taps, positions)`."""
+    scale = count / length
     width = max(scale, 1.0)  # of the kernel, which widens where images become smaller
     center = (position + 0.5) * scale
-    first = (center - 2 * width + 0.5).floor()
-    result, weights = 0, 0
-    for tap in range(ceil(4 * width)):
-        index = first + tap
-        x = (index + 0.5 - center).abs() / width
-        weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
-        weight = weight.where((x < 2) & (index >= 0) & (index < images.shape[dim]), 0)
-        nearest = index.clamp(0, images.shape[dim] - 1).long().to(images.device)
-        shape = [-1 if each == dim else 1 for each in range(images.ndim)]
-        result = result + images.index_select(dim, nearest) * weight.view(shape).to(images)
-        weights = weights + weight
-    return result / weights.view(shape).to(images)
+    index = (center - 2 * width + 0.5).floor() + torch.arange(ceil(4 * width)).unsqueeze(1)
+    x = (index + 0.5 - center).abs() / width
+    weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
+    weights = weights.where((x < 2) & (index >= 0) & (index < count), 0)
+    return index.clamp(0, count - 1).long(), weights / weights.sum(0)
+
+
+def weighted(images: Tensor, dim: int, index: Tensor, weights: Tensor) -> Tensor:
+    """Sum over taps of the pixels along a dimension."""
+    shape = [-1 if each == dim else 1 for each in range(images.ndim)]
+    return sum(images.index_select(dim, i) * weight.view(shape) for i, weight in zip(index, weights, strict=True))

@@ -200,10 +200,10 @@ def _netpbm_levels(path: Path | str) -> np.ndarray:
     white = arguments[1] if isinstance(arguments, tuple) else 65535
     content, count = Path(path).read_bytes()[start:], shape[0] * shape[1] * shape[2]
     if codec == "ppm_plain":
-        levels = np.array(re.sub(rb"#[^\r\n]*", b"", content).split()[:count], dtype=float)
+        levels = np.fromstring(re.sub(rb"#[^\r\n]*", b"", content), np.uint32, count, sep=" ")
     else:
         levels = np.frombuffer(content, ">u2", count)
-    return np.rint(levels / white * 65535).astype(np.uint16).reshape(shape)
+    return np.rint(np.minimum(levels, white) / white * 65535).astype(np.uint16).reshape(shape)
 
 
 def _turned(levels: np.ndarray, orientation: int) -> np.ndarray:

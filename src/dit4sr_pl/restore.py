@@ -83,15 +83,14 @@ def caption(work: "Work", cfg: DictConfig) -> None:
     from rich.progress import track
 
     from dit4sr_pl.captioner import write_captions
+    from dit4sr_pl.captions import CaptionFiles
 
     texts = {job: job.target.with_suffix(".txt") for job in work.jobs if not job.prompt}
-    for text in texts.values() if cfg.overwrite else []:
-        text.unlink(missing_ok=True)
     missing = [(job.source, text) for job, text in texts.items() if not text.exists()]
     if missing:
         bar = partial(track, description="captions")
         work.failures += write_captions(missing, instantiate(cfg.captioner), 1, bar)
-    described = {job: text.read_text(encoding="utf-8").strip() for job, text in texts.items() if text.exists()}
+    described = {job: CaptionFiles(text.parent)[text.stem] for job, text in texts.items() if text.exists()}
     work.jobs = [
         replace(job, prompt=described.get(job, job.prompt)) for job in work.jobs if job.prompt or job in described
     ]

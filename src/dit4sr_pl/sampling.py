@@ -1,5 +1,6 @@
 """Restoring (paper Section 5.1): steps along the flow, classifier-free guidance, tiles, colour alignment."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,8 +62,8 @@ class Sampler:
         for name in ("steps", "smallest"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampler: {name}={getattr(self, name)}; at least 1 is needed")
-        if self.tile_memory <= 0:
-            raise ValueError(f"sampler: tile_memory={self.tile_memory}; give GiB above 0")
+        if not 0 < self.tile_memory < math.inf:
+            raise ValueError(f"sampler: tile_memory={self.tile_memory}; give GiB, above 0")
         for name, choices in (("start", STARTS), ("color", ALIGNMENTS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"sampler: {name}={getattr(self, name)!r}; choose one of {', '.join(choices)}")
@@ -79,7 +80,8 @@ class Sampler:
     def schedule(self, base: FlowMatchEulerDiscreteScheduler) -> tuple[SchedulerMixin, range]:
         """A solver with its timesteps, and the network evaluations that are run, numbered as its `sigmas`."""
         solver = self.solver(base.config)
-        if "flow_shift" in solver.config:  # what some solvers call the base's `shift`
+        given = {**base.config, **getattr(self.solver, "keywords", {})}
+        if "flow_shift" in solver.config and "flow_shift" not in given:  # what some solvers call the base's `shift`
             solver.register_to_config(flow_shift=base.config.shift)
         solver.set_timesteps(self.steps)
         run = self.steps if self.start == "noise" else max(1, round(self.strength * self.steps))

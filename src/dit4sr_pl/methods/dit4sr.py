@@ -37,6 +37,7 @@ class DiT4SR:
         base = {"name": backbone.name, "dtype": str(backbone.dtype), "t5_tokens": backbone.t5_tokens}
         solver, _ = sampler.schedule(backbone.scheduler)
         sampled = asdict(sampler) | {"solver": [type(solver).__name__, dict(solver.config)]}
+        del sampled["tile_memory"]  # what may be lowered to go on
         self.settings = {"checkpoint": self.checkpoint, "base": base, "sampler": sampled, "seed": seed}
 
     @cached_property
