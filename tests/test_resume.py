@@ -44,7 +44,7 @@ class Event(Callback):
     def happen(self, trainer, *_) -> None:
         if trainer.global_step == self.steps:
             if self.what == "full":
-                folder = Path(trainer.default_root_dir)
+                folder = trainer.checkpoint_callback.folder
                 (folder / f".{self.steps + 1:07d}.ckpt.partial").symlink_to("/dev/full")
             else:
                 os.kill(os.getpid(), signal.Signals[self.what])

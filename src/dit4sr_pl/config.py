@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -39,7 +41,12 @@ def ablation_name() -> str | None:
     return choice("ablation", "full") if network == "dit4sr" else network
 
 
-for resolver in (choice, ablation_name):
+def gpus(accelerator: str, devices: int) -> int | None:
+    """`${gpus:ACCELERATOR,DEVICES}`: what a trainer needs on every node; None on CPUs."""
+    return None if accelerator == "cpu" else devices
+
+
+for resolver in (choice, ablation_name, gpus):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
@@ -55,10 +62,12 @@ def command(config_name: str) -> Callable:
             mistakes = nullcontext if os.environ.get("HYDRA_FULL_ERROR") == "1" else mistakes_in_one_line
 
             def task(cfg: DictConfig) -> None:
+                quiet_libraries()  # in here, for jobs in processes of their own
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    return run_job(main, cfg, show_traceback=mistakes is nullcontext)
                 with mistakes():  # in here, before Hydra adds a line of its own
                     main(cfg)
 
-            quiet_libraries()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints several lines and exits by itself
             with mistakes():
                 hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(task)()
@@ -66,6 +75,28 @@ def command(config_name: str) -> Callable:
         return entry_point
 
     return decorate
+
+
+def run_job(main: Callable[[DictConfig], None], cfg: DictConfig, show_traceback: bool) -> None:
+    """One job of a sweep. What it raises says why in one line, holds nothing of the job, and any process can read it.
+
+    SIGTERM ends the process, and the sweep with it; side by side, only a job.
+    """
+    side_by_side = choice("hydra/launcher") in ("local", "joblib")
+    failure = None
+    try:
+        main(cfg)
+    except SystemExit as end:
+        if not side_by_side:
+            raise
+        failure = f"stopped by a signal (exit code {end.code})"
+    except Exception as error:
+        if show_traceback:
+            traceback.print_exc()
+        kind = "" if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: "
+        failure = kind + one_line(error)
+    if failure is not None:
+        raise ValueError(failure)
 
 
 def read_conf(command: str, **choices: str) -> DictConfig:
@@ -83,6 +114,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning's own use of PyTorch
     warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # spandrel's SwinIR
+    warnings.filterwarnings("ignore", "The `srun` command is available", UserWarning)  # on a cluster, outside of a job
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +11,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.config import check_backbone, check_data, check_readable, check_writable, command
+from dit4sr_pl.config import check_backbone, check_data, check_readable, check_writable, choice, command
 from dit4sr_pl.metric_weights import check_metrics
-from dit4sr_pl.run_folder import CHECKPOINTS, begin, finish, finished_steps, newest_checkpoint, open_run
+from dit4sr_pl.run_folder import begin, finish, finished_steps, newest_checkpoint, open_run
 
 if TYPE_CHECKING:
     from dit4sr_pl.model import TrainedPart
@@ -63,7 +64,7 @@ def fit(cfg: DictConfig, settings: DictConfig, folder: Path) -> dict[str, float]
         cfg.trainer,
         callbacks=list(callbacks.values()),
         logger=instantiate(cfg.logger, purge_step=start),  # TensorBoard hides what is about to be repeated
-        default_root_dir=folder / CHECKPOINTS,  # on SLURM Lightning prefers an hpc_ckpt found in here
+        default_root_dir=folder / ".none",  # on SLURM Lightning prefers an hpc_ckpt found in here
     )
     if trainer.is_global_zero:
         begin(cfg, folder, start)
@@ -126,16 +127,29 @@ def check(cfg: DictConfig) -> None:
             raise ValueError(f"ckpt_path={cfg.ckpt_path}: truncated or not a checkpoint; resume from an earlier one")
     if cfg.model.checkpoint is not None:
         check_readable(cfg.model.checkpoint, "model.checkpoint")
-    if cfg.trainer.devices != 1 and HydraConfig.initialized():
-        hydra = HydraConfig.get()
-        if hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices["hydra/launcher"] == "basic":
-            raise ValueError("every process of a run on several devices would sweep anew; start the runs one by one")
+    check_processes(cfg.trainer)
     if "sharded" in cfg.model._target_ and "ema" in cfg.callbacks:
         raise ValueError("trainer=fsdp cannot average weights; add ~callbacks.ema, or use trainer=ddp")
     check_backbone(cfg.model.backbone)
     if "scores" in cfg.callbacks:
         check_metrics(cfg.callbacks.scores.metrics, cfg.data.validation_crop)
     check_writable(cfg.output, "output")
+
+
+def check_processes(trainer: DictConfig) -> None:
+    """Raises ValueError unless the processes that run this are those of one run: Lightning trains on without a word."""
+    asked, started = trainer.devices * trainer.num_nodes, int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if started not in (1, asked) and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun starts more of them
+        raise ValueError(
+            f"SLURM started {started} processes for trainer.devices={trainer.devices} trainer.num_nodes="
+            f"{trainer.num_nodes}; make --ntasks-per-node and --nodes equal to these"
+        )
+    swept = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if asked != 1 and swept and choice("hydra/launcher") in ("basic", "local"):
+        raise ValueError(
+            "every process of a run on several devices would sweep anew; start the runs one by one, or with "
+            "hydra/launcher=slurm"
+        )
 
 
 if __name__ == "__main__":

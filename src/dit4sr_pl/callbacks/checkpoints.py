@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there, at intervals of steps and minutes and when a scheduler asks for one."""
 
-import functools
 import logging
 import os
 import signal
@@ -18,6 +17,8 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from dit4sr_pl.files import replacing
 
 log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -66,19 +67,21 @@ class Checkpoints(Checkpoint):
         self.every_n_train_steps, self.every_n_minutes = every_n_train_steps, every_n_minutes
         self.keep_last = keep_last
         self.received: set[int] = set()
-        self.heard: set[int] = set()  # those of them that the last step knew of
+        self.heard: set[int] = set()  # those of any device that the last step knew of
         self.pending = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's own handlers come after this."""
-        self.before = {signum: signal.getsignal(signum) for signum in (signal.SIGUSR1, signal.SIGUSR2)}
+        self.before = {signum: signal.getsignal(signum) for signum in SIGNALS}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the place of Lightning's handlers, which on SLURM write and prefer a checkpoint of their own."""
         self.step, self.saved_at = trainer.global_step, time.monotonic()
         self.leads, self.launcher = trainer.is_global_zero, trainer.strategy.launcher
+        if trainer.received_sigterm:  # Lightning's would end the run with exit code 0
+            self.answer({signal.SIGTERM})
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, *self.before):
+            for signum in SIGNALS:
                 signal.signal(signum, self.receive)  # until Lightning puts back what was there before the training
 
     def receive(self, signum: int, frame: FrameType | None) -> None:
@@ -90,17 +93,23 @@ class Checkpoints(Checkpoint):
         if trainer.global_step == self.step:
             return  # gradients accumulate
         self.step = trainer.global_step
-        on_any_device = functools.partial(trainer.strategy.reduce_boolean_decision, all=False)
-        self.heard = set(self.received)
-        if on_any_device(signal.SIGTERM in self.heard):
-            self.heard.add(signal.SIGTERM)
-        self.pending |= on_any_device(bool(self.heard) or self.is_due(trainer))
+        received = set(self.received)
+        if on_any_device(trainer, bool(received)):
+            self.heard |= {signum for signum in SIGNALS if on_any_device(trainer, signum in received)}
+        self.pending |= bool(self.heard) | on_any_device(trainer, self.is_due(trainer))
         if self.pending and not validation_within(trainer, 0):  # else the checkpoint of the step before stands
             self.save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, *_) -> None:
         """By now the last step is logged."""
-        self.answer(self.heard)
+        if self.heard:
+            end = None
+            try:
+                self.answer(self.heard)
+            except SystemExit as asked:
+                end = asked
+            if on_any_device(trainer, end is not None):  # submitit ends rank 0 only
+                raise end or SystemExit(0)
 
     def is_due(self, trainer: Trainer) -> bool:
         if self.step == trainer.max_steps or self.step + 1 == trainer.max_steps:
@@ -144,6 +153,10 @@ class Checkpoints(Checkpoint):
             signals.discard(signum)
             if callable(self.before[signum]):
                 self.before[signum](signum, None)
+
+
+def on_any_device(trainer: Trainer, decision: bool) -> bool:
+    return trainer.strategy.reduce_boolean_decision(decision, all=False)
 
 
 def validation_within(trainer: Trainer, batches: int) -> bool:

@@ -1,0 +1,202 @@
+"""Sweeps on a real SLURM of this machine, whose jobs are stopped in every way that it has, against undisturbed runs."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cluster import MISSING, ask, cluster
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from toy import events, small
+
+from dit4sr_pl.config import conf_folder
+from dit4sr_pl.model import load_part
+from dit4sr_pl.run_folder import checkpoints_in
+from dit4sr_pl.train import train
+
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}: needs Debian's slurm-wlm and munge"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="a SLURM of one's own runs as root"),
+]
+
+# What happens to a job before its third step, by the seed of its run
+STOPS = {
+    0: "scontrol requeue $JOB",  # SLURM sends SIGTERM, and queues the job itself
+    1: "scancel --signal=TERM $JOB",  # so does a node that shuts down
+    2: "scancel --signal=USR2 $JOB",  # before the time limit: submitit queues the job
+    3: "sbatch --partition=high --ntasks=2 --output=/dev/null --wrap=true",  # takes the whole node
+    4: "kill -9 $PPID",  # the training
+}
+COMES_BACK, KILLED, REFUSED = (0, 1, 2, 3), 4, 5
+STEPS = 5
+LOSSES = ["+callbacks.losses._target_=dit4sr_pl.callbacks.Losses", "+callbacks.losses.folder=${output}"]
+ONCE = "+callbacks.once={_target_: cluster.Once, commands: {%s}, seed: ${seed}, step: 2, wait: 30}"
+
+
+def options(photos: Path) -> list[str]:
+    commands = ", ".join(f"{seed}: '{command}'" for seed, command in STOPS.items())
+    steps = [f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={STEPS}"]
+    never = ["callbacks.checkpoint.every_n_train_steps=null", "metrics=[psnr]"]  # but when SLURM asks for one
+    return [*small(photos), *LOSSES, *steps, *never, ONCE % commands]
+
+
+class Cluster:
+    """Where sweeps are started: `outputs` of all of them lie in one folder."""
+
+    def __init__(self, folder: Path, photos: Path, environment: dict[str, str]):
+        self.folder, self.photos = folder, photos
+        places = [Path(__file__).parents[1] / "src", Path(__file__).parent]
+        self.environment = {**environment, "PYTHONPATH": os.pathsep.join(map(str, places))}
+
+    def sweep(self, *arguments: str) -> subprocess.CompletedProcess:
+        # Under ten minutes of limit, submitit takes every signal for a timeout
+        launcher = ["cpus_per_task=1", "mem_gb=null", "timeout_min=9"]
+        command = ["-m", "hydra/launcher=slurm", *(f"hydra.launcher.{option}" for option in launcher)]
+        return self.run(sys.executable, "-m", "dit4sr_pl.train", *command, *options(self.photos), *arguments)
+
+    def run(self, *command: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=900
+        )
+
+    def seed(self, number: int) -> Path:
+        return self.folder / "outputs" / "default" / "full" / f"seed{number}"
+
+
+@pytest.fixture(scope="module")
+def slurm(photos, tmp_path_factory) -> Cluster:
+    folder = tmp_path_factory.mktemp("slurm")
+    with cluster(folder / "cluster") as environment:
+        yield Cluster(folder, photos, environment)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(photos, tmp_path_factory) -> Callable[[int], Path]:
+    """Folder of the run with a seed that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+
+    def run(seed: int) -> Path:
+        output = folder / str(seed)
+        if not output.exists():
+            with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+                train(compose("train", [*options(photos), "~callbacks.once", f"seed={seed}", f"output={output}"]))
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(slurm) -> subprocess.CompletedProcess:
+    """A sweep of six jobs: four that SLURM stops, one that is killed, one refused for the run that its folder holds.
+    Beside the first lies what Lightning writes on SLURM, and prefers to what it is told."""
+    other = slurm.seed(REFUSED)
+    (other / "checkpoints").mkdir(parents=True)
+    (other / "checkpoints" / "0000001.ckpt").touch()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        OmegaConf.save(compose("train", ["optimizer.lr=1", "output=x", f"seed={REFUSED}"]), other / "config.yaml")
+    for stale in (slurm.seed(0), slurm.seed(0) / "checkpoints", slurm.folder):
+        stale.mkdir(parents=True, exist_ok=True)
+        (stale / "hpc_ckpt_1.ckpt").write_bytes(b"of another job")
+    return slurm.sweep(f"seed={','.join(map(str, [*STOPS, REFUSED]))}")
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    assert (ours / "losses.csv").read_text() == (theirs / "losses.csv").read_text()
+    ours, theirs = (load_part(folder / "lr_stream.safetensors").state for folder in (ours, theirs))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("seed", COMES_BACK)
+def test_a_job_that_slurm_stops_saves_and_comes_back_to_what_an_undisturbed_run_gives(
+    slurm, stopped, undisturbed, seed
+):
+    """Not to epoch 0, not to the first photos, and not to the weights of another job."""
+    assert (slurm.seed(seed) / "finished.yaml").exists(), stopped.stderr
+    log = (slurm.seed(seed) / "train.log").read_text()
+    assert "going on from step 3" in log, log
+    assert_same_run(slurm.seed(seed), undisturbed(seed))
+
+
+def test_jobs_that_fail_keep_none_from_running_and_get_a_line_each(slurm, stopped):
+    assert stopped.returncode == 1
+    submitted, killed, refused = stopped.stderr.splitlines()
+    assert submitted.startswith("6 jobs submitted; this command may stop, they go on. Logs: ")
+    assert killed.startswith(f"error: seed={KILLED}: SLURM's job ") and "left no result" in killed
+    assert refused.startswith(f"error: seed={REFUSED}: {slurm.seed(REFUSED)} holds a run of other settings: ")
+    assert not (slurm.seed(KILLED) / "finished.yaml").exists() and not checkpoints_in(slurm.seed(KILLED))
+
+
+def test_the_verdict_of_slurm_is_that_of_the_job(slurm, stopped):
+    states = ask(slurm.environment, "squeue", "--states=all", "--array", "--noheader", "--format=%K %T", "--me")
+    by_job = dict(line.split() for line in states.splitlines() if line.split()[0] != "N/A")
+    assert [by_job[str(seed)] for seed in range(6)] == ["COMPLETED"] * 4 + ["FAILED"] * 2
+
+
+def test_outputs_are_one_experiment(slurm, stopped):
+    """No folder of a rank, of a start or of Lightning's."""
+    outputs = slurm.folder / "outputs"
+    assert {path.name for path in outputs.iterdir()} == {".slurm", "multirun.yaml", "default"}
+    assert sorted(path.name for path in (outputs / "default" / "full").iterdir()) == [f"seed{i}" for i in range(6)]
+    assert len(list(outputs.rglob("hpc_ckpt*"))) == 2
+    for seed in COMES_BACK:
+        steps = [event.step for event in events(slurm.seed(seed)).Scalars("train/loss")]
+        assert steps == list(range(STEPS))
+    result = slurm.run(sys.executable, "-m", "dit4sr_pl.compare", "outputs")
+    assert result.returncode == 0 and "FULL" in result.stdout, result.stderr
+
+
+def test_the_same_command_goes_on_with_what_was_killed(slurm, stopped, undisturbed):
+    again = slurm.sweep(f"seed={KILLED}", "~callbacks.once")
+    assert again.returncode == 0, again.stderr
+    assert_same_run(slurm.seed(KILLED), undisturbed(KILLED))
+
+
+def test_two_processes_of_a_job_are_one_run_and_come_back_together(slurm, undisturbed):
+    devices = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=1"]
+    result = slurm.sweep("seed=2", *devices, "hydra.sweep.dir=two")
+    assert result.returncode == 0, result.stderr
+    folder, alone = slurm.folder / "two" / "default" / "full" / "seed2", undisturbed(2)
+    assert [path.name for path in folder.parent.iterdir()] == ["seed2"]
+    log = (folder / "train.log").read_text()
+    assert log.count("SIGUSR2 at step 3") == log.count("going on from step 3") == 1, log
+    assert len(list(folder.glob("events.*"))) == 2  # one per start
+    ours, theirs = ((path / "losses.csv").read_text().split()[1:] for path in (folder, alone))
+    for our, their in zip(ours, theirs, strict=True):
+        assert float(our.split(",")[1]) == pytest.approx(float(their.split(",")[1]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["hydra.launcher.tasks_per_node=2"], "hydra.launcher.tasks_per_node=2 for a run with 1"),
+        (["trainer.devices=1,2"], "hydra.launcher.tasks_per_node=1 for a run with 2"),
+        (["hydra.launcher.nodes=2"], "hydra.launcher.nodes=2 for a run with 1"),
+        (["hydra.launcher.partition=nowhere"], "not submitted: sbatch: error: invalid partition specified: nowhere"),
+    ],
+)
+def test_a_mistake_is_refused_before_a_job_is_submitted(slurm, arguments, named):
+    result = slurm.sweep("seed=9", *arguments)
+    *sbatch, said = result.stderr.splitlines()
+    assert result.returncode == 1 and said.startswith("error: ") and named in said, result.stderr
+    assert all(line.startswith("sbatch: ") for line in sbatch)  # submitit shows what it says
+    assert not slurm.seed(9).exists()
+
+
+def test_processes_that_are_not_one_run_are_refused(slurm):
+    """Two trainings would write into one folder, and SLURM be content."""
+    command = [sys.executable, "-m", "dit4sr_pl.train", "output=twice"]
+    result = slurm.run("srun", "--ntasks=2", *command)
+    assert result.returncode == 1 and not (slurm.folder / "twice").exists()
+    assert result.stderr.count("error: SLURM started 2 processes for trainer.devices=1") == 2
+
+
+def test_submitit_is_told_of_every_knob(slurm, stopped):
+    scripts = [path.read_text() for path in (slurm.folder / "outputs" / ".slurm").rglob("*submission.sh")]
+    (script,) = (script for script in scripts if "--array" in script)
+    for line in ("--array=0-5%6", "--ntasks-per-node=1", "--signal=USR2@120", "--time=9", "--requeue", "--nodes=1"):
+        assert f"#SBATCH {line}\n" in script
+    assert "export OMP_NUM_THREADS=1\n" in script and "--kill-on-bad-exit=1 --cpus-per-task=1" in script

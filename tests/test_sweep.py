@@ -1,0 +1,120 @@
+"""Sweeps in one process and side by side: what a job leaves to the next, and what the others do when one fails."""
+
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from lightning import Callback, LightningModule, Trainer
+from omegaconf import OmegaConf
+from toy import small
+
+from dit4sr_pl.config import conf_folder
+from dit4sr_pl.train import train
+
+LOSSES = ["+callbacks.losses._target_=dit4sr_pl.callbacks.Losses", "+callbacks.losses.folder=${output}"]
+BAD, STOPPED = 1, 2
+
+
+class Threads(Callback):
+    """Writes down how many threads PyTorch takes; gets one run a SIGTERM."""
+
+    def __init__(self, folder: str, seed: int, stopped: int | None):
+        self.folder, self.stops = Path(folder), seed == stopped
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        (self.folder / "threads").write_text(str(torch.get_num_threads()))
+
+    def on_train_batch_start(self, *_) -> None:
+        if self.stops:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def options(photos: Path, stopped: int | None) -> list[str]:
+    stopped = "null" if stopped is None else stopped
+    given = f"{{_target_: test_sweep.Threads, folder: ${{output}}, seed: ${{seed}}, stopped: {stopped}}}"
+    return [*small(photos), *LOSSES, "metrics=[psnr]", f"+callbacks.threads={given}"]
+
+
+def sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Of four seeds; the folder of one holds a run of other settings."""
+    bad = folder / "outputs" / "default" / "full" / f"seed{BAD}"
+    bad.mkdir(parents=True)
+    (bad / "finished.yaml").write_text("steps: 2\n")
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        OmegaConf.save(compose("train", ["optimizer.lr=1", f"output={bad}", f"seed={BAD}"]), bad / "config.yaml")
+    command = [sys.executable, "-m", "dit4sr_pl.train", "-m", "seed=0,1,2,3", *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    environment.pop("OMP_NUM_THREADS", None)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def errors(result: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture(scope="module")
+def alone(photos, tmp_path_factory) -> Callable[[int], str]:
+    """Losses of a run that is no job of a sweep."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    def losses(seed: int) -> str:
+        output = folder / str(seed)
+        if not output.exists():
+            with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+                train(compose("train", [*options(photos, None), f"seed={seed}", f"output={output}"]))
+        return (output / "losses.csv").read_text()
+
+    return losses
+
+
+def test_one_after_another_each_job_is_what_it_is_alone_and_one_that_fails_keeps_none(photos, tmp_path, alone):
+    result = sweep(tmp_path, *options(photos, None))
+    full = tmp_path / "outputs" / "default" / "full"
+    assert result.returncode == 1, result.stderr
+    assert errors(result)[-1].startswith(f"error: seed={BAD}: {full}/seed{BAD} holds a run of other settings: ")
+    assert len(errors(result)) == 1 and "srun" not in result.stderr
+    for seed in (0, 2, 3):
+        assert (full / f"seed{seed}" / "finished.yaml").exists()
+        assert (full / f"seed{seed}" / "losses.csv").read_text() == alone(seed)
+
+
+def test_side_by_side_jobs_share_the_cores_and_one_that_is_stopped_keeps_none(photos, tmp_path, alone):
+    result = sweep(tmp_path, "hydra/launcher=local", *options(photos, STOPPED))
+    full = tmp_path / "outputs" / "default" / "full"
+    assert result.returncode == 1 and len(errors(result)) == 2, result.stderr
+    assert errors(result)[0].startswith(f"error: seed={BAD}: ")
+    assert errors(result)[1] == f"error: seed={STOPPED}: stopped by a signal (exit code 143)"
+    for seed in (0, 3):
+        assert (full / f"seed{seed}" / "losses.csv").read_text() == alone(seed)
+        share = max(1, len(os.sched_getaffinity(0)) // 2)
+        assert int((full / f"seed{seed}" / "threads").read_text()) == share
+
+
+def test_sigterm_ends_a_sweep_in_one_process(photos, tmp_path):
+    result = sweep(tmp_path, *options(photos, 0))
+    full = tmp_path / "outputs" / "default" / "full"
+    assert result.returncode == 143 and (full / "seed0" / "checkpoints" / "last.ckpt").exists()
+    assert not (full / "seed2").exists()
+
+
+def test_a_run_leaves_nothing_in_its_process(photos, tmp_path):
+    def state() -> tuple:
+        gc.collect()
+        alive = sum(issubclass(type(each), LightningModule | Trainer) for each in gc.get_objects())
+        names = ("dit4sr_pl", "py.warnings", "lightning.pytorch", None)
+        handlers = [list(logging.getLogger(name).handlers) for name in names]
+        signals = [signal.getsignal(signum) for signum in signal.valid_signals()]
+        return alive, handlers, signals
+
+    before = state()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        train(compose("train", [*options(photos, None), f"output={tmp_path}"]))
+    assert state() == before
