@@ -8,7 +8,7 @@
 `sizes` restores one photo x4 to each size, from file to file as the command does; memory is the process's peak, with
 PyTorch and all weights; time is processor time, which other programs on the machine disturb least. With
 `--without-networks` means of 8x8 pixels stand in for latents and the LR latent for the result's, which leaves the cost
-of all else. `knobs` does so at one size with other tiles and steps. `tiles` counts what a forward pass over tiles holds
+of all else. `knobs` does so at one size with other tiles, steps and images at once. `tiles` counts what a forward pass over tiles holds
 at its peak, on tensors without memory. `seams` compares the autoencoder in tiles with the whole. Overrides are those of
 `dit4sr_pl.restore`.
 """
@@ -30,6 +30,7 @@ KNOBS = [
     "sampler.tile_memory=0.2",
     "sampler.steps=10",
     "sampler.steps=40",
+    "batch_size=4",
 ]
 
 
@@ -85,7 +86,8 @@ def measured(size: str, without_networks: bool, overrides: list[str]) -> tuple[f
 
 
 def one(size: tuple[int, int], without_networks: bool, overrides: list[str]) -> tuple[float, float]:
-    """Processor seconds of one image from file to file, models loaded; the process's peak memory in MiB."""
+    """Processor seconds of an image from file to file, `batch_size` of them at once, models loaded; the process's peak
+    memory in MiB."""
     import torch
     import torch.nn.functional as F
     from hydra import compose, initialize_config_dir
@@ -111,13 +113,15 @@ def one(size: tuple[int, int], without_networks: bool, overrides: list[str]) -> 
         vae.decoder.forward = lambda latents: F.interpolate(latents[:, :3], scale_factor=8)
     photo, small = torch.from_numpy(astronaut()).permute(2, 0, 1)[None] / 255, tuple(side // 4 for side in size)
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(Path(folder) / "lr.png", Path(folder) / "sr.png", "astronaut", small, alpha=False)
-        write_image(job.source, enlarge(photo, small)[0])
+        lr = Path(folder) / "lr.png"
+        write_image(lr, enlarge(photo, small)[0])
+        jobs = [Job(lr, lr.with_name(f"{i}.png"), str(i), small, alpha=False) for i in range(cfg.batch_size)]
         start = process_time()
-        (outcome,) = PictureRestorer(restorer, 4, cfg.alpha, cfg.seed).run([[job]], lambda _: None)
-    if outcome.failure:
-        raise SystemExit(outcome.failure)
-    return process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        outcomes = list(PictureRestorer(restorer, 4, cfg.alpha, cfg.seed).run([jobs], lambda _: None))
+        seconds = (process_time() - start) / len(jobs)
+    if failures := [outcome.failure for outcome in outcomes if outcome.failure]:
+        raise SystemExit(failures[0])
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def tiles() -> None:
