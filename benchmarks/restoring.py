@@ -8,9 +8,9 @@
 `sizes` restores one photo x4 to each size, from file to file as the command does; memory is the process's peak, with
 PyTorch and all weights; time is processor time, which other programs on the machine disturb least. With
 `--without-networks` means of 8x8 pixels stand in for latents and the LR latent for the result's, which leaves the cost
-of all else. `knobs` does so at one size with other tiles, steps and images at once. `tiles` counts what a forward pass over tiles holds
-at its peak, on tensors without memory. `seams` compares the autoencoder in tiles with the whole. Overrides are those of
-`dit4sr_pl.restore`.
+of all else. `knobs` does so at one size with other tiles, steps and images at once. `tiles` counts what a forward pass
+over tiles holds at its peak, on tensors without memory. `seams` compares the autoencoder in tiles with the whole.
+Overrides are those of `dit4sr_pl.restore`.
 """
 
 import argparse

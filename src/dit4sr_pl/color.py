@@ -50,9 +50,9 @@ ALIGNMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"adain": adain, "wa
 def moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation `(B, 3, 1, 1)`, in float64 where the device has it."""
     total, squares, count = 0, 0, images.shape[2:].numel()
-    exact = torch.float32 if images.device.type == "mps" else torch.float64  # of which Apple's GPUs have none
     for rows in bands(images.shape[2]):
-        band = images[..., rows, :].to(exact)
+        band = images[..., rows, :]
+        band = band.float() if band.device.type == "mps" else band.double()  # Apple's GPUs have no float64
         total = total + band.sum((2, 3), keepdim=True)
         squares = squares + band.square().sum((2, 3), keepdim=True)
     mean = total / count
