@@ -51,6 +51,7 @@ class Cluster:
         self.folder, self.photos = folder, photos
         places = [Path(__file__).parents[1] / "src", Path(__file__).parent]
         self.environment = {**environment, "PYTHONPATH": os.pathsep.join(map(str, places))}
+        self.environment.pop("HYDRA_FULL_ERROR", None)  # of a command called in this process before
 
     def sweep(self, *arguments: str) -> subprocess.CompletedProcess:
         # Under ten minutes of limit, submitit takes every signal for a timeout
