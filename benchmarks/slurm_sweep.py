@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
+from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images import write_image
-from dit4sr_pl.randomness import generator
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

@@ -16,9 +16,9 @@ from hydra.utils import instantiate
 from rich.progress import track
 from tiny import CROP, photos, psnr
 
+from dit4sr_pl.common.randomness import derive_seed
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.metrics import create
-from dit4sr_pl.randomness import derive_seed
 from dit4sr_pl.restorer import Restorer
 from dit4sr_pl.sampling import Sampler
 

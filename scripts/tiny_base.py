@@ -19,9 +19,9 @@ from photos import Photos
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.flow import RectifiedFlow, interpolate
 from dit4sr_pl.latents import LatentCoder, draw_noise
-from dit4sr_pl.randomness import generator
 
 CONFIG = dict(
     sample_size=32,

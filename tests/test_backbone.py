@@ -9,8 +9,8 @@ from diffusers import AutoencoderDC, AutoencoderKL, StableDiffusion3Pipeline
 from PIL import Image
 
 from dit4sr_pl.backbone import SHIPPED, Backbone, encoders_of
+from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.latents import Enlarged, LatentCoder, enlarge
-from dit4sr_pl.randomness import generator
 from dit4sr_pl.text import PromptEncoder
 
 

@@ -10,11 +10,11 @@ from killing import assert_kills_change_nothing
 from toy_llava import UNSPOKEN, WORDS, save_toy_llava
 
 from dit4sr_pl.captioner import Captioner, drop_sentences, one_per_caption, write_captions
+from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images import read_image, write_image
 from dit4sr_pl.latents import enlarge
 from dit4sr_pl.photo_sets import PhotoSet
 from dit4sr_pl.prepare import main
-from dit4sr_pl.randomness import generator
 
 
 @pytest.fixture(scope="module")

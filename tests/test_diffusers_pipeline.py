@@ -9,11 +9,11 @@ from PIL import Image
 from toy import SAMPLER
 
 from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.latents import enlarge
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, lr_stream, save_part
 from dit4sr_pl.model.checkpoints import base_of, part_of
 from dit4sr_pl.pipeline import DiT4SRPipeline
-from dit4sr_pl.randomness import generator
 from dit4sr_pl.restorer import Restorer
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")

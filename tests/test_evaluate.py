@@ -13,12 +13,12 @@ from killing import assert_kills_change_nothing
 from PIL import Image
 
 from dit4sr_pl.benchmark_sets import read
+from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder, mistakes_in_one_line
 from dit4sr_pl.evaluate import evaluate
 from dit4sr_pl.images import write_image
 from dit4sr_pl.latents import enlarge
 from dit4sr_pl.methods.bicubic import Bicubic
-from dit4sr_pl.randomness import generator
 from dit4sr_pl.results import read_result, read_scores
 
 NAMES = [f"Canon_{i}_LR4" for i in range(5)]
@@ -180,7 +180,8 @@ def test_two_tasks_of_one_shard_do_not_work_at_once(root, tmp_path):
     arguments = ["dataset=realsr", f"root={root}", "method=bicubic", f"output={tmp_path / 'out'}"]
     lock = tmp_path / "out" / "parts" / "1-of-1.lock"
     lock.parent.mkdir(parents=True)
-    code = f"import pathlib, time, dit4sr_pl.files\nwith dit4sr_pl.files.held(pathlib.Path({str(lock)!r})):\n"
+    code = "import pathlib, time\nfrom dit4sr_pl.common.files import held\n"
+    code += f"with held(pathlib.Path({str(lock)!r})):\n"
     code += "    print('held', flush=True)\n    time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"

@@ -12,6 +12,7 @@ from spandrel.architectures.SwinIR import SwinIR
 
 from dit4sr_pl.benchmark_sets import read
 from dit4sr_pl.color import moments
+from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.images import write_image
 from dit4sr_pl.methods import Photo
@@ -19,7 +20,6 @@ from dit4sr_pl.methods.command import Command
 from dit4sr_pl.methods.spandrel import in_tiles
 from dit4sr_pl.model import SD3ControlNet, save_part
 from dit4sr_pl.model.checkpoints import base_of, part_of
-from dit4sr_pl.randomness import generator
 from dit4sr_pl.results import file_hash
 
 METHODS = sorted((conf_folder() / "method").glob("*.yaml"))

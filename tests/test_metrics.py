@@ -29,6 +29,7 @@ from pyiqa.archs.maniqa_arch import MANIQA
 from pyiqa.archs.musiq_arch import MUSIQ
 from pyiqa.utils.registry import ARCH_REGISTRY
 
+from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.data import pad_to
 from dit4sr_pl.demo_photos import TEST, TRAIN, write_demo_photos
@@ -36,7 +37,6 @@ from dit4sr_pl.images import read_image
 from dit4sr_pl.latents import enlarge
 from dit4sr_pl.metric_weights import check_digest, check_metrics
 from dit4sr_pl.metrics import SHIPPED_WEIGHTS, ImageScore, create, exactly
-from dit4sr_pl.randomness import generator
 
 OURS = ("psnr", "ssim", "stlpips")
 PAPER = ["psnr", "ssim", "lpips", "musiq", "maniqa", "clipiqa", "liqe"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from dit4sr_pl.randomness import derive_seed, generator, permutation
+from dit4sr_pl.common.randomness import derive_seed, generator, permutation
 
 
 def test_values_are_pinned():
@@ -18,7 +18,7 @@ def test_values_are_pinned():
 
 
 def test_seed_does_not_depend_on_hash_randomisation():
-    code = "from dit4sr_pl.randomness import derive_seed; print(derive_seed('a', 1))"
+    code = "from dit4sr_pl.common.randomness import derive_seed; print(derive_seed('a', 1))"
     env = {"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
     seen = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert int(seen.stdout) == derive_seed("a", 1)

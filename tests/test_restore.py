@@ -20,10 +20,10 @@ from toy import SAMPLER
 from toy_llava import save_toy_llava
 
 from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.images import find_images, read_image, write_image
 from dit4sr_pl.latents import enlarge
-from dit4sr_pl.randomness import generator
 from dit4sr_pl.restorer import Restorer
 
 

@@ -9,7 +9,7 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from dit4sr_pl.files import replacing
+from dit4sr_pl.common.files import replacing
 from dit4sr_pl.images import read_image
 
 transformers.utils.logging.disable_progress_bar()

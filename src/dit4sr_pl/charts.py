@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from dit4sr_pl import paper
 from dit4sr_pl.blocks import Block
-from dit4sr_pl.files import replacing
+from dit4sr_pl.common.files import replacing
 from dit4sr_pl.tables import ARROWS
 
 

@@ -20,9 +20,9 @@ from kornia.filters import sobel
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dit4sr_pl.common.randomness import derive_seed, generator, permutation
 from dit4sr_pl.images import read_image
 from dit4sr_pl.photo_sets import Folders, Mixture, Photo, open_sets
-from dit4sr_pl.randomness import derive_seed, generator, permutation
 
 log = logging.getLogger(__name__)
 

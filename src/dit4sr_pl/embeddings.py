@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dit4sr_pl.files import replacing
+from dit4sr_pl.common.files import replacing
 
 INDEX = "index.json"
 

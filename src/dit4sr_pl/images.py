@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from dit4sr_pl.files import replacing
+from dit4sr_pl.common.files import replacing
 
 if TYPE_CHECKING:
     import torch

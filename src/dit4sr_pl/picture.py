@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import putchunk
 
 from dit4sr_pl.bands import bands
-from dit4sr_pl.files import replacing
+from dit4sr_pl.common.files import replacing
 from dit4sr_pl.images import IMAGE_SUFFIXES, UNKNOWN_RANGE, opened
 
 if TYPE_CHECKING:

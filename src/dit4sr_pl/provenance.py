@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from dit4sr_pl.files import replacing
+from dit4sr_pl.common.files import replacing
 
 LARGEST_DIFF = 1_000_000  # bytes; of larger ones only the hash is kept
 

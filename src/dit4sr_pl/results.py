@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from dit4sr_pl.files import replacing
+from dit4sr_pl.common.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from dit4sr_pl.files import replacing
+from dit4sr_pl.common.files import replacing
 
 log = logging.getLogger(__name__)
 

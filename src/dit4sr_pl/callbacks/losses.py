@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
-from dit4sr_pl.files import replacing
+from dit4sr_pl.common.files import replacing
 
 
 class Losses(Callback):

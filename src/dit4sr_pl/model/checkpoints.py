@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from dit4sr_pl.files import replacing
+from dit4sr_pl.common.files import replacing
 from dit4sr_pl.model.variant import Variant
 
 SAMPLES = 64  # of every weight, in a base model's fingerprint

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dit4sr_pl.files import replacing
+from dit4sr_pl.common.files import replacing
 from dit4sr_pl.model.lr_stream import LRStream
 from dit4sr_pl.model.variant import Variant
 
