@@ -15,7 +15,7 @@ from scipy.special import j1
 from torch import Tensor
 
 from dit4sr_pl.degradation import Degradation, DrawnDegradation, ops
-from dit4sr_pl.degradation.drawn import DrawnBlur, DrawnNoise, DrawnSinc
+from dit4sr_pl.degradation.draws import DrawnBlur, DrawnNoise, DrawnSinc
 from dit4sr_pl.degradation.jpeg import jpeg
 from dit4sr_pl.degradation.kernels import KINDS
 

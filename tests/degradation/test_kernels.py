@@ -6,7 +6,7 @@ import pytest
 import slow_loop
 import torch
 
-from dit4sr_pl.degradation.drawn import DrawnBlur, DrawnSinc
+from dit4sr_pl.degradation.draws import DrawnBlur, DrawnSinc
 from dit4sr_pl.degradation.kernels import KINDS, blur_kernels, low_pass
 
 CANVAS = 21

@@ -1,6 +1,6 @@
 """Real-ESRGAN's degradation on the batch's own device, every random choice drawn per image and replayable."""
 
-from dit4sr_pl.degradation.drawn import DrawnDegradation
+from dit4sr_pl.degradation.draws import DrawnDegradation
 from dit4sr_pl.degradation.pipeline import Degradation
 
 __all__ = ["Degradation", "DrawnDegradation"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit4sr_pl.degradation import ops
-from dit4sr_pl.degradation.drawn import Dice, DrawnDegradation, DrawnNoise, DrawnStage
+from dit4sr_pl.degradation.draws import Dice, DrawnDegradation, DrawnNoise, DrawnStage
 from dit4sr_pl.degradation.jpeg import jpeg
 from dit4sr_pl.degradation.settings import Final, Sharpen, Stage, read_settings
 

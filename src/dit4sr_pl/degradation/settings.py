@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
-from dit4sr_pl.degradation.drawn import (
+from dit4sr_pl.degradation.draws import (
     Dice,
     DrawnBlur,
     DrawnFinal,
