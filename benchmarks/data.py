@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dit4sr_pl.data import ImageFolder
-from dit4sr_pl.images import write_image
+from dit4sr_pl.images.files import write_image
 from dit4sr_pl.manifest import MANIFEST, build_manifest, check_sizes
 
 

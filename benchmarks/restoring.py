@@ -95,9 +95,9 @@ def one(size: tuple[int, int], without_networks: bool, overrides: list[str]) -> 
     from skimage.data import astronaut
 
     from dit4sr_pl.config import conf_folder
-    from dit4sr_pl.images import write_image
+    from dit4sr_pl.images.files import write_image
+    from dit4sr_pl.images.resize import enlarge
     from dit4sr_pl.jobs import Job
-    from dit4sr_pl.latents import enlarge
     from dit4sr_pl.picture_restorer import PictureRestorer
     from dit4sr_pl.restorer import Restorer
 
@@ -161,7 +161,7 @@ def seams(backbone: str) -> None:
     from skimage.data import astronaut
 
     from dit4sr_pl.backbone import Backbone
-    from dit4sr_pl.latents import enlarge
+    from dit4sr_pl.images.resize import enlarge
 
     side, size = 64, 1024
     coder = Backbone(backbone, "float32", t5_tokens=8).coder

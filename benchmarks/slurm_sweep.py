@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.images import write_image
+from dit4sr_pl.images.files import write_image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

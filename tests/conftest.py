@@ -11,8 +11,8 @@ from toy import toy
 from dit4sr_pl.backbone import Backbone
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder
-from dit4sr_pl.images import write_image
-from dit4sr_pl.latents import enlarge
+from dit4sr_pl.images.files import write_image
+from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.train import train
 
 

@@ -3,7 +3,7 @@
 import sys
 from types import SimpleNamespace
 
-from dit4sr_pl.latents import enlarge
+from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restore import main
 
 

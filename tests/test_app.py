@@ -22,9 +22,9 @@ from toy import SAMPLER
 
 from dit4sr_pl.app import answer, check, restored
 from dit4sr_pl.backbone import Backbone
-from dit4sr_pl.images import read_image
+from dit4sr_pl.images.files import read_image
+from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.jobs import Job
-from dit4sr_pl.latents import enlarge
 from dit4sr_pl.picture_restorer import PictureRestorer
 from dit4sr_pl.restorer import Restorer
 

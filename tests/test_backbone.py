@@ -10,7 +10,8 @@ from PIL import Image
 
 from dit4sr_pl.backbone import SHIPPED, Backbone, encoders_of
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.latents import Enlarged, LatentCoder, enlarge
+from dit4sr_pl.images.resize import Enlarged, enlarge
+from dit4sr_pl.latents import LatentCoder
 from dit4sr_pl.text import PromptEncoder
 
 

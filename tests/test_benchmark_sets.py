@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from dit4sr_pl.benchmark_sets import BenchmarkSet, finished_images, read
-from dit4sr_pl.images import write_image
+from dit4sr_pl.images.files import write_image
 
 
 def write(folder, **sides):

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dit4sr_pl.captions import open_captions
+from dit4sr_pl.images.captions import open_captions
 
 CAPTIONS = {"a": " A dog\n runs. ", "sub.x/b.1": "Zwei Bäume", "empty": " "}
 CLEAN = {"a": "A dog runs.", "sub.x/b.1": "Zwei Bäume", "empty": "", "absent": ""}

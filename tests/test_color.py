@@ -34,5 +34,5 @@ def test_bands_give_what_the_whole_image_gives(name, monkeypatch):
     restored, reference = torch.rand(2, 1, 3, 150, 20)
     whole = ALIGNMENTS[name](restored.clone(), reference)
     for rows in (7, 40, 100):
-        monkeypatch.setattr("dit4sr_pl.bands.ROWS", rows)
+        monkeypatch.setattr("dit4sr_pl.images.files.ROWS", rows)
         torch.testing.assert_close(ALIGNMENTS[name](restored.clone(), reference), whole, atol=1e-6, rtol=0)

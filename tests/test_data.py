@@ -14,7 +14,7 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from dit4sr_pl.data import Draw, ImageFolder, PositionSampler, SuperResolutionData, mean_gradient
-from dit4sr_pl.images import read_image, write_image
+from dit4sr_pl.images.files import read_image, write_image
 
 CONF = Path(__file__).parents[1] / "conf"
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dit4sr_pl.data import Draw, ImageFolder, PositionSampler
-from dit4sr_pl.images import write_image
+from dit4sr_pl.images.files import write_image
 
 
 @pytest.fixture

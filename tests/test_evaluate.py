@@ -16,8 +16,8 @@ from dit4sr_pl.benchmark_sets import read
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder, mistakes_in_one_line
 from dit4sr_pl.evaluate import evaluate
-from dit4sr_pl.images import write_image
-from dit4sr_pl.latents import enlarge
+from dit4sr_pl.images.files import write_image
+from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.methods.bicubic import Bicubic
 from dit4sr_pl.results import read_result, read_scores
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from dit4sr_pl.demo_photos import TEST, TRAIN, write_demo_photos
-from dit4sr_pl.images import IMAGE_SUFFIXES, find_images, read_image, write_image
+from dit4sr_pl.images.files import IMAGE_SUFFIXES, find_images, read_image, write_image
 
 
 @pytest.fixture
@@ -22,7 +22,9 @@ def pixels(path) -> np.ndarray:
 
 
 def test_import_is_cheap():
-    code = "import sys, dit4sr_pl.images; print([m for m in ('torch', 'lightning', 'kornia') if m in sys.modules])"
+    code = (
+        "import sys, dit4sr_pl.images.files; print([m for m in ('torch', 'lightning', 'kornia') if m in sys.modules])"
+    )
     env = {"PYTHONPATH": ":".join(sys.path)}
     seen = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert seen.stdout.strip() == "[]"

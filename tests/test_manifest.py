@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from dit4sr_pl import manifest
-from dit4sr_pl.images import find_images
+from dit4sr_pl.images.files import find_images
 from dit4sr_pl.manifest import build_manifest, check_sizes, read_manifest
 
 

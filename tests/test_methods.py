@@ -14,7 +14,7 @@ from dit4sr_pl.benchmark_sets import read
 from dit4sr_pl.color import moments
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder
-from dit4sr_pl.images import write_image
+from dit4sr_pl.images.files import write_image
 from dit4sr_pl.methods import Photo
 from dit4sr_pl.methods.command import Command
 from dit4sr_pl.methods.spandrel import in_tiles

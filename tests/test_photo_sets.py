@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dit4sr_pl.data import Draw, ImageFolder, SuperResolutionData
-from dit4sr_pl.images import write_image
+from dit4sr_pl.images.files import write_image
 from dit4sr_pl.manifest import build_manifest
 from dit4sr_pl.photo_sets import Mixture, PhotoSet, open_sets
 

@@ -12,9 +12,9 @@ from PIL import ExifTags, Image, ImageCms
 from PIL.PngImagePlugin import putchunk
 from standin import Bicubic
 
-from dit4sr_pl.images import read_image
+from dit4sr_pl.images.files import read_image
+from dit4sr_pl.images.picture import Picture, read_header, read_picture, write_picture
 from dit4sr_pl.jobs import result_size
-from dit4sr_pl.picture import Picture, read_header, read_picture, write_picture
 from dit4sr_pl.picture_restorer import PictureRestorer
 
 HEIGHT, WIDTH = 11, 7

@@ -22,8 +22,8 @@ from toy_llava import save_toy_llava
 from dit4sr_pl.backbone import Backbone
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder
-from dit4sr_pl.images import find_images, read_image, write_image
-from dit4sr_pl.latents import enlarge
+from dit4sr_pl.images.files import find_images, read_image, write_image
+from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restorer import Restorer
 
 
@@ -204,7 +204,7 @@ def test_an_interrupted_write_leaves_nothing(folder, tmp_path, monkeypatch):
         file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dit4sr_pl.picture.putchunk", interrupt)
+    monkeypatch.setattr("dit4sr_pl.images.picture.putchunk", interrupt)
     exif = Image.Exif()
     exif[ExifTags.Base.Make] = "maker"
     Image.new("RGB", (4, 4)).save(folder / "0.png", exif=exif)

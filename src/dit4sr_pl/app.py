@@ -22,7 +22,7 @@ from dit4sr_pl.config import SCALES, check_backbone, check_scale, choose_device,
 if TYPE_CHECKING:
     import gradio as gr
 
-    from dit4sr_pl.picture import Picture
+    from dit4sr_pl.images.picture import Picture
     from dit4sr_pl.restorer import Restorer
 
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # Gradio's own come from the network
@@ -75,7 +75,7 @@ def page(restorer: Restorer, cfg: DictConfig) -> gr.Blocks:
     import gradio as gr
 
     from dit4sr_pl.color import ALIGNMENTS
-    from dit4sr_pl.picture import PICTURE_SUFFIXES
+    from dit4sr_pl.images.picture import PICTURE_SUFFIXES
 
     sampler = cfg.sampler
     with gr.Blocks(title="DiT4SR", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks, gr.Row():
@@ -102,7 +102,7 @@ def answer(restorer: Restorer, cfg: DictConfig, folder: str) -> Callable:
     """What the button calls: `restored`, written below `folder`, with progress and mistakes as messages on the page."""
     import gradio as gr
 
-    from dit4sr_pl.picture import write_picture
+    from dit4sr_pl.images.picture import write_picture
     from dit4sr_pl.picture_restorer import FAILURES
 
     def restore_file(file, scale, prompt, steps, guidance, color, seed, progress=gr.Progress()):  # noqa: B008
@@ -146,9 +146,9 @@ def restored(
     Raises:
         ValueError: no readable image, a result of more than `cfg.max_pixels`, settings that cannot be.
     """
+    from dit4sr_pl.images.picture import read_header, read_picture
+    from dit4sr_pl.images.resize import enlarge
     from dit4sr_pl.jobs import result_size
-    from dit4sr_pl.latents import enlarge
-    from dit4sr_pl.picture import read_header, read_picture
     from dit4sr_pl.picture_restorer import PictureRestorer
     from dit4sr_pl.restorer import Restorer
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dit4sr_pl.captions import open_captions
-from dit4sr_pl.images import find_images, image_size, read_image
+from dit4sr_pl.images.captions import open_captions
+from dit4sr_pl.images.files import find_images, image_size, read_image
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dit4sr_pl.common.files import replacing
-from dit4sr_pl.images import read_image
+from dit4sr_pl.images.files import read_image
 
 transformers.utils.logging.disable_progress_bar()
 

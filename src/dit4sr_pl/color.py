@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit4sr_pl.bands import bands
+from dit4sr_pl.images.files import bands
 
 WAVELET_LEVELS = 5
 MARGIN = 2**WAVELET_LEVELS - 1  # rows beside a pixel that its low frequencies are made of

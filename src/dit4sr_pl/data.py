@@ -21,7 +21,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dit4sr_pl.common.randomness import derive_seed, generator, permutation
-from dit4sr_pl.images import read_image
+from dit4sr_pl.images.files import read_image
 from dit4sr_pl.photo_sets import Folders, Mixture, Photo, open_sets
 
 log = logging.getLogger(__name__)

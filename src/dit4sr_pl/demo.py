@@ -15,8 +15,8 @@ def main(cfg: DictConfig) -> None:
     import torch
     from hydra.utils import instantiate
 
-    from dit4sr_pl.images import write_image
-    from dit4sr_pl.latents import enlarge
+    from dit4sr_pl.images.files import write_image
+    from dit4sr_pl.images.resize import enlarge
     from dit4sr_pl.restorer import Restorer
 
     output, device = Path(cfg.output), torch.device("cpu")

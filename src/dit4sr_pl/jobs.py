@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
-from dit4sr_pl.captions import CaptionFiles
-from dit4sr_pl.images import find_images
-from dit4sr_pl.picture import PICTURE_SUFFIXES, read_header
+from dit4sr_pl.images.captions import CaptionFiles
+from dit4sr_pl.images.files import find_images
+from dit4sr_pl.images.picture import PICTURE_SUFFIXES, read_header
 
 
 @dataclass(frozen=True)

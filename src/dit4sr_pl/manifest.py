@@ -25,7 +25,7 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dit4sr_pl.images import check_image, find_images
+from dit4sr_pl.images.files import check_image, find_images
 
 MANIFEST = "manifest.parquet"
 COMMAND = "python -m dit4sr_pl.prepare stage=manifest"

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from dit4sr_pl.backbone import Backbone
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.flow import RectifiedFlow, interpolate
-from dit4sr_pl.latents import draw_noise, enlarge
+from dit4sr_pl.images.resize import enlarge
+from dit4sr_pl.latents import draw_noise
 from dit4sr_pl.model import TrainedPart, load_part
 from dit4sr_pl.model.checkpoints import base_of, check_settings, fit_part
 from dit4sr_pl.restorer import Restorer

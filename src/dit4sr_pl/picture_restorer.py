@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dit4sr_pl.images.picture import Picture, read_picture, write_picture
+from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.jobs import Job, result_size
-from dit4sr_pl.latents import enlarge
-from dit4sr_pl.picture import Picture, read_picture, write_picture
 
 FAILURES = (ValueError, MemoryError, RuntimeError)  # PyTorch's lack of memory is a RuntimeError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other picture will fare better

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dit4sr_pl.backbone import SHIPPED
 from dit4sr_pl.common.randomness import generator as seeded
 from dit4sr_pl.config import read_conf
-from dit4sr_pl.images import rgb_pixels
+from dit4sr_pl.images.files import rgb_pixels
 from dit4sr_pl.jobs import result_size
 from dit4sr_pl.latents import LatentCoder
 from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, load_part

@@ -83,7 +83,7 @@ def caption(work: "Work", cfg: DictConfig) -> None:
     from rich.progress import track
 
     from dit4sr_pl.captioner import write_captions
-    from dit4sr_pl.captions import CaptionFiles
+    from dit4sr_pl.images.captions import CaptionFiles
 
     texts = {job: job.target.with_suffix(".txt") for job in work.jobs if not job.prompt}
     missing = [(job.source, text) for job, text in texts.items() if not text.exists()]

@@ -22,7 +22,7 @@ import torch
 
 from dit4sr_pl.benchmark_sets import Item
 from dit4sr_pl.common.files import held, replacing
-from dit4sr_pl.images import write_image
+from dit4sr_pl.images.files import write_image
 from dit4sr_pl.methods import Method, Photo
 from dit4sr_pl.metrics import ImageScore
 from dit4sr_pl.results import PICTURES, SCORES, read_scores

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dit4sr_pl.blocks import Block
 from dit4sr_pl.common.files import replacing
-from dit4sr_pl.images import IMAGE_SUFFIXES, open_rgb
+from dit4sr_pl.images.files import IMAGE_SUFFIXES, open_rgb
 from dit4sr_pl.runs import Run
 
 GAP, TEXT = 4, 13  # pixels

@@ -11,8 +11,8 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from dit4sr_pl.images import write_image
-from dit4sr_pl.latents import enlarge
+from dit4sr_pl.images.files import write_image
+from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.metrics import ImageScore
 from dit4sr_pl.results import PICTURES
 

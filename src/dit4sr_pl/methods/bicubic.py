@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from dit4sr_pl.benchmark_sets import SCALE
-from dit4sr_pl.latents import enlarge
+from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.methods import Photo
 
 

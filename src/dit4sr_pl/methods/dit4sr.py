@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dit4sr_pl.backbone import Backbone
 from dit4sr_pl.benchmark_sets import SCALE
-from dit4sr_pl.latents import enlarge
+from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.methods import Photo
 from dit4sr_pl.model import load_part
 from dit4sr_pl.model.checkpoints import method_and_variant

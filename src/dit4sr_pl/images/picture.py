@@ -16,9 +16,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import putchunk
 
-from dit4sr_pl.bands import bands
 from dit4sr_pl.common.files import replacing
-from dit4sr_pl.images import IMAGE_SUFFIXES, UNKNOWN_RANGE, opened
+from dit4sr_pl.images.files import IMAGE_SUFFIXES, UNKNOWN_RANGE, bands, opened
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 UNKNOWN_RANGE = "32-bit pixels; save it with 8 or 16 bits per channel"
+ROWS = 256  # of a large image, in hand at once
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")  # of the others some start programs
 
 
@@ -151,3 +152,9 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
+
+
+def bands(height: int) -> Iterator[slice]:
+    """Yields the rows of an image from top to bottom, `ROWS` at a time, so that no second image is held."""
+    for top in range(0, height, ROWS):
+        yield slice(top, min(top + ROWS, height))

@@ -1,0 +1,57 @@
+"""Bicubic resizing of images, at once or window by window."""
+
+from math import ceil
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def enlarge(lr: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic enlargement `(B, 3, h, w)` to `(B, 3, *size)`, as Pillow's (a = -0.5), clamped to 0..1."""
+    return F.interpolate(lr, size=size, mode="bicubic", antialias=True).clamp_(0, 1)
+
+
+class Enlarged:
+    """What `enlarge` gives, of which there is only what is asked for: `images[..., rows, columns]`, as of a tensor.
+
+    Args:
+        lr: `(B, 3, h, w)` in 0..1. size: of the enlarged images.
+        extent: of these with their reflection at the bottom and the right, as often as it takes; without it, `size`.
+    """
+
+    def __init__(self, lr: Tensor, size: tuple[int, int], extent: tuple[int, int] | None = None):
+        self.lr, self.size = lr, size
+        self.shape = torch.Size([*lr.shape[:2], *(extent or size)])
+
+    def __getitem__(self, window: tuple) -> Tensor:
+        images, mixed = self.lr, []
+        for dim, wanted in zip((2, 3), window[1:], strict=True):
+            position = torch.arange(*wanted.indices(self.shape[dim]), dtype=torch.float64)
+            there_and_back = max(2 * (self.size[dim - 2] - 1), 1)
+            position = torch.minimum(position % there_and_back, -position % there_and_back)
+            index, weights = taps(position, self.lr.shape[dim], self.size[dim - 2])
+            first, last = int(index.min()), int(index.max())
+            images = images.narrow(dim, first, last - first + 1)  # so that nothing is made as wide as the image
+            mixed.append((dim, index - first, weights))
+        for dim, index, weights in mixed:
+            images = weighted(images, dim, index.to(images.device), weights.to(images))
+        return images.clamp_(0, 1)
+
+
+def taps(position: Tensor, count: int, length: int) -> tuple[Tensor, Tensor]:
+    """Which of `count` pixels `enlarge` to `length` mixes at each position, with their weights: `(taps, positions)`."""
+    scale = count / length
+    width = max(scale, 1.0)  # of the kernel, which widens where images become smaller
+    center = (position + 0.5) * scale
+    index = (center - 2 * width + 0.5).floor() + torch.arange(ceil(4 * width)).unsqueeze(1)
+    x = (index + 0.5 - center).abs() / width
+    weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
+    weights = weights.where((x < 2) & (index >= 0) & (index < count), 0)
+    return index.clamp(0, count - 1).long(), weights / weights.sum(0)
+
+
+def weighted(images: Tensor, dim: int, index: Tensor, weights: Tensor) -> Tensor:
+    """Sum over taps of the pixels along a dimension."""
+    shape = [-1 if each == dim else 1 for each in range(images.ndim)]
+    return sum(images.index_select(dim, i) * weight.view(shape) for i, weight in zip(index, weights, strict=True))
