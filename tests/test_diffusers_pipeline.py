@@ -12,7 +12,7 @@ from dit4sr_pl.backbone import Backbone
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, lr_stream, save_part
-from dit4sr_pl.model.checkpoints import base_of, part_of
+from dit4sr_pl.model.trained_part import base_of, part_of
 from dit4sr_pl.pipeline import DiT4SRPipeline
 from dit4sr_pl.restorer import Restorer
 

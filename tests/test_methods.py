@@ -19,7 +19,7 @@ from dit4sr_pl.methods import Photo
 from dit4sr_pl.methods.command import Command
 from dit4sr_pl.methods.spandrel import in_tiles
 from dit4sr_pl.model import SD3ControlNet, save_part
-from dit4sr_pl.model.checkpoints import base_of, part_of
+from dit4sr_pl.model.trained_part import base_of, part_of
 from dit4sr_pl.results import file_hash
 
 METHODS = sorted((conf_folder() / "method").glob("*.yaml"))

@@ -19,7 +19,7 @@ def main(cfg: DictConfig) -> None:
 
 def read_release(cfg: DictConfig) -> None:
     from dit4sr_pl.model import DiT4SRTransformer, save_part
-    from dit4sr_pl.model.checkpoints import base_of, part_of
+    from dit4sr_pl.model.trained_part import base_of, part_of
 
     net = DiT4SRTransformer.from_reference(cfg.input, **cfg.release)
     save_part(part_of(net, base_of(net, cfg.model.backbone.name)), cfg.output)
@@ -29,8 +29,8 @@ def write_release(cfg: DictConfig) -> None:
     from hydra.utils import instantiate
 
     from dit4sr_pl.model import load_part
-    from dit4sr_pl.model.checkpoints import fit_part
-    from dit4sr_pl.model.released import write_released
+    from dit4sr_pl.model.reference_format import write_released
+    from dit4sr_pl.model.trained_part import fit_part
     from dit4sr_pl.restorer import build_network
 
     part = load_part(cfg.input)

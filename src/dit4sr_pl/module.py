@@ -16,7 +16,7 @@ from dit4sr_pl.flow import RectifiedFlow, interpolate
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.latents import draw_noise
 from dit4sr_pl.model import TrainedPart, load_part
-from dit4sr_pl.model.checkpoints import base_of, check_settings, fit_part
+from dit4sr_pl.model.trained_part import base_of, check_settings, fit_part
 from dit4sr_pl.restorer import Restorer
 from dit4sr_pl.sampling import Sampler
 

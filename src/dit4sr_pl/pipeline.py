@@ -28,7 +28,7 @@ from dit4sr_pl.images.files import rgb_pixels
 from dit4sr_pl.jobs import result_size
 from dit4sr_pl.latents import LatentCoder
 from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, load_part
-from dit4sr_pl.model.checkpoints import check_base, fit_state
+from dit4sr_pl.model.trained_part import check_base, fit_state
 from dit4sr_pl.sampling import Sampler, restore
 from dit4sr_pl.text import PromptEncoder
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dit4sr_pl.backbone import SHIPPED, Backbone
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part
-from dit4sr_pl.model.checkpoints import fit_part
+from dit4sr_pl.model.trained_part import fit_part
 from dit4sr_pl.sampling import Sampler, restore
 
 

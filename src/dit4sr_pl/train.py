@@ -49,7 +49,7 @@ def fit(cfg: DictConfig, settings: DictConfig, folder: Path) -> dict[str, float]
     from lightning import Trainer, seed_everything
 
     from dit4sr_pl.model import save_part
-    from dit4sr_pl.model.checkpoints import part_of
+    from dit4sr_pl.model.trained_part import part_of
     from dit4sr_pl.results import write_result
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # without devices found and advertisements
@@ -86,7 +86,7 @@ def settings_that_count(cfg: DictConfig) -> DictConfig:
 
 def result_of(cfg: DictConfig, settings: DictConfig, part: "TrainedPart", scores: dict) -> "Result":
     """The last validation, in the form of a finished evaluation."""
-    from dit4sr_pl.model.checkpoints import method_and_variant
+    from dit4sr_pl.model.trained_part import method_and_variant
     from dit4sr_pl.results import PICTURES, Result, run_name, settings_hash, versions, weights_hash
 
     method, variant = method_and_variant(part.settings)

@@ -5,7 +5,7 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
 
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part, save_part
-from dit4sr_pl.model.checkpoints import base_of, check_settings, fingerprint, fit_part, part_of
+from dit4sr_pl.model.trained_part import base_of, check_settings, fingerprint, fit_part, part_of
 
 
 def toy_part(net):

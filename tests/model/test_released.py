@@ -7,7 +7,7 @@ from conftest import randomise
 from safetensors.torch import load_file, save_file
 
 from dit4sr_pl.model import DiT4SRTransformer, Variant
-from dit4sr_pl.model.released import WEIGHTS, write_released
+from dit4sr_pl.model.reference_format import WEIGHTS, write_released
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

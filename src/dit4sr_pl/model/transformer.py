@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dit4sr_pl.model.block import MMDiTControlBlock
 from dit4sr_pl.model.lr_stream import LRStream
-from dit4sr_pl.model.released import read_released
+from dit4sr_pl.model.reference_format import read_released
 from dit4sr_pl.model.variant import Variant
 
 
