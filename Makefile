@@ -36,9 +36,9 @@ $(VENV)/.done: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-# The weights in src/dit4sr_pl/weights, from nothing; hours. Scripts go on where they were stopped. See docs/tiny.md.
+# The weights in src/dit4sr_pl/assets, from nothing; hours. Scripts go on where they were stopped. See docs/tiny.md.
 TINY := outputs/tiny
-SHIPPED := src/dit4sr_pl/weights
+SHIPPED := src/dit4sr_pl/assets
 tiny: $(VENV)/.done
 	test -d $(TINY)/photos || $(BIN)/python scripts/tiny_photos.py --output $(TINY)/photos
 	$(BIN)/python scripts/tiny_vae.py --photos $(TINY)/photos --output $(TINY)/vae

@@ -129,14 +129,13 @@ def tiles() -> None:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from dit4sr_pl.backbone import SHIPPED
-    from dit4sr_pl.config import PACKAGE
+    from dit4sr_pl.common.files import ASSETS
     from dit4sr_pl.cost import CostCounter, give_storage
     from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet
     from dit4sr_pl.skeleton import Skeleton
 
     print("| network | tiles | T5 tokens | numbers per token and unit of width |\n|---|---|---|---|")
-    for folder in (SHIPPED / "tiny-sd3", PACKAGE / "published/stabilityai/stable-diffusion-3.5-medium"):
+    for folder in (ASSETS / "tiny-sd3", ASSETS / "published/stabilityai/stable-diffusion-3.5-medium"):
         for kind in (DiT4SRTransformer, lambda base: SD3ControlNet(base, len(base.transformer_blocks) // 2)):
             for count, side, t5_tokens in ((1, 64, 77), (2, 64, 256), (8, 64, 256), (2, 128, 256)):
                 skeleton = Skeleton(folder, "float32")

@@ -1,6 +1,6 @@
 """Trains tiny-sd3's transformer on latents of its autoencoder, as SD3 trains: rectified flow on empty prompts.
 
-    python scripts/tiny_base.py --photos outputs/tiny/photos --pipeline src/dit4sr_pl/weights/tiny-sd3
+    python scripts/tiny_base.py --photos outputs/tiny/photos --pipeline src/dit4sr_pl/assets/tiny-sd3
 
 Crops of several shapes, so that the transformer knows positions from 8x8 to 16x16 tokens (128 to 256 pixels). Latents
 are computed once and kept beside the state. The same command continues a run that was stopped.

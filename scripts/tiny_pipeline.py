@@ -1,6 +1,6 @@
 """tiny-sd3 but for its transformer: the trained autoencoder, random text encoders, their tokenizers, the scheduler.
 
-    python scripts/tiny_pipeline.py --vae outputs/tiny/vae --output src/dit4sr_pl/weights/tiny-sd3
+    python scripts/tiny_pipeline.py --vae outputs/tiny/vae --output src/dit4sr_pl/assets/tiny-sd3
 
 Two CLIP text encoders and one T5 have SD3's classes and interfaces and no knowledge: tiny-sd3 is trained on empty
 prompts. Vocabularies are single characters, and 8 tokens per encoder keep the text stream short beside 64 image tokens.

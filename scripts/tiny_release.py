@@ -9,7 +9,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from dit4sr_pl.backbone import SHIPPED
+from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.model import load_part, save_part
 
 INJECTION_SCALE = 1.2  # trained with 1.0
@@ -18,7 +18,7 @@ INJECTION_SCALE = 1.2  # trained with 1.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trained", type=Path, required=True, help="LR-stream file of the training")
-    parser.add_argument("--output", type=Path, default=SHIPPED / "tiny-dit4sr", help="folder of the shipped LR stream")
+    parser.add_argument("--output", type=Path, default=ASSETS / "tiny-dit4sr", help="folder of the shipped LR stream")
     args = parser.parse_args()
 
     part = load_part(args.trained)

@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, StableDiffusion3Pipeline
 from PIL import Image
 
-from dit4sr_pl.backbone import SHIPPED, Backbone, encoders_of
+from dit4sr_pl.backbone import Backbone, encoders_of
+from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.resize import Enlarged, enlarge
 from dit4sr_pl.latents import LatentCoder
@@ -16,7 +17,7 @@ from dit4sr_pl.text import PromptEncoder
 
 
 def test_tiny_sd3_is_a_whole_pipeline_of_at_most_40_mb(tiny_backbone):
-    assert sum(file.stat().st_size for file in (SHIPPED / "tiny-sd3").rglob("*")) <= 40e6
+    assert sum(file.stat().st_size for file in (ASSETS / "tiny-sd3").rglob("*")) <= 40e6
     assert isinstance(tiny_backbone.coder.vae, AutoencoderDC)
     assert tiny_backbone.coder.factor == 8 and tiny_backbone.transformer.config.in_channels == 16
     assert tiny_backbone.scheduler.config.shift == 3.0
@@ -42,7 +43,7 @@ def test_moving_reads_nothing_and_counts_for_what_is_read_later():
 
 def test_a_half_downloaded_file_is_named_with_what_to_do(tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(SHIPPED / "tiny-sd3", folder)
+    shutil.copytree(ASSETS / "tiny-sd3", folder)
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5_000_000])
     with pytest.raises(FileNotFoundError, match=r"model\.backbone\.name=.*transformer cannot be read"):
@@ -53,7 +54,7 @@ def test_a_half_downloaded_file_is_named_with_what_to_do(tmp_path):
 def test_what_is_missing_is_named_with_what_to_do(tmp_path, missing):
     folder = tmp_path / "model"
     if missing:
-        shutil.copytree(SHIPPED / "tiny-sd3", folder)
+        shutil.copytree(ASSETS / "tiny-sd3", folder)
         (folder / missing).unlink()
     backbone = Backbone(str(folder), "float32", 8)
     with pytest.raises(FileNotFoundError, match=r"model\.backbone\.name=.*cannot be read.*Give a folder"):
@@ -62,7 +63,7 @@ def test_what_is_missing_is_named_with_what_to_do(tmp_path, missing):
 
 def test_prompts_equal_diffusers_and_are_encoded_once(tiny_backbone, monkeypatch):
     pipeline = StableDiffusion3Pipeline.from_pretrained(
-        SHIPPED / "tiny-sd3", transformer=None, vae=None, dtype=torch.float32
+        ASSETS / "tiny-sd3", transformer=None, vae=None, dtype=torch.float32
     )
     prompts = ["a cat", "", "a cat"]
     expected, _, pooled, _ = pipeline.encode_prompt(
@@ -79,7 +80,7 @@ def test_prompts_equal_diffusers_and_are_encoded_once(tiny_backbone, monkeypatch
 
 def test_without_t5_its_tokens_are_zeros_as_diffusers_has_them(tiny_backbone, tmp_path):
     folder = tmp_path / "sd3"
-    shutil.copytree(SHIPPED / "tiny-sd3", folder, ignore=shutil.ignore_patterns("*_3"))
+    shutil.copytree(ASSETS / "tiny-sd3", folder, ignore=shutil.ignore_patterns("*_3"))
     parts = json.loads((folder / "model_index.json").read_text())
     parts |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
     (folder / "model_index.json").write_text(json.dumps(parts))

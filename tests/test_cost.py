@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit4sr_pl.backbone import SHIPPED
+from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.cost import CostCounter, StepCost, normalise_in_float32, step_cost
 from dit4sr_pl.latents import LatentCoder
 from dit4sr_pl.model import DiT4SRTransformer, Variant, block
@@ -29,7 +29,7 @@ class ShortSkeleton(Skeleton):
 
 
 def skeleton(precision: str) -> Skeleton:
-    return ShortSkeleton(SHIPPED / "tiny-sd3", "float32" if precision == "32-true" else "bfloat16")
+    return ShortSkeleton(ASSETS / "tiny-sd3", "float32" if precision == "32-true" else "bfloat16")
 
 
 @cache

@@ -9,9 +9,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from test_config import run
 
-from dit4sr_pl.backbone import SHIPPED
 from dit4sr_pl.budget import Spread, count, trainable
-from dit4sr_pl.config import PACKAGE, conf_folder
+from dit4sr_pl.common.files import ASSETS
+from dit4sr_pl.config import conf_folder
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant
 from dit4sr_pl.plan import find_configs, images_per_step, make_budget
 from dit4sr_pl.skeleton import Skeleton
@@ -24,8 +24,8 @@ FULL = 350_877_696
 def pipeline(tmp_path_factory):
     """tiny-sd3's configs without its weights, and three blocks of it."""
     folder = tmp_path_factory.mktemp("sd3")
-    for config in (SHIPPED / "tiny-sd3").rglob("*.json"):
-        target = folder / config.relative_to(SHIPPED / "tiny-sd3")
+    for config in (ASSETS / "tiny-sd3").rglob("*.json"):
+        target = folder / config.relative_to(ASSETS / "tiny-sd3")
         target.parent.mkdir(exist_ok=True)
         shutil.copy(config, target)
     transformer = folder / "transformer" / "config.json"
@@ -55,14 +55,14 @@ def budget(cfg, pipeline):
     ],
 )
 def test_parameters_at_the_papers_size(network, trained, everything):
-    net = Skeleton(PACKAGE / "published" / SD35, "bfloat16").network(network)
+    net = Skeleton(ASSETS / "published" / SD35, "bfloat16").network(network)
     assert count(net.parameters()) == everything
     assert trained is None or count(trainable(net)) == trained
     assert all(parameter.is_meta for parameter in net.parameters())
 
 
 def test_published_parts_have_their_published_sizes():
-    skeleton = Skeleton(PACKAGE / "published" / SD35, "bfloat16")
+    skeleton = Skeleton(ASSETS / "published" / SD35, "bfloat16")
     assert count(skeleton.coder().vae.parameters()) == 83_819_683
     sizes = [count(encoder.parameters()) for encoder in skeleton.text_encoders()]
     assert sizes == [123_650_304, 694_659_840, 4_762_310_656]

@@ -12,7 +12,8 @@ from hydra.utils import instantiate
 from PIL import Image
 from toy import SAMPLER, events, losses
 
-from dit4sr_pl.backbone import SHIPPED, Backbone
+from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.embeddings import write_embeddings
@@ -162,7 +163,7 @@ def test_gradient_checkpointing_switch_reaches_the_blocks(run, monkeypatch):
 def test_with_cached_embeddings_only_transformer_vae_and_scheduler_are_read(run, photos, tmp_path, monkeypatch):
     """The text encoders' and tokenizers' folders are gone; training and validation give what they give with them."""
     model, cache, captioned = tmp_path / "model", tmp_path / "cache", tmp_path / "captioned"
-    shutil.copytree(SHIPPED / "tiny-sd3", model)
+    shutil.copytree(ASSETS / "tiny-sd3", model)
     encoder = Backbone(str(model), "float32", 8).prompts
     write_embeddings(["a cat"], lambda text: encoder.encode(text, torch.device("cpu")), cache, str(model), 8, 10**6)
     for folder in [*model.glob("text_encoder*"), *model.glob("tokenizer*")]:

@@ -1,7 +1,6 @@
 """A frozen SD3 pipeline by its parts: each read from disk when a run first asks for it, through diffusers."""
 
 from functools import cached_property
-from pathlib import Path
 
 import diffusers
 import torch
@@ -17,14 +16,13 @@ from diffusers import (
 )
 from torch import nn
 
+from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.embeddings import PromptCache
 from dit4sr_pl.latents import LatentCoder
 from dit4sr_pl.text import PromptEncoder
 
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # a bar per part and file, for milliseconds each
-
-SHIPPED = Path(__file__).parent / "weights"
 
 
 class TextEncoders(StableDiffusion3Pipeline):
@@ -56,7 +54,7 @@ class Backbone:
 
     @property
     def location(self) -> str:
-        shipped = SHIPPED / self.name
+        shipped = ASSETS / self.name
         return str(shipped) if shipped.is_dir() else self.name
 
     @cached_property

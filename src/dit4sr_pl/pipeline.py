@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dit4sr_pl.backbone import SHIPPED
+from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.randomness import generator as seeded
 from dit4sr_pl.config import read_conf
 from dit4sr_pl.images.files import rgb_pixels
@@ -133,11 +133,11 @@ class DiT4SRPipeline(DiffusionPipeline):
             arguments: diffusers' own (`dtype`, `revision`, components) and those of the class. With `lr_stream` the
                 rest is as in `conf/model/` and `conf/sampler/`.
         """
-        if (SHIPPED / name / "lr_stream.safetensors").is_file():
-            name, lr_stream = "tiny-sd3", SHIPPED / name / "lr_stream.safetensors"
+        if (ASSETS / name / "lr_stream.safetensors").is_file():
+            name, lr_stream = "tiny-sd3", ASSETS / name / "lr_stream.safetensors"
         if lr_stream is None:
             return super().from_pretrained(name, **arguments)
-        shipped = SHIPPED / name
+        shipped = ASSETS / name
         tiny = shipped.is_dir()
         defaults = (
             conf_defaults(model="tiny", sampler="tiny") if tiny else conf_defaults(model="dit4sr", sampler="paper")

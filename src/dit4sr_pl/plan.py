@@ -4,7 +4,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.config import PACKAGE, check_readable, command
+from dit4sr_pl.common.files import ASSETS
+from dit4sr_pl.config import check_readable, command
 
 PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
 GIB = 2**30
@@ -44,10 +45,10 @@ def find_configs(name: str) -> tuple[Path, str]:
     is_path = name.startswith((".", "/", "~"))
     if is_path:
         check_readable(Path(name) / "model_index.json", "model.backbone.name")
-    shipped = (PACKAGE / "weights" / name, "shipped in this package")
+    shipped = (ASSETS / name, "shipped in this package")
     local = (Path(name), "read from the folder")
     cached = (hub_cache(name), "read from the hub's cache")
-    published = (PACKAGE / "published" / name, "not on this machine, planned by its published config")
+    published = (ASSETS / "published" / name, "not on this machine, planned by its published config")
     places = [local] if is_path else [shipped, local, cached, published]
     for folder, source in places:
         if (folder / "transformer" / "config.json").is_file() and (folder / "vae" / "config.json").is_file():

@@ -7,7 +7,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from dit4sr_pl.backbone import SHIPPED, Backbone
+from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part
 from dit4sr_pl.model.trained_part import fit_part
@@ -79,7 +80,7 @@ class Restorer:
 
 def checkpoint_file(checkpoint: str | Path) -> Path:
     """The file of a trained part, by path or by the name of a shipped one."""
-    shipped = SHIPPED / str(checkpoint) / "lr_stream.safetensors"
+    shipped = ASSETS / str(checkpoint) / "lr_stream.safetensors"
     return shipped if shipped.is_file() else Path(checkpoint)
 
 

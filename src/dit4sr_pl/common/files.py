@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+ASSETS = Path(__file__).parents[1] / "assets"  # weights in this package, and published configs of other models
+
 log = logging.getLogger(__name__)
 
 
