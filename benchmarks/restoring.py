@@ -159,7 +159,7 @@ def seams(backbone: str) -> None:
     import torch
     from skimage.data import astronaut
 
-    from dit4sr_pl.backbone import Backbone
+    from dit4sr_pl.backbone.sd3 import Backbone
     from dit4sr_pl.images.resize import enlarge
 
     side, size = 64, 1024

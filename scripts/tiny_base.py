@@ -18,10 +18,10 @@ from diffusers import SD3Transformer2DModel
 from photos import Photos
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.backbone.autoencoder import LatentCoder, draw_noise
+from dit4sr_pl.backbone.flow import RectifiedFlow, interpolate
+from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.flow import RectifiedFlow, interpolate
-from dit4sr_pl.latents import LatentCoder, draw_noise
 
 CONFIG = dict(
     sample_size=32,

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from selenium.webdriver import Chrome
 from toy import toy
 
-from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.images.files import write_image

@@ -21,7 +21,7 @@ from skimage import data
 from toy import SAMPLER
 
 from dit4sr_pl.app import answer, check, restored
-from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.images.files import read_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.jobs import Job

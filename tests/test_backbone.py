@@ -8,12 +8,12 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, StableDiffusion3Pipeline
 from PIL import Image
 
-from dit4sr_pl.backbone import Backbone, encoders_of
+from dit4sr_pl.backbone.autoencoder import LatentCoder
+from dit4sr_pl.backbone.sd3 import Backbone, encoders_of
+from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.resize import Enlarged, enlarge
-from dit4sr_pl.latents import LatentCoder
-from dit4sr_pl.text import PromptEncoder
 
 
 def test_tiny_sd3_is_a_whole_pipeline_of_at_most_40_mb(tiny_backbone):
@@ -97,7 +97,7 @@ def test_without_t5_its_tokens_are_zeros_as_diffusers_has_them(tiny_backbone, tm
 
 
 def test_prompts_that_came_last_are_remembered_and_no_more(tiny_backbone, monkeypatch):
-    monkeypatch.setattr("dit4sr_pl.text.REMEMBERED", 3)
+    monkeypatch.setattr("dit4sr_pl.backbone.text_encoder.REMEMBERED", 3)
     encoder, alive, calls = PromptEncoder(tiny_backbone.text_encoders, 8), weakref.WeakSet(), []
     encode = tiny_backbone.text_encoders.encode_prompt
 

@@ -11,9 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from dit4sr_pl.backbone.autoencoder import LatentCoder
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.cost import CostCounter, StepCost, normalise_in_float32, step_cost
-from dit4sr_pl.latents import LatentCoder
 from dit4sr_pl.model import DiT4SRTransformer, Variant, block
 from dit4sr_pl.skeleton import Skeleton
 

@@ -8,7 +8,7 @@ from diffusers import SD3Transformer2DModel
 from PIL import Image
 from toy import SAMPLER
 
-from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, lr_stream, save_part

@@ -7,7 +7,7 @@ from killing import assert_kills_change_nothing
 from safetensors import safe_open
 
 from dit4sr_pl import embeddings
-from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.config import quiet_libraries
 from dit4sr_pl.embeddings import PromptCache, prompt_key, write_embeddings
 

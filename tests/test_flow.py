@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from dit4sr_pl.backbone.flow import RectifiedFlow, interpolate
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.flow import RectifiedFlow, interpolate
 
 SCHEDULER = FlowMatchEulerDiscreteScheduler(shift=3.0)
 

@@ -9,11 +9,11 @@ from hydra.utils import instantiate
 from torch._subclasses.fake_tensor import FakeTensorMode
 from toy import SAMPLER
 
+from dit4sr_pl.backbone.autoencoder import draw_noise
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.cost import CostCounter
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.latents import draw_noise
 from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.restorer import Restorer
 from dit4sr_pl.sampling import restore, sample

@@ -12,12 +12,12 @@ from hydra.utils import instantiate
 from PIL import Image
 from toy import SAMPLER, events, losses
 
-from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.backbone.flow import RectifiedFlow
+from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.embeddings import write_embeddings
-from dit4sr_pl.flow import RectifiedFlow
 from dit4sr_pl.images.files import read_image
 from dit4sr_pl.model import LRStream, Variant, block, load_part
 from dit4sr_pl.restorer import Restorer

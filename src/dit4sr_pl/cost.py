@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import conv_flop_count, flop_registry, shape_wrapper
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dit4sr_pl.latents import LatentCoder
+from dit4sr_pl.backbone.autoencoder import LatentCoder
 
 # The steps run as on a CPU, where the network goes its own way in bfloat16: float16 takes the same bytes.
 AUTOCAST = {"bf16-mixed": torch.float16, "16-mixed": torch.float16, "32-true": None}

@@ -10,11 +10,11 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.backbone.autoencoder import draw_noise
+from dit4sr_pl.backbone.flow import RectifiedFlow, interpolate
+from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.flow import RectifiedFlow, interpolate
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.latents import draw_noise
 from dit4sr_pl.model import TrainedPart, load_part
 from dit4sr_pl.model.trained_part import base_of, check_settings, fit_part
 from dit4sr_pl.restorer import Restorer

@@ -7,7 +7,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part

@@ -10,7 +10,7 @@ import transformers
 from diffusers import SD3Transformer2DModel
 from torch import nn
 
-from dit4sr_pl.latents import LatentCoder
+from dit4sr_pl.backbone.autoencoder import LatentCoder
 
 CLIP_ENCODERS = ("text_encoder", "text_encoder_2")
 TEXT_ENCODERS = (*CLIP_ENCODERS, "text_encoder_3")

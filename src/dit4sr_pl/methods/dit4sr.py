@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dit4sr_pl.backbone import Backbone
+from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.benchmark_sets import SCALE
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.methods import Photo
