@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from dit4sr_pl.data import ImageFolder
+from dit4sr_pl.data.datasets import ImageFolder
+from dit4sr_pl.data.manifest import MANIFEST, build_manifest, check_sizes
 from dit4sr_pl.images.files import write_image
-from dit4sr_pl.manifest import MANIFEST, build_manifest, check_sizes
 
 
 def write_photos(folder: Path, count: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dit4sr_pl.common.randomness import derive_seed
 from dit4sr_pl.config import conf_folder
-from dit4sr_pl.demo_photos import write_demo_photos
+from dit4sr_pl.data.demo_photos import write_demo_photos
 from dit4sr_pl.images.files import find_images, read_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.metrics import create

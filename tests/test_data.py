@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from scipy import ndimage
 from torch.nn import functional as F
 
-from dit4sr_pl.data import Draw, ImageFolder, PositionSampler, SuperResolutionData, mean_gradient
+from dit4sr_pl.data.datasets import Draw, ImageFolder, mean_gradient
+from dit4sr_pl.data.module import PositionSampler, SuperResolutionData
 from dit4sr_pl.images.files import read_image, write_image
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -357,7 +358,7 @@ def test_demo_configuration_reads_the_photos_it_writes(tmp_path, monkeypatch):
         write_image(Path(photos, "train/a.png"), torch.zeros(3, 32, 32))
         write_image(Path(photos, "test/b.png"), torch.zeros(3, 32, 32))
 
-    monkeypatch.setattr("dit4sr_pl.demo_photos.write_demo_photos", two_photos)
+    monkeypatch.setattr("dit4sr_pl.data.demo_photos.write_demo_photos", two_photos)
     data = compose_data("+data=demo", f"data.photos={tmp_path}")
     assert [photo.name for photo in data.training.photos + data.validation.photos] == ["a", "b"]
     assert (data.training.crop_size, data.training.min_gradient) == (128, 0.0)

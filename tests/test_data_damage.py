@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dit4sr_pl.data import Draw, ImageFolder, PositionSampler
+from dit4sr_pl.data.datasets import Draw, ImageFolder
+from dit4sr_pl.data.module import PositionSampler
 from dit4sr_pl.images.files import write_image
 
 

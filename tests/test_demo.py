@@ -4,8 +4,8 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
+from dit4sr_pl.data.demo_photos import CROP, TEST, TRAIN, write_crops, write_demo_photos
 from dit4sr_pl.demo import comparison, score_table
-from dit4sr_pl.demo_photos import CROP, TEST, TRAIN, write_crops, write_demo_photos
 from dit4sr_pl.images.files import read_image
 from dit4sr_pl.metrics import ImageScore
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dit4sr_pl.demo_photos import TEST, TRAIN, write_demo_photos
+from dit4sr_pl.data.demo_photos import TEST, TRAIN, write_demo_photos
 from dit4sr_pl.images.files import IMAGE_SUFFIXES, find_images, read_image, write_image
 
 

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dit4sr_pl import manifest
+from dit4sr_pl.data import manifest
+from dit4sr_pl.data.manifest import build_manifest, check_sizes, read_manifest
 from dit4sr_pl.images.files import find_images
-from dit4sr_pl.manifest import build_manifest, check_sizes, read_manifest
 
 
 def write_photos(folder: Path, count: int) -> Path:
@@ -149,7 +149,7 @@ def test_shards_that_end_together_join_once(folder, tmp_path):
 
 CHILD = """
 import multiprocessing, os, sys
-from dit4sr_pl import manifest
+from dit4sr_pl.data import manifest
 
 def on_file(done, total):
     os.write(log, f"{done}\\n".encode())

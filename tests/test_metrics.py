@@ -31,8 +31,8 @@ from pyiqa.utils.registry import ARCH_REGISTRY
 
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder
-from dit4sr_pl.data import pad_to
-from dit4sr_pl.demo_photos import TEST, TRAIN, write_demo_photos
+from dit4sr_pl.data.datasets import pad_to
+from dit4sr_pl.data.demo_photos import TEST, TRAIN, write_demo_photos
 from dit4sr_pl.images.files import read_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.metric_weights import check_digest, check_metrics

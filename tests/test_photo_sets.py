@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit4sr_pl.data import Draw, ImageFolder, SuperResolutionData
+from dit4sr_pl.data.datasets import Draw, ImageFolder
+from dit4sr_pl.data.manifest import build_manifest
+from dit4sr_pl.data.module import SuperResolutionData
+from dit4sr_pl.data.photo_sets import Mixture, PhotoSet, open_sets
 from dit4sr_pl.images.files import write_image
-from dit4sr_pl.manifest import build_manifest
-from dit4sr_pl.photo_sets import Mixture, PhotoSet, open_sets
 
 
 def write_photos(folder: Path, count: int) -> Path:
@@ -133,8 +134,8 @@ def test_set_is_the_same_with_and_without_manifest(folder, tmp_path, limit):
 
 def test_manifest_is_believed_without_a_look_at_the_folder(folder, monkeypatch):
     build_manifest(folder)
-    monkeypatch.setattr("dit4sr_pl.manifest.find_images", lambda folder: pytest.fail("walked the folder"))
-    monkeypatch.setattr("dit4sr_pl.manifest.file_size", lambda path: pytest.fail("looked at a file"))
+    monkeypatch.setattr("dit4sr_pl.data.manifest.find_images", lambda folder: pytest.fail("walked the folder"))
+    monkeypatch.setattr("dit4sr_pl.data.manifest.file_size", lambda path: pytest.fail("looked at a file"))
     assert len(PhotoSet(folder).photos) == 10
 
 

@@ -24,7 +24,7 @@ def captions(cfg: DictConfig, shard: tuple[int, int]) -> None:
     from rich.progress import track
 
     from dit4sr_pl.captioner import one_per_caption, write_captions
-    from dit4sr_pl.photo_sets import open_sets
+    from dit4sr_pl.data.photo_sets import open_sets
 
     photos = [photo for photo_set in open_sets(cfg.data.folders, cfg.data.sets) for photo in photo_set.photos]
     files = one_per_caption((photo.path, photo.captions.folder / f"{photo.name}.txt") for photo in photos)
@@ -63,7 +63,7 @@ def all_prompts(cfg: DictConfig) -> Iterator[str]:
     """What training and its validation ask for: captions, and as the sampler words them."""
     from hydra.utils import instantiate
 
-    from dit4sr_pl.photo_sets import open_sets
+    from dit4sr_pl.data.photo_sets import open_sets
 
     sampler = instantiate(cfg.sampler)
     for photo_set in open_sets(cfg.data.folders, cfg.data.sets):
@@ -76,7 +76,7 @@ def all_prompts(cfg: DictConfig) -> Iterator[str]:
 def manifest(cfg: DictConfig, shard: tuple[int, int]) -> None:
     from rich.progress import Progress
 
-    from dit4sr_pl.manifest import build_manifest
+    from dit4sr_pl.data.manifest import build_manifest
 
     damaged = []
     for folder, path in manifests(cfg):

@@ -7,37 +7,18 @@ the place to resume at of the step number: see `randomness`.
 
 import functools
 import itertools
-import logging
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from kornia.color import rgb_to_grayscale
-from kornia.filters import sobel
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dit4sr_pl.common.randomness import derive_seed, generator, permutation
-from dit4sr_pl.images.files import read_image
-from dit4sr_pl.photo_sets import Folders, Mixture, Photo, open_sets
-
-log = logging.getLogger(__name__)
-
-TOKEN = 16  # pixels a side of a token: the VAE reduces 8x, and 2x2 latents are one token
-
-
-class Draw(NamedTuple):
-    """One training sample: `index` of its `epoch`, with `position` samples before it in the run.
-
-    With sets of weight 1, `index` counts photos; else `Mixture` says which photo it is.
-    """
-
-    index: int
-    epoch: int
-    position: int
+from dit4sr_pl.common.randomness import permutation
+from dit4sr_pl.data.datasets import TOKEN, Draw, ImageFolder, ValidationImages
+from dit4sr_pl.data.photo_sets import Folders
 
 
 class Degrader(Protocol):
@@ -48,140 +29,6 @@ class Degrader(Protocol):
 
     def __call__(self, images: torch.Tensor, params: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, 3, H, W)` in 0..1 -> LR `(B, 3, H/4, W/4)` and the target HR `(B, 3, H, W)`."""
-
-
-def mean_gradient(image: torch.Tensor) -> float:
-    """Mean over pixels of the 3x3 Sobel magnitude of a uint8 image `(3, H, W)`.
-
-    Grey in 0..1 and un-normalised kernels: a ramp that rises by `s` per pixel has the gradient `8 s`.
-    """
-    grey = rgb_to_grayscale(image / 255)
-    return float(sobel(grey[None], normalized=False, eps=0).mean())
-
-
-def pad_to(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Enlarge an image `(3, H, W)` to at least `(height, width)` by reflection at its bottom and right."""
-    down, right = max(0, height - image.shape[1]), max(0, width - image.shape[2])
-    if not down and not right:
-        return image
-    # NumPy reflects as often as needed; PyTorch's padding stops at the image's own size
-    return torch.from_numpy(np.pad(image.numpy(), ((0, 0), (0, down), (0, right)), mode="reflect"))
-
-
-class ImageFolder(Dataset):
-    """Random crops of the photos in folders and in named sets (see `open_sets`); the sample of a `Draw` is a dict:
-
-    - `image`: uint8 `(3, crop_size, crop_size)`; smaller images are enlarged by reflection first
-    - `seed`: for the degradation, in `[0, 2**63)`
-    - `position`: of the draw
-    - `prompt`: the photo's caption, empty with `empty_prompt_probability`
-    - `name`: path below the folder, without suffix
-
-    Its length is that of an epoch. The first `photos_in_memory` photos that a worker decodes stay decoded in it.
-
-    A crop whose `mean_gradient` is under `min_gradient` is drawn again, up to `redraws` times; the last one stands.
-
-    An unreadable file is reported once, by name, whichever worker meets it, and the next readable one takes its place.
-    Raises `ValueError` or `FileNotFoundError` if a folder is missing or empty, or no file is readable.
-    """
-
-    def __init__(
-        self,
-        folders: Folders,
-        crop_size: int,
-        seed: int,
-        flip: bool = True,
-        min_gradient: float = 0.2,
-        redraws: int = 50,
-        empty_prompt_probability: float = 0.2,
-        photos_in_memory: int = 0,
-        sets: Mapping[str, Mapping[str, Any]] | None = None,
-    ):
-        self.sets = open_sets(folders, sets)
-        self.photos = [photo for photo_set in self.sets for photo in photo_set.photos]
-        self.mixture = Mixture([len(s.photos) for s in self.sets], [s.weight for s in self.sets], seed)
-        self.photos_in_memory, self.decoded = photos_in_memory, {}
-        self.crop_size, self.seed, self.flip = crop_size, seed, flip
-        self.min_gradient, self.redraws = min_gradient, redraws
-        self.empty_prompt_probability = empty_prompt_probability
-        # in shared memory, so that one worker knows what another has reported
-        self.reported = torch.zeros(len(self.photos), dtype=torch.bool).share_memory_()
-        self._read(0)
-
-    def __len__(self) -> int:
-        return len(self.mixture)
-
-    def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        photo, image = self._read(self.mixture.photo(draw.index, draw.epoch))
-        draws = generator("cpu", self.seed, "sample", draw.index, draw.epoch)
-        u_flip, u_prompt = torch.rand(2, generator=draws).tolist()
-        crop = self._crop(pad_to(image, self.crop_size, self.crop_size), draws)
-        return {
-            "image": crop.flip(-1) if self.flip and u_flip < 0.5 else crop,
-            "seed": derive_seed(self.seed, "degradation", draw.index, draw.epoch),
-            "position": draw.position,
-            "prompt": "" if u_prompt < self.empty_prompt_probability else photo.prompt,
-            "name": photo.name,
-        }
-
-    def _read(self, index: int) -> tuple[Photo, torch.Tensor]:
-        """Photo number `index`, or the next readable one after it."""
-        for candidate in itertools.chain(range(index, len(self.photos)), range(index)):
-            photo = self.photos[candidate]
-            if candidate in self.decoded:
-                return photo, self.decoded[candidate]
-            try:
-                image = read_image(photo.path)
-                if len(self.decoded) < self.photos_in_memory:
-                    self.decoded[candidate] = image
-                return photo, image
-            except ValueError as error:
-                if not self.reported[candidate]:
-                    self.reported[candidate] = True
-                    log.warning("%s; skipped, the next image takes its place", error)
-        raise ValueError(f"{self.photos[0].path.parent}: none of the {len(self.photos)} images is readable")
-
-    def _crop(self, image: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
-        size = self.crop_size
-        places = [length - size + 1 for length in image.shape[1:]]
-        for _ in range(1 + self.redraws):
-            top, left = (int(torch.randint(n, (), generator=draws)) for n in places)
-            crop = image[:, top : top + size, left : left + size]
-            if not self.min_gradient or mean_gradient(crop) >= self.min_gradient:
-                break
-        return crop
-
-
-class ValidationImages(Dataset):
-    """Fixed samples, the first `limit` images: the keys of `ImageFolder`, never an empty prompt by chance.
-
-    `image` is the central `crop` x `crop` pixels or, without `crop`, the whole image cut to whole tokens; smaller
-    images are enlarged by reflection. `seed` depends on (seed, name) alone.
-
-    Raises `ValueError` for an unreadable file: scores over varying images would not compare.
-    """
-
-    def __init__(self, folders: Folders, crop: int | None, seed: int, limit: int | None = None):
-        self.sets = open_sets(folders)
-        self.photos = [photo for photo_set in self.sets for photo in photo_set.photos][:limit]
-        self.crop, self.seed = crop, seed
-
-    def __len__(self) -> int:
-        return len(self.photos)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        photo = self.photos[index]
-        image = read_image(photo.path)
-        height, width = (self.crop or max(TOKEN, length // TOKEN * TOKEN) for length in image.shape[1:])
-        image = pad_to(image, height, width)
-        top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
-        return {
-            "image": image[:, top : top + height, left : left + width],
-            "seed": derive_seed(self.seed, "validation", photo.name),
-            "position": index,
-            "prompt": photo.prompt,
-            "name": photo.name,
-        }
 
 
 class PositionSampler(Sampler[list[Draw]]):

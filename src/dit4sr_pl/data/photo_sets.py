@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dit4sr_pl.common.randomness import generator
+from dit4sr_pl.data.manifest import MANIFEST, check_sizes, list_files, read_manifest
 from dit4sr_pl.images.captions import CaptionFiles, CaptionTable, open_captions
-from dit4sr_pl.manifest import MANIFEST, check_sizes, list_files, read_manifest
 
 log = logging.getLogger(__name__)
 

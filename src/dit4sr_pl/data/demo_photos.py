@@ -9,7 +9,7 @@ import torch
 from skimage import data
 from sklearn.datasets import load_sample_image
 
-from dit4sr_pl.data import SuperResolutionData
+from dit4sr_pl.data.module import SuperResolutionData
 from dit4sr_pl.images.files import write_image
 
 TRAIN = ("coffee", "coins", "flower", "grass", "gravel", "hubble_deep_field", "motorcycle", "retina")
