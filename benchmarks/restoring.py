@@ -97,9 +97,9 @@ def one(size: tuple[int, int], without_networks: bool, overrides: list[str]) -> 
     from dit4sr_pl.config import conf_folder
     from dit4sr_pl.images.files import write_image
     from dit4sr_pl.images.resize import enlarge
-    from dit4sr_pl.jobs import Job
-    from dit4sr_pl.picture_restorer import PictureRestorer
-    from dit4sr_pl.restorer import Restorer
+    from dit4sr_pl.restoration.pictures import PictureRestorer
+    from dit4sr_pl.restoration.restorer import Restorer
+    from dit4sr_pl.restoration.worklist import Job
 
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         cfg = compose("restore", ["device=cpu", *overrides])

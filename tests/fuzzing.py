@@ -37,8 +37,8 @@ class Report:
 def fuzz(work: Path, count: int, monkeypatch: MonkeyPatch) -> Report:
     files, report = write(work / "in", odd_files(count)), Report()
     for part in ("PictureRestorer.__call__", "read_picture", "write_picture"):
-        watch(f"dit4sr_pl.picture_restorer.{part}", report, monkeypatch)
-    watch("dit4sr_pl.jobs.read_header", report, monkeypatch)
+        watch(f"dit4sr_pl.restoration.pictures.{part}", report, monkeypatch)
+    watch("dit4sr_pl.restoration.worklist.read_header", report, monkeypatch)
     errors = StringIO()
     with redirect_stderr(errors), redirect_stdout(StringIO()):
         message = command(monkeypatch, Bicubic(), f"input={work / 'in'}", f"output={work / 'out'}", "scale=1")

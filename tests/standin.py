@@ -26,7 +26,7 @@ def command(monkeypatch, restorer, *arguments) -> str | None:
     """`python -m dit4sr_pl.restore` in this process; returns the line it ends with if it fails."""
     loads = []
     load = lambda *_: loads.append(1) or restorer  # noqa: E731
-    monkeypatch.setattr("dit4sr_pl.restorer.Restorer.load", load)
+    monkeypatch.setattr("dit4sr_pl.restoration.restorer.Restorer.load", load)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     monkeypatch.setattr(sys, "argv", ["restore", "device=cpu", *map(str, arguments)])
     try:

@@ -24,9 +24,9 @@ from dit4sr_pl.app import answer, check, restored
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.images.files import read_image
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.jobs import Job
-from dit4sr_pl.picture_restorer import PictureRestorer
-from dit4sr_pl.restorer import Restorer
+from dit4sr_pl.restoration.pictures import PictureRestorer
+from dit4sr_pl.restoration.restorer import Restorer
+from dit4sr_pl.restoration.worklist import Job
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dit4sr_pl.color import ALIGNMENTS
+from dit4sr_pl.restoration.color import ALIGNMENTS
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "color.safetensors")
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from dit4sr_pl.model import load_part
 from dit4sr_pl.model.reference_format import WEIGHTS, read_released
 from dit4sr_pl.model.trained_part import fit_part
-from dit4sr_pl.restorer import build_network
+from dit4sr_pl.restoration.restorer import build_network
 
 GOLDEN = Path(__file__).parent / "golden"
 

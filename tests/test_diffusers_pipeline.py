@@ -14,7 +14,7 @@ from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, lr_stream, save_part
 from dit4sr_pl.model.trained_part import base_of, part_of
 from dit4sr_pl.pipeline import DiT4SRPipeline
-from dit4sr_pl.restorer import Restorer
+from dit4sr_pl.restoration.restorer import Restorer
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 SETTINGS = {"num_inference_steps": 2, "output_type": "pt"}

@@ -3,7 +3,7 @@ import os
 import pytest
 from PIL import Image
 
-from dit4sr_pl.jobs import batches, list_work
+from dit4sr_pl.restoration.worklist import batches, list_work
 
 
 def save(path, size=(3, 2)):

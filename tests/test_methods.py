@@ -11,7 +11,6 @@ from spandrel.architectures.ESRGAN import ESRGAN
 from spandrel.architectures.SwinIR import SwinIR
 
 from dit4sr_pl.benchmark_sets import read
-from dit4sr_pl.color import moments
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.images.files import write_image
@@ -20,6 +19,7 @@ from dit4sr_pl.methods.command import Command
 from dit4sr_pl.methods.spandrel import in_tiles
 from dit4sr_pl.model import SD3ControlNet, save_part
 from dit4sr_pl.model.trained_part import base_of, part_of
+from dit4sr_pl.restoration.color import moments
 from dit4sr_pl.results import file_hash
 
 METHODS = sorted((conf_folder() / "method").glob("*.yaml"))

@@ -14,8 +14,8 @@ from standin import Bicubic
 
 from dit4sr_pl.images.files import read_image
 from dit4sr_pl.images.picture import Picture, read_header, read_picture, write_picture
-from dit4sr_pl.jobs import result_size
-from dit4sr_pl.picture_restorer import PictureRestorer
+from dit4sr_pl.restoration.pictures import PictureRestorer
+from dit4sr_pl.restoration.worklist import result_size
 
 HEIGHT, WIDTH = 11, 7
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -24,7 +24,7 @@ from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.images.files import find_images, read_image, write_image
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.restorer import Restorer
+from dit4sr_pl.restoration.restorer import Restorer
 
 
 def write_photo(path, height=18, width=13, seed=0):
@@ -154,7 +154,7 @@ def test_a_network_that_fails_on_one_image_goes_on_and_a_full_disk_does_not(fold
     def disk_full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dit4sr_pl.picture_restorer.write_picture", disk_full)
+    monkeypatch.setattr("dit4sr_pl.restoration.pictures.write_picture", disk_full)
     message = command(monkeypatch, Bicubic(), f"input={folder}", f"output={tmp_path / 'new'}")
     assert "No space left on device" in message and "0 of 5 images restored" in message and "\n" not in message
 
@@ -165,7 +165,7 @@ def test_an_image_without_enough_memory_is_named_and_the_others_go_on(
     stage, error, folder, tmp_path, monkeypatch, capsys
 ):
     """At any stage."""
-    count, restorer, room = iter(range(9)), Bicubic(), "dit4sr_pl.picture_restorer"
+    count, restorer, room = iter(range(9)), Bicubic(), "dit4sr_pl.restoration.pictures"
     owner, name = (Bicubic, "__call__") if stage == "network" else (importlib.import_module(room), stage)
     whole = getattr(owner, name)
 

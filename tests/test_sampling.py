@@ -15,9 +15,9 @@ from dit4sr_pl.config import conf_folder
 from dit4sr_pl.cost import CostCounter
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import DiT4SRTransformer
-from dit4sr_pl.restorer import Restorer
-from dit4sr_pl.sampling import restore, sample
-from dit4sr_pl.tiling import TilesAtOnce
+from dit4sr_pl.restoration.restorer import Restorer
+from dit4sr_pl.restoration.sampling import restore, sample
+from dit4sr_pl.restoration.tiling import TilesAtOnce
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dit4sr_pl.tiling import TilesAtOnce, starts, tiled
+from dit4sr_pl.restoration.tiling import TilesAtOnce, starts, tiled
 
 
 @pytest.mark.parametrize("length", [16, 18, 32, 34, 50, 64, 100])

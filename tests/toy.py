@@ -5,7 +5,7 @@ from pathlib import Path
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dit4sr_pl.sampling import Sampler
+from dit4sr_pl.restoration.sampling import Sampler
 
 SAMPLER = Sampler(
     solver=FlowMatchEulerDiscreteScheduler.from_config,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import gradio as gr
 
     from dit4sr_pl.images.picture import Picture
-    from dit4sr_pl.restorer import Restorer
+    from dit4sr_pl.restoration.restorer import Restorer
 
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # Gradio's own come from the network
 
@@ -37,7 +37,7 @@ def main(cfg: DictConfig) -> None:
     import torch
     from hydra.utils import instantiate
 
-    from dit4sr_pl.restorer import Restorer
+    from dit4sr_pl.restoration.restorer import Restorer
 
     device = torch.device(choose_device(cfg.device))
     parts = instantiate(cfg.model.backbone), instantiate(cfg.sampler)
@@ -74,8 +74,8 @@ def page(restorer: Restorer, cfg: DictConfig) -> gr.Blocks:
     """The page: a photo and its settings on the left, the enlarged and the restored image on the right."""
     import gradio as gr
 
-    from dit4sr_pl.color import ALIGNMENTS
     from dit4sr_pl.images.picture import PICTURE_SUFFIXES
+    from dit4sr_pl.restoration.color import ALIGNMENTS
 
     sampler = cfg.sampler
     with gr.Blocks(title="DiT4SR", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks, gr.Row():
@@ -103,7 +103,7 @@ def answer(restorer: Restorer, cfg: DictConfig, folder: str) -> Callable:
     import gradio as gr
 
     from dit4sr_pl.images.picture import write_picture
-    from dit4sr_pl.picture_restorer import FAILURES
+    from dit4sr_pl.restoration.pictures import FAILURES
 
     def restore_file(file, scale, prompt, steps, guidance, color, seed, progress=gr.Progress()):  # noqa: B008
         settings = {"steps": steps, "guidance_scale": guidance, "color": color}
@@ -148,9 +148,9 @@ def restored(
     """
     from dit4sr_pl.images.picture import read_header, read_picture
     from dit4sr_pl.images.resize import enlarge
-    from dit4sr_pl.jobs import result_size
-    from dit4sr_pl.picture_restorer import PictureRestorer
-    from dit4sr_pl.restorer import Restorer
+    from dit4sr_pl.restoration.pictures import PictureRestorer
+    from dit4sr_pl.restoration.restorer import Restorer
+    from dit4sr_pl.restoration.worklist import result_size
 
     check_scale(scale)
     check_steps(settings["steps"], cfg.max_steps)

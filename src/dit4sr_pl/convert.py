@@ -31,7 +31,7 @@ def write_release(cfg: DictConfig) -> None:
     from dit4sr_pl.model import load_part
     from dit4sr_pl.model.reference_format import write_released
     from dit4sr_pl.model.trained_part import fit_part
-    from dit4sr_pl.restorer import build_network
+    from dit4sr_pl.restoration.restorer import build_network
 
     part = load_part(cfg.input)
     if part.settings["network"] != "dit4sr":

@@ -17,7 +17,7 @@ def main(cfg: DictConfig) -> None:
 
     from dit4sr_pl.images.files import write_image
     from dit4sr_pl.images.resize import enlarge
-    from dit4sr_pl.restorer import Restorer
+    from dit4sr_pl.restoration.restorer import Restorer
 
     output, device = Path(cfg.output), torch.device("cpu")
     data, sampler = instantiate(cfg.data), instantiate(cfg.sampler)

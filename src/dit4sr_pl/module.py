@@ -17,8 +17,8 @@ from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import TrainedPart, load_part
 from dit4sr_pl.model.trained_part import base_of, check_settings, fit_part
-from dit4sr_pl.restorer import Restorer
-from dit4sr_pl.sampling import Sampler
+from dit4sr_pl.restoration.restorer import Restorer
+from dit4sr_pl.restoration.sampling import Sampler
 
 
 class SuperResolutionModule(LightningModule):

@@ -27,10 +27,10 @@ from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.randomness import generator as seeded
 from dit4sr_pl.config import read_conf
 from dit4sr_pl.images.files import rgb_pixels
-from dit4sr_pl.jobs import result_size
 from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, load_part
 from dit4sr_pl.model.trained_part import check_base, fit_state
-from dit4sr_pl.sampling import Sampler, restore
+from dit4sr_pl.restoration.sampling import Sampler, restore
+from dit4sr_pl.restoration.worklist import result_size
 
 TEXT_PARTS = tuple(f"{part}{number}" for part in ("tokenizer", "text_encoder") for number in ("", "_2", "_3"))
 

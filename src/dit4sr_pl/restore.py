@@ -13,7 +13,7 @@ from dit4sr_pl.config import check_backbone, check_readable, check_scale, check_
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from dit4sr_pl.jobs import Work
+    from dit4sr_pl.restoration.worklist import Work
 
 ALPHA = ("bicubic", "network")
 
@@ -22,7 +22,7 @@ ALPHA = ("bicubic", "network")
 def main(cfg: DictConfig) -> None:
     check(cfg)
 
-    from dit4sr_pl.jobs import list_work
+    from dit4sr_pl.restoration.worklist import list_work
 
     options = {key: cfg[key] for key in ("prompt", "overwrite", "keep_suffix", "first_frame")}
     work = list_work(Path(cfg.input), Path(cfg.output), **options)
@@ -45,9 +45,9 @@ def restore(work: "Work", cfg: DictConfig) -> None:
     import torch
     from hydra.utils import instantiate
 
-    from dit4sr_pl.jobs import batches
-    from dit4sr_pl.picture_restorer import PictureRestorer
-    from dit4sr_pl.restorer import Restorer
+    from dit4sr_pl.restoration.pictures import PictureRestorer
+    from dit4sr_pl.restoration.restorer import Restorer
+    from dit4sr_pl.restoration.worklist import batches
 
     device, backbone = torch.device(cfg.device), instantiate(cfg.model.backbone)
     restorer = Restorer.load(backbone, instantiate(cfg.sampler), cfg.checkpoint, device, cfg.offload)

@@ -11,10 +11,10 @@ from torch import Tensor
 from dit4sr_pl.backbone.autoencoder import LatentCoder, draw_noise
 from dit4sr_pl.backbone.flow import interpolate
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
-from dit4sr_pl.color import ALIGNMENTS
 from dit4sr_pl.images.resize import Enlarged
 from dit4sr_pl.model import DiT4SRTransformer
-from dit4sr_pl.tiling import TilesAtOnce, tiled
+from dit4sr_pl.restoration.color import ALIGNMENTS
+from dit4sr_pl.restoration.tiling import TilesAtOnce, tiled
 
 STARTS = ("noise", "lr")
 CLIP_TOKENS = 77

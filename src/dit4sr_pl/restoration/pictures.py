@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit4sr_pl.images.picture import Picture, read_picture, write_picture
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.jobs import Job, result_size
+from dit4sr_pl.restoration.worklist import Job, result_size
 
 FAILURES = (ValueError, MemoryError, RuntimeError)  # PyTorch's lack of memory is a RuntimeError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other picture will fare better

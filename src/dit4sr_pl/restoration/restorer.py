@@ -12,7 +12,7 @@ from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part
 from dit4sr_pl.model.trained_part import fit_part
-from dit4sr_pl.sampling import Sampler, restore
+from dit4sr_pl.restoration.sampling import Sampler, restore
 
 
 class Restorer:
