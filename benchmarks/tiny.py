@@ -4,7 +4,7 @@
 
 Every 128x128 crop of a grid over every photo that scikit-image and scikit-learn ship; x4, `light` degradation. A
 photo's score is the mean over its crops, the figure the mean over photos. PSNR is of RGB, unlike the Y channel of
-`dit4sr_pl.metrics`: it measures the autoencoder too. `sr / bicubic` is the ratio of the ST-LPIPS columns.
+`dit4sr_pl.scores.metrics`: it measures the autoencoder too. `sr / bicubic` is the ratio of the ST-LPIPS columns.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from dit4sr_pl.config import conf_folder
 from dit4sr_pl.data.demo_photos import write_demo_photos
 from dit4sr_pl.images.files import find_images, read_image
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.metrics import create
 from dit4sr_pl.restoration.restorer import Restorer
+from dit4sr_pl.scores.metrics import create
 
 CROP = 128
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dit4sr_pl.results import Result, write_result
+from dit4sr_pl.scores.results import Result, write_result
 
 Scores = dict[str, dict[str, float]]
 

@@ -7,7 +7,7 @@ import torch
 from dit4sr_pl.data.demo_photos import CROP, TEST, TRAIN, write_crops, write_demo_photos
 from dit4sr_pl.demo import comparison, score_table
 from dit4sr_pl.images.files import read_image
-from dit4sr_pl.metrics import ImageScore
+from dit4sr_pl.scores.metrics import ImageScore
 
 SCORES = {name: ImageScore(name, reference=True, lower_is_better=False) for name in ("psnr", "ssim")}
 

@@ -15,7 +15,7 @@ from toy import events, losses, toy
 
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.model import load_part
-from dit4sr_pl.results import read_result
+from dit4sr_pl.scores.results import read_result
 from dit4sr_pl.train import train
 
 STRATEGIES = ("ddp", "fsdp")

@@ -19,7 +19,7 @@ from dit4sr_pl.evaluate import evaluate
 from dit4sr_pl.images.files import write_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.methods.bicubic import Bicubic
-from dit4sr_pl.results import read_result, read_scores
+from dit4sr_pl.scores.results import read_result, read_scores
 
 NAMES = [f"Canon_{i}_LR4" for i in range(5)]
 

@@ -20,7 +20,7 @@ from dit4sr_pl.methods.spandrel import in_tiles
 from dit4sr_pl.model import SD3ControlNet, save_part
 from dit4sr_pl.model.trained_part import base_of, part_of
 from dit4sr_pl.restoration.color import moments
-from dit4sr_pl.results import file_hash
+from dit4sr_pl.scores.results import file_hash
 
 METHODS = sorted((conf_folder() / "method").glob("*.yaml"))
 PAPER = {"Real-ESRGAN", "SwinIR", "ResShift", "StableSR", "SeeSR", "DiffBIR", "OSEDiff", "SUPIR", "DreamClear"}

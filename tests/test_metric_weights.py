@@ -9,8 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from dit4sr_pl.config import conf_folder
-from dit4sr_pl.metric_weights import Weights, check_metrics, download
 from dit4sr_pl.prepare import check, metrics
+from dit4sr_pl.scores.weight_files import Weights, check_metrics, download
 
 CONTENTS = bytes(range(256)) * 4096
 SHA256 = hashlib.sha256(CONTENTS).hexdigest()

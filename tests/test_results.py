@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dit4sr_pl.results import (
+from dit4sr_pl.scores.results import (
     Result,
     read_result,
     read_scores,

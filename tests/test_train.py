@@ -21,7 +21,7 @@ from dit4sr_pl.embeddings import write_embeddings
 from dit4sr_pl.images.files import read_image
 from dit4sr_pl.model import LRStream, Variant, block, load_part
 from dit4sr_pl.restoration.restorer import Restorer
-from dit4sr_pl.results import read_result, weights_hash
+from dit4sr_pl.scores.results import read_result, weights_hash
 
 ABLATIONS = sorted(path.stem for path in (conf_folder() / "ablation").glob("*.yaml"))
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from dit4sr_pl.metrics import ImageScore
+from dit4sr_pl.scores.metrics import ImageScore
 
 LUMA = {"test_y_channel": True, "color_space": "ycbcr"}
 SHARES = [(8, slice(0, 12)), (3, slice(12, 20))]  # batch size and images of each

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError
 
 from dit4sr_pl.config import check_backbone, check_readable, check_writable, choose_device, command, read_shard
-from dit4sr_pl.metric_weights import check_metrics
+from dit4sr_pl.scores.weight_files import check_metrics
 
 
 @command("evaluate")
@@ -95,7 +95,7 @@ def metrics_for(cfg: DictConfig, items: list) -> dict[str, DictConfig]:
 
 def settings_of(cfg: DictConfig, dataset: str, items: list, metrics: dict, method: Any) -> dict:
     """All that scores depend on: `settings.json`."""
-    from dit4sr_pl.results import file_hash, settings_hash, versions
+    from dit4sr_pl.scores.results import file_hash, settings_hash, versions
 
     files = {}
     for item in items:
@@ -116,7 +116,7 @@ def settings_of(cfg: DictConfig, dataset: str, items: list, metrics: dict, metho
 
 
 def finish(cfg: DictConfig, dataset: str, method: Any, settings: dict, scores: dict) -> None:
-    from dit4sr_pl.results import Result, run_name, settings_hash, write_result
+    from dit4sr_pl.scores.results import Result, run_name, settings_hash, write_result
 
     output = Path(cfg.output)
     result = Result(

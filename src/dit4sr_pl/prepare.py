@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.config import check_backbone, check_data, check_readable, check_writable, command, read_shard
-from dit4sr_pl.metric_weights import Weights, check_digest, download
+from dit4sr_pl.scores.weight_files import Weights, check_digest, download
 
 
 @command("prepare")

@@ -24,8 +24,8 @@ from dit4sr_pl.benchmark_sets import Item
 from dit4sr_pl.common.files import held, replacing
 from dit4sr_pl.images.files import write_image
 from dit4sr_pl.methods import Method, Photo
-from dit4sr_pl.metrics import ImageScore
-from dit4sr_pl.results import PICTURES, SCORES, read_scores
+from dit4sr_pl.scores.metrics import ImageScore
+from dit4sr_pl.scores.results import PICTURES, SCORES, read_scores
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 SETTINGS, PARTS = "settings.json", "parts"

@@ -12,12 +12,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.config import check_backbone, check_data, check_readable, check_writable, choice, command
-from dit4sr_pl.metric_weights import check_metrics
 from dit4sr_pl.run_folder import begin, finish, finished_steps, newest_checkpoint, open_run
+from dit4sr_pl.scores.weight_files import check_metrics
 
 if TYPE_CHECKING:
     from dit4sr_pl.model import TrainedPart
-    from dit4sr_pl.results import Result
+    from dit4sr_pl.scores.results import Result
 
 log = logging.getLogger("dit4sr_pl.train")  # started as a command, its name is another
 
@@ -50,7 +50,7 @@ def fit(cfg: DictConfig, settings: DictConfig, folder: Path) -> dict[str, float]
 
     from dit4sr_pl.model import save_part
     from dit4sr_pl.model.trained_part import part_of
-    from dit4sr_pl.results import write_result
+    from dit4sr_pl.scores.results import write_result
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # without devices found and advertisements
     checkpoint = cfg.ckpt_path or newest_checkpoint(folder, cfg.trainer.max_steps)
@@ -87,7 +87,7 @@ def settings_that_count(cfg: DictConfig) -> DictConfig:
 def result_of(cfg: DictConfig, settings: DictConfig, part: "TrainedPart", scores: dict) -> "Result":
     """The last validation, in the form of a finished evaluation."""
     from dit4sr_pl.model.trained_part import method_and_variant
-    from dit4sr_pl.results import PICTURES, Result, run_name, settings_hash, versions, weights_hash
+    from dit4sr_pl.scores.results import PICTURES, Result, run_name, settings_hash, versions, weights_hash
 
     method, variant = method_and_variant(part.settings)
     return Result(

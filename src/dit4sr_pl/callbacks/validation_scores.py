@@ -13,8 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dit4sr_pl.images.files import write_image
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.metrics import ImageScore
-from dit4sr_pl.results import PICTURES
+from dit4sr_pl.scores.metrics import ImageScore
+from dit4sr_pl.scores.results import PICTURES
 
 log = logging.getLogger(__name__)
 

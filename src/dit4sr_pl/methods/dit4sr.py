@@ -15,7 +15,7 @@ from dit4sr_pl.model import load_part
 from dit4sr_pl.model.trained_part import method_and_variant
 from dit4sr_pl.restoration.restorer import Restorer, checkpoint_file
 from dit4sr_pl.restoration.sampling import Sampler
-from dit4sr_pl.results import weights_hash
+from dit4sr_pl.scores.results import weights_hash
 
 
 class DiT4SR:

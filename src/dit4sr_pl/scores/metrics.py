@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from dit4sr_pl.metric_weights import Weights
+from dit4sr_pl.scores.weight_files import Weights
 
 log = logging.getLogger(__name__)
 
