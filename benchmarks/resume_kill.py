@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from dit4sr_pl.run_folder import checkpoints_in, is_whole
+from dit4sr_pl.training.run_folder import checkpoints_in, is_whole
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from toy import events

@@ -50,7 +50,7 @@ def main() -> None:
 def sweep(folder: Path, environment: dict[str, str], name: str, *options: str) -> float:
     """Seconds that it took."""
     steps = [f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={STEPS}", "metrics=[psnr]"]
-    losses = ["+callbacks.losses._target_=dit4sr_pl.callbacks.Losses", "+callbacks.losses.folder=${output}"]
+    losses = ["+callbacks.losses._target_=dit4sr_pl.training.callbacks.Losses", "+callbacks.losses.folder=${output}"]
     arguments = [f"+ablation={','.join(VARIANTS)}", f"hydra.sweep.dir={name}", *small(folder / "photos"), *steps]
     paths = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}"}
     command = [sys.executable, "-m", "dit4sr_pl.train", "-m", *arguments, *losses, *options]

@@ -21,11 +21,11 @@ from toy import events, toy
 from dit4sr_pl.common.files import held
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.model import load_part
-from dit4sr_pl.run_folder import LOCK, check_same_run, checkpoints_in, is_whole, leads
 from dit4sr_pl.train import train
+from dit4sr_pl.training.run_folder import LOCK, check_same_run, checkpoints_in, is_whole, leads
 
 STEPS = 6
-LOSSES = ["+callbacks.losses._target_=dit4sr_pl.callbacks.Losses", "+callbacks.losses.folder=${output}"]
+LOSSES = ["+callbacks.losses._target_=dit4sr_pl.training.callbacks.Losses", "+callbacks.losses.folder=${output}"]
 SMALL = [*LOSSES, "metrics=[psnr]", f"trainer.max_steps={STEPS}", "trainer.val_check_interval=3"]
 
 
@@ -100,7 +100,7 @@ def test_a_run_leaves_its_config_code_log_and_last_checkpoints(whole):
 
 
 def test_outside_of_a_checkout_there_is_no_git(monkeypatch, tmp_path):
-    from dit4sr_pl import provenance
+    from dit4sr_pl.training import provenance
 
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
     provenance.record_code(tmp_path)
@@ -194,7 +194,7 @@ def test_a_checkpoint_that_lightning_left_on_slurm_is_not_read(photos, tmp_path,
 def test_killed_runs_go_on_to_what_one_undisturbed_run_gives(photos, tmp_path, whole):
     """SIGKILL as soon as there is one more loss; with another number of workers after every kill."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dit4sr_pl.train", "dit4sr_pl.module", "dit4sr_pl.callbacks"])
+    context.set_forkserver_preload(["dit4sr_pl.train", "dit4sr_pl.training.module", "dit4sr_pl.training.callbacks"])
     losses = tmp_path / "losses.csv"
     for enough in (2, 4, STEPS):
         every = ["callbacks.checkpoint.every_n_train_steps=1", f"data.num_workers={enough % 3}"]

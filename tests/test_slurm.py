@@ -15,8 +15,8 @@ from toy import events, small
 
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.model import load_part
-from dit4sr_pl.run_folder import checkpoints_in
 from dit4sr_pl.train import train
+from dit4sr_pl.training.run_folder import checkpoints_in
 
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}: needs Debian's slurm-wlm and munge"),
@@ -33,7 +33,7 @@ STOPS = {
 }
 COMES_BACK, KILLED, REFUSED = (0, 1, 2, 3), 4, 5
 STEPS = 5
-LOSSES = ["+callbacks.losses._target_=dit4sr_pl.callbacks.Losses", "+callbacks.losses.folder=${output}"]
+LOSSES = ["+callbacks.losses._target_=dit4sr_pl.training.callbacks.Losses", "+callbacks.losses.folder=${output}"]
 ONCE = "+callbacks.once={_target_: cluster.Once, commands: {%s}, seed: ${seed}, step: 2, wait: 30}"
 
 

@@ -19,7 +19,7 @@ from toy import small
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.train import train
 
-LOSSES = ["+callbacks.losses._target_=dit4sr_pl.callbacks.Losses", "+callbacks.losses.folder=${output}"]
+LOSSES = ["+callbacks.losses._target_=dit4sr_pl.training.callbacks.Losses", "+callbacks.losses.folder=${output}"]
 BAD, STOPPED = 1, 2
 
 

@@ -12,8 +12,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.config import check_backbone, check_data, check_readable, check_writable, choice, command
-from dit4sr_pl.run_folder import begin, finish, finished_steps, newest_checkpoint, open_run
 from dit4sr_pl.scores.weight_files import check_metrics
+from dit4sr_pl.training.run_folder import begin, finish, finished_steps, newest_checkpoint, open_run
 
 if TYPE_CHECKING:
     from dit4sr_pl.model import TrainedPart

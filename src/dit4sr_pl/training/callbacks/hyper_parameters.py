@@ -3,7 +3,7 @@
 from lightning import Callback, LightningModule, Trainer
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
-from dit4sr_pl.callbacks.validation_scores import tensorboards
+from dit4sr_pl.training.callbacks.validation_scores import tensorboards
 
 
 class HyperParameters(Callback):

@@ -7,7 +7,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from dit4sr_pl.module import SuperResolutionModule, start_from
+from dit4sr_pl.training.module import SuperResolutionModule, start_from
 
 
 class ShardedModule(SuperResolutionModule):

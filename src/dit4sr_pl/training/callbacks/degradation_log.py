@@ -2,7 +2,7 @@
 
 from lightning import Callback, LightningModule, Trainer
 
-from dit4sr_pl.callbacks.validation_scores import tensorboards
+from dit4sr_pl.training.callbacks.validation_scores import tensorboards
 
 
 class DegradationLog(Callback):

@@ -22,7 +22,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.common.files import held, replacing
-from dit4sr_pl.provenance import record_code
+from dit4sr_pl.training.provenance import record_code
 
 log = logging.getLogger(__name__)
 
