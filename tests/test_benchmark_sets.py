@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dit4sr_pl.benchmark_sets import BenchmarkSet, finished_images, read
+from dit4sr_pl.evaluation.benchmark_sets import BenchmarkSet, finished_images, read
 from dit4sr_pl.images.files import write_image
 
 

@@ -12,13 +12,13 @@ from hydra import compose, initialize_config_dir
 from killing import assert_kills_change_nothing
 from PIL import Image
 
-from dit4sr_pl.benchmark_sets import read
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder, mistakes_in_one_line
 from dit4sr_pl.evaluate import evaluate
+from dit4sr_pl.evaluation.benchmark_sets import read
+from dit4sr_pl.evaluation.methods.bicubic import Bicubic
 from dit4sr_pl.images.files import write_image
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.methods.bicubic import Bicubic
 from dit4sr_pl.scores.results import read_result, read_scores
 
 NAMES = [f"Canon_{i}_LR4" for i in range(5)]
@@ -105,7 +105,7 @@ def test_shards_in_any_order_give_what_one_task_gives(root, tmp_path, order, cap
 
 
 def test_nothing_is_scored_twice(root, tmp_path, monkeypatch):
-    from dit4sr_pl import scoring
+    from dit4sr_pl.evaluation import scoring
 
     scored, one_score = [], scoring.one_score
     monkeypatch.setattr(scoring, "one_score", lambda *arguments: scored.append(1) or one_score(*arguments))

@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from spandrel.architectures.ESRGAN import ESRGAN
 from spandrel.architectures.SwinIR import SwinIR
 
-from dit4sr_pl.benchmark_sets import read
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder
+from dit4sr_pl.evaluation.benchmark_sets import read
+from dit4sr_pl.evaluation.methods import Photo
+from dit4sr_pl.evaluation.methods.command import Command
+from dit4sr_pl.evaluation.methods.spandrel import in_tiles
 from dit4sr_pl.images.files import write_image
-from dit4sr_pl.methods import Photo
-from dit4sr_pl.methods.command import Command
-from dit4sr_pl.methods.spandrel import in_tiles
 from dit4sr_pl.model import SD3ControlNet, save_part
 from dit4sr_pl.model.trained_part import base_of, part_of
 from dit4sr_pl.restoration.color import moments

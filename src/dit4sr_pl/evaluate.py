@@ -30,8 +30,8 @@ def evaluate(cfg: DictConfig) -> None:
     from hydra.utils import instantiate
     from rich.progress import track
 
-    from dit4sr_pl.methods import Finished
-    from dit4sr_pl.scoring import claim, join, keep_memory, restore, score, working
+    from dit4sr_pl.evaluation.methods import Finished
+    from dit4sr_pl.evaluation.scoring import claim, join, keep_memory, restore, score, working
 
     output, (number, count) = Path(cfg.output), read_shard(cfg.shard)
     metrics = {name: instantiate(metric) for name, metric in chosen.items()}
@@ -61,7 +61,7 @@ def open_items(cfg: DictConfig) -> tuple[str, list]:
     """The set's name in `conf/dataset/`, and its images."""
     from hydra.utils import instantiate
 
-    from dit4sr_pl.benchmark_sets import finished_images
+    from dit4sr_pl.evaluation.benchmark_sets import finished_images
 
     if "dataset" not in cfg:
         return "folder", finished_images(Path(cfg.images), cfg.reference and Path(cfg.reference))

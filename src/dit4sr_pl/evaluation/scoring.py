@@ -20,10 +20,10 @@ from uuid import uuid4
 
 import torch
 
-from dit4sr_pl.benchmark_sets import Item
 from dit4sr_pl.common.files import held, replacing
+from dit4sr_pl.evaluation.benchmark_sets import Item
+from dit4sr_pl.evaluation.methods import Method, Photo
 from dit4sr_pl.images.files import write_image
-from dit4sr_pl.methods import Method, Photo
 from dit4sr_pl.scores.metrics import ImageScore
 from dit4sr_pl.scores.results import PICTURES, SCORES, read_scores
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from dit4sr_pl.benchmark_sets import SCALE
+from dit4sr_pl.evaluation.benchmark_sets import SCALE
+from dit4sr_pl.evaluation.methods import Photo
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.methods import Photo
 
 
 class Bicubic:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dit4sr_pl.backbone.sd3 import Backbone
-from dit4sr_pl.benchmark_sets import SCALE
+from dit4sr_pl.evaluation.benchmark_sets import SCALE
+from dit4sr_pl.evaluation.methods import Photo
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.methods import Photo
 from dit4sr_pl.model import load_part
 from dit4sr_pl.model.trained_part import method_and_variant
 from dit4sr_pl.restoration.restorer import Restorer, checkpoint_file
