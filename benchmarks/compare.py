@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dit4sr_pl.paper import VARIANTS
+from dit4sr_pl.comparison.paper import VARIANTS
 from dit4sr_pl.scores.results import Result, write_result
 
 METRICS = {"psnr": 25, "ssim": 0.7, "stlpips": 0.3, "musiq": 60, "maniqa": 0.6, "clipiqa": 0.5, "liqe": 3.5}

@@ -8,7 +8,7 @@ from scored import draw_scores, made_up, write_run
 from test_config import run
 
 from dit4sr_pl.compare import choose_against, choose_table, split
-from dit4sr_pl.runs import Run
+from dit4sr_pl.comparison.rows import Run
 
 VARIANTS = ("full", "no_lr_residual")
 

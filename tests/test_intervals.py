@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dit4sr_pl.intervals import Resampling, holm
+from dit4sr_pl.comparison.statistics import Resampling, holm
 
 RESAMPLING = Resampling(level=0.95, resamples=4000, seed=0)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scored import draw_scores, made_up, write_run
 
-from dit4sr_pl.runs import Run, find_runs, make_rows
+from dit4sr_pl.comparison.rows import Run, find_runs, make_rows
 
 
 @pytest.fixture

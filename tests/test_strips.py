@@ -5,12 +5,12 @@ import pytest
 from PIL import Image
 from scored import draw_scores, made_up, write_run
 
-from dit4sr_pl.blocks import make_block
-from dit4sr_pl.charts import bar_chart, write_chart
-from dit4sr_pl.intervals import Resampling
-from dit4sr_pl.runs import Run, make_rows
+from dit4sr_pl.comparison.charts import bar_chart, write_chart
+from dit4sr_pl.comparison.dataset_table import make_block
+from dit4sr_pl.comparison.rows import Run, make_rows
+from dit4sr_pl.comparison.statistics import Resampling
+from dit4sr_pl.comparison.strips import GAP, TEXT, most_different, write_strip
 from dit4sr_pl.scores.results import read_result
-from dit4sr_pl.strips import GAP, TEXT, most_different, write_strip
 
 METHODS = ("Bicubic", "SeeSR", "DiT4SR")
 

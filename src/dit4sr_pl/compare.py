@@ -38,7 +38,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def compare(paths: Sequence[str], cfg: DictConfig) -> None:
     check(cfg)
 
-    from dit4sr_pl.runs import find_runs, make_rows, metrics_of
+    from dit4sr_pl.comparison.rows import find_runs, make_rows, metrics_of
 
     paths, output = [*paths, *cfg.runs], Path(cfg.output)
     if not paths:
@@ -47,9 +47,9 @@ def compare(paths: Sequence[str], cfg: DictConfig) -> None:
     metrics, table = metrics_of(runs), choose_table(cfg.table, runs)
     datasets = make_rows(runs, metrics)
 
-    from dit4sr_pl.blocks import make_block
-    from dit4sr_pl.intervals import Resampling
-    from dit4sr_pl.tables import csv_table, labels_of, latex, markdown
+    from dit4sr_pl.comparison.dataset_table import make_block
+    from dit4sr_pl.comparison.statistics import Resampling
+    from dit4sr_pl.comparison.tables import csv_table, labels_of, latex, markdown
 
     labels = [labels_of(table, [(row.method, row.variant) for row in rows]) for rows in datasets.values()]
     against = choose_against(cfg.against, table, [label for names in labels for label in names])
@@ -68,8 +68,8 @@ def compare(paths: Sequence[str], cfg: DictConfig) -> None:
 
 def draw(blocks: Sequence, output: Path, options: DictConfig) -> None:
     """A chart and a strip of each block; the strips, which look into pictures, come last."""
-    from dit4sr_pl.charts import write_chart
-    from dit4sr_pl.strips import write_strip
+    from dit4sr_pl.comparison.charts import write_chart
+    from dit4sr_pl.comparison.strips import write_strip
 
     for block in blocks:
         write_chart(block, output / f"chart_{file_name(block.dataset)}")

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dit4sr_pl.blocks import Block
 from dit4sr_pl.common.files import replacing
+from dit4sr_pl.comparison.dataset_table import Block
+from dit4sr_pl.comparison.rows import Run
 from dit4sr_pl.images.files import IMAGE_SUFFIXES, open_rgb
-from dit4sr_pl.runs import Run
 
 GAP, TEXT = 4, 13  # pixels
 Corner = tuple[int, int]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dit4sr_pl.intervals import Resampling, holm
-from dit4sr_pl.runs import Row
+from dit4sr_pl.comparison.rows import Row
+from dit4sr_pl.comparison.statistics import Resampling, holm
 
 DIGITS = 3  # as the paper
 

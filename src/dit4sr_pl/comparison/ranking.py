@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy.stats import kendalltau
 
-from dit4sr_pl import paper
-from dit4sr_pl.blocks import DIGITS, Block
+from dit4sr_pl.comparison import paper
+from dit4sr_pl.comparison.dataset_table import DIGITS, Block
 
 FEWEST = 3  # variants that make an order
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from dit4sr_pl import paper
-from dit4sr_pl.blocks import Block
 from dit4sr_pl.common.files import replacing
-from dit4sr_pl.tables import ARROWS
+from dit4sr_pl.comparison import paper
+from dit4sr_pl.comparison.dataset_table import Block
+from dit4sr_pl.comparison.tables import ARROWS
 
 
 def bar_chart(block: Block) -> Figure:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dit4sr_pl import paper
-from dit4sr_pl.blocks import DIGITS, Block
-from dit4sr_pl.intervals import Resampling
-from dit4sr_pl.orders import orders
-from dit4sr_pl.runs import order, row_label, variant_label
+from dit4sr_pl.comparison import paper
+from dit4sr_pl.comparison.dataset_table import DIGITS, Block
+from dit4sr_pl.comparison.ranking import orders
+from dit4sr_pl.comparison.rows import order, row_label, variant_label
+from dit4sr_pl.comparison.statistics import Resampling
 from dit4sr_pl.scores import results
 
 ARROWS = {True: " ↓", False: " ↑", None: ""}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dit4sr_pl import paper
+from dit4sr_pl.comparison import paper
 from dit4sr_pl.scores.results import ROW, Result, read_result
 
 
