@@ -130,9 +130,9 @@ def tiles() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from dit4sr_pl.common.files import ASSETS
-    from dit4sr_pl.cost import CostCounter, give_storage
     from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet
-    from dit4sr_pl.skeleton import Skeleton
+    from dit4sr_pl.planning.meta_backbone import Skeleton
+    from dit4sr_pl.planning.step_cost import CostCounter, give_storage
 
     print("| network | tiles | T5 tokens | numbers per token and unit of width |\n|---|---|---|---|")
     for folder in (ASSETS / "tiny-sd3", ASSETS / "published/stabilityai/stable-diffusion-3.5-medium"):

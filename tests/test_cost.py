@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit4sr_pl.backbone.autoencoder import LatentCoder
 from dit4sr_pl.common.files import ASSETS
-from dit4sr_pl.cost import CostCounter, StepCost, normalise_in_float32, step_cost
 from dit4sr_pl.model import DiT4SRTransformer, Variant, block
-from dit4sr_pl.skeleton import Skeleton
+from dit4sr_pl.planning.meta_backbone import Skeleton
+from dit4sr_pl.planning.step_cost import CostCounter, StepCost, normalise_in_float32, step_cost
 
 BATCH, IMAGE, TEXT = 2, 64, 16
 SHORT = {"num_layers": 3, "dual_attention_layers": [0, 1]}

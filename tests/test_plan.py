@@ -9,12 +9,12 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from test_config import run
 
-from dit4sr_pl.budget import Spread, count, trainable
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant
 from dit4sr_pl.plan import find_configs, images_per_step, make_budget
-from dit4sr_pl.skeleton import Skeleton
+from dit4sr_pl.planning.budget import Spread, count, trainable
+from dit4sr_pl.planning.meta_backbone import Skeleton
 
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
 FULL = 350_877_696

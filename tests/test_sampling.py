@@ -12,9 +12,9 @@ from toy import SAMPLER
 from dit4sr_pl.backbone.autoencoder import draw_noise
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder
-from dit4sr_pl.cost import CostCounter
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import DiT4SRTransformer
+from dit4sr_pl.planning.step_cost import CostCounter
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import restore, sample
 from dit4sr_pl.restoration.tiling import TilesAtOnce

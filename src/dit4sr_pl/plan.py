@@ -72,8 +72,8 @@ def hub_cache(name: str) -> Path:
 def make_budget(cfg: DictConfig, folder: Path):
     from hydra.utils import instantiate
 
-    from dit4sr_pl.budget import Budget
-    from dit4sr_pl.skeleton import Skeleton
+    from dit4sr_pl.planning.budget import Budget
+    from dit4sr_pl.planning.meta_backbone import Skeleton
 
     backbone = cfg.model.backbone
     skeleton = Skeleton(folder, backbone.dtype)
@@ -124,7 +124,7 @@ def flops_table(cfg: DictConfig, budget, images: int):
 
 def memory_table(cfg: DictConfig, budget, images: int):
     """One column per way to spread the global batch over GPUs."""
-    from dit4sr_pl.budget import Spread
+    from dit4sr_pl.planning.budget import Spread
 
     gpus = [count for count in cfg.plan.gpus if images % count == 0]
     spreads = [Spread(count, sharded=False, images=images // count) for count in gpus]

@@ -8,8 +8,8 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dit4sr_pl.cost import step_cost
-from dit4sr_pl.skeleton import Skeleton
+from dit4sr_pl.planning.meta_backbone import Skeleton
+from dit4sr_pl.planning.step_cost import step_cost
 
 PREFETCHED = 2  # FSDP gathers the next block while one runs
 
