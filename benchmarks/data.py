@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from dit4sr_pl.data.datasets import ImageFolder
-from dit4sr_pl.data.manifest import MANIFEST, build_manifest, check_sizes
+from dit4sr_pl.data.manifest import MANIFEST, check_sizes
 from dit4sr_pl.images.files import write_image
+from dit4sr_pl.preparation.build_manifest import build_manifest
 
 
 def write_photos(folder: Path, count: int) -> None:

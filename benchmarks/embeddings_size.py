@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dit4sr_pl.embeddings import write_embeddings
+from dit4sr_pl.preparation.embeddings import write_embeddings
 
 SIZES = {"SD3, 77 T5 tokens": (154, 4096, 2048), "SD3, 256 T5 tokens": (333, 4096, 2048), "tiny-sd3": (16, 64, 64)}
 CAPTION = "x" * 394

@@ -16,7 +16,7 @@ def assert_kills_change_nothing(target: Callable[[Path], None], folder: Path, ki
     folder whenever it got through. Every folder must hold what one undisturbed run leaves, which is returned."""
     context = multiprocessing.get_context("forkserver")  # does the imports once: a start costs milliseconds
     context.set_forkserver_preload(
-        ["dit4sr_pl.backbone.sd3", "dit4sr_pl.captioner", "dit4sr_pl.evaluation.scoring", "pytest"]
+        ["dit4sr_pl.backbone.sd3", "dit4sr_pl.preparation.captioner", "dit4sr_pl.evaluation.scoring", "pytest"]
     )
 
     def run(name: str, seconds: float | None = None) -> bool:

@@ -9,11 +9,11 @@ import torch
 from killing import assert_kills_change_nothing
 from toy_llava import UNSPOKEN, WORDS, save_toy_llava
 
-from dit4sr_pl.captioner import Captioner, drop_sentences, one_per_caption, write_captions
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.data.photo_sets import PhotoSet
 from dit4sr_pl.images.files import read_image, write_image
 from dit4sr_pl.images.resize import enlarge
+from dit4sr_pl.preparation.captioner import Captioner, drop_sentences, one_per_caption, write_captions
 from dit4sr_pl.prepare import main
 
 

@@ -6,10 +6,12 @@ import torch
 from killing import assert_kills_change_nothing
 from safetensors import safe_open
 
-from dit4sr_pl import embeddings
+from dit4sr_pl.backbone import prompt_cache
+from dit4sr_pl.backbone.prompt_cache import PromptCache, prompt_key
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.config import quiet_libraries
-from dit4sr_pl.embeddings import PromptCache, prompt_key, write_embeddings
+from dit4sr_pl.preparation import embeddings
+from dit4sr_pl.preparation.embeddings import write_embeddings
 
 CPU = torch.device("cpu")
 
@@ -123,7 +125,8 @@ def test_another_backbone_or_number_of_tokens_is_refused_by_reader_and_writer(tm
 
 
 def test_two_prompts_of_one_key_do_not_pass_silently(tmp_path, monkeypatch):
-    monkeypatch.setattr(embeddings, "prompt_key", lambda prompt: prompt[:1].encode().hex().zfill(2))
+    for module in (embeddings, prompt_cache):
+        monkeypatch.setattr(module, "prompt_key", lambda prompt: prompt[:1].encode().hex().zfill(2))
     with pytest.raises(ValueError, match="'cat' and 'cow' have the same key"):
         write(tmp_path, ["cat", "dog", "cow"])
     write(tmp_path, ["cat", "dog"])

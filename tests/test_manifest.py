@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dit4sr_pl.data import manifest
-from dit4sr_pl.data.manifest import build_manifest, check_sizes, read_manifest
+from dit4sr_pl.data.manifest import check_sizes, read_manifest
 from dit4sr_pl.images.files import find_images
+from dit4sr_pl.preparation import build_manifest as building
+from dit4sr_pl.preparation.build_manifest import build_manifest
 
 
 def write_photos(folder: Path, count: int) -> Path:
@@ -37,8 +38,8 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def decoded(monkeypatch) -> list[str]:
     """Names of the files that are decoded, as they are."""
-    names, check_image = [], manifest.check_image
-    monkeypatch.setattr(manifest, "check_image", lambda path: names.append(path.name) or check_image(path))
+    names, check_image = [], building.check_image
+    monkeypatch.setattr(building, "check_image", lambda path: names.append(path.name) or check_image(path))
     return names
 
 
@@ -110,7 +111,7 @@ def test_only_new_and_changed_files_are_decoded_again(folder, decoded):
 
 
 def test_progress_counts_the_files_that_were_there_before(folder, monkeypatch):
-    monkeypatch.setattr(manifest, "FILES_PER_PART", 4)
+    monkeypatch.setattr(building, "FILES_PER_PART", 4)
 
     def stop(done, total):
         if done == 10:
@@ -149,16 +150,16 @@ def test_shards_that_end_together_join_once(folder, tmp_path):
 
 CHILD = """
 import multiprocessing, os, sys
-from dit4sr_pl.data import manifest
+from dit4sr_pl.preparation import build_manifest as building
 
 def on_file(done, total):
     os.write(log, f"{done}\\n".encode())
 
 if __name__ == "__main__":
-    manifest.FILES_PER_PART = 3
+    building.FILES_PER_PART = 3
     folder, processes = sys.argv[1], int(sys.argv[3])
     log = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    manifest.pa.table({"a": [1]})  # the first table imports pandas: a long moment in which a kill tests nothing
+    building.pa.table({"a": [1]})  # the first table imports pandas: a long moment in which a kill tests nothing
     print("ready", flush=True)
     if processes > 1:
         calls = iter(range(10**6))
@@ -166,7 +167,7 @@ if __name__ == "__main__":
             if next(calls) == 1:
                 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
                 signal = sys.stdin.read()  # until killed
-    manifest.build_manifest(folder, processes=processes, on_file=on_file)
+    building.build_manifest(folder, processes=processes, on_file=on_file)
 """
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dit4sr_pl.data.datasets import Draw, ImageFolder
-from dit4sr_pl.data.manifest import build_manifest
 from dit4sr_pl.data.module import SuperResolutionData
 from dit4sr_pl.data.photo_sets import Mixture, PhotoSet, open_sets
 from dit4sr_pl.images.files import write_image
+from dit4sr_pl.preparation.build_manifest import build_manifest
 
 
 def write_photos(folder: Path, count: int) -> Path:

@@ -281,7 +281,7 @@ def test_captions_outlast_ctrl_c_and_overwrite(folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return [f"caption {len(asked)}"]
 
-    monkeypatch.setattr("dit4sr_pl.captioner.Captioner", lambda **options: write)
+    monkeypatch.setattr("dit4sr_pl.preparation.captioner.Captioner", lambda **options: write)
     arguments = [f"input={folder}", f"output={tmp_path / 'out'}", "captioner=llava"]
     restorer = Bicubic()
     assert command(monkeypatch, restorer, *arguments).startswith("interrupted") and not restorer.calls

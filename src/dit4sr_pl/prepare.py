@@ -23,8 +23,8 @@ def captions(cfg: DictConfig, shard: tuple[int, int]) -> None:
     from hydra.utils import instantiate
     from rich.progress import track
 
-    from dit4sr_pl.captioner import one_per_caption, write_captions
     from dit4sr_pl.data.photo_sets import open_sets
+    from dit4sr_pl.preparation.captioner import one_per_caption, write_captions
 
     photos = [photo for photo_set in open_sets(cfg.data.folders, cfg.data.sets) for photo in photo_set.photos]
     files = one_per_caption((photo.path, photo.captions.folder / f"{photo.name}.txt") for photo in photos)
@@ -42,7 +42,7 @@ def embeddings(cfg: DictConfig, shard: tuple[int, int]) -> None:
     from hydra.utils import instantiate
     from rich.progress import track
 
-    from dit4sr_pl.embeddings import write_embeddings
+    from dit4sr_pl.preparation.embeddings import write_embeddings
 
     backbone, device = instantiate(cfg.model.backbone), torch.device(cfg.device)
     backbone.to(device)
@@ -76,7 +76,7 @@ def all_prompts(cfg: DictConfig) -> Iterator[str]:
 def manifest(cfg: DictConfig, shard: tuple[int, int]) -> None:
     from rich.progress import Progress
 
-    from dit4sr_pl.data.manifest import build_manifest
+    from dit4sr_pl.preparation.build_manifest import build_manifest
 
     damaged = []
     for folder, path in manifests(cfg):

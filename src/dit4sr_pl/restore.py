@@ -82,8 +82,8 @@ def caption(work: "Work", cfg: DictConfig) -> None:
     from hydra.utils import instantiate
     from rich.progress import track
 
-    from dit4sr_pl.captioner import write_captions
     from dit4sr_pl.images.captions import CaptionFiles
+    from dit4sr_pl.preparation.captioner import write_captions
 
     texts = {job: job.target.with_suffix(".txt") for job in work.jobs if not job.prompt}
     missing = [(job.source, text) for job, text in texts.items() if not text.exists()]

@@ -17,9 +17,9 @@ from diffusers import (
 from torch import nn
 
 from dit4sr_pl.backbone.autoencoder import LatentCoder
+from dit4sr_pl.backbone.prompt_cache import PromptCache
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.common.files import ASSETS
-from dit4sr_pl.embeddings import PromptCache
 
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # a bar per part and file, for milliseconds each
