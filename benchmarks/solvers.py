@@ -20,7 +20,7 @@ from dit4sr_pl.common.randomness import derive_seed
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
-from dit4sr_pl.scores.metrics import create
+from dit4sr_pl.scores.pyiqa_loading import create
 
 SOLUTION = ("euler", 200)
 HEADS = ("solver", "evaluations", "ST-LPIPS", "PSNR", "to the solution")

@@ -23,7 +23,7 @@ from dit4sr_pl.data.demo_photos import write_demo_photos
 from dit4sr_pl.images.files import find_images, read_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration.restorer import Restorer
-from dit4sr_pl.scores.metrics import create
+from dit4sr_pl.scores.pyiqa_loading import create
 
 CROP = 128
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from spandrel.architectures.ESRGAN import ESRGAN
 from spandrel.architectures.SwinIR import SwinIR
 
+from dit4sr_pl.common.hashing import file_hash
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.evaluation.benchmark_sets import read
@@ -20,7 +21,6 @@ from dit4sr_pl.images.files import write_image
 from dit4sr_pl.model import SD3ControlNet, save_part
 from dit4sr_pl.model.trained_part import base_of, part_of
 from dit4sr_pl.restoration.color import moments
-from dit4sr_pl.scores.results import file_hash
 
 METHODS = sorted((conf_folder() / "method").glob("*.yaml"))
 PAPER = {"Real-ESRGAN", "SwinIR", "ResShift", "StableSR", "SeeSR", "DiffBIR", "OSEDiff", "SUPIR", "DreamClear"}

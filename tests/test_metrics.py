@@ -35,7 +35,8 @@ from dit4sr_pl.data.datasets import pad_to
 from dit4sr_pl.data.demo_photos import TEST, TRAIN, write_demo_photos
 from dit4sr_pl.images.files import read_image
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.scores.metrics import SHIPPED_WEIGHTS, ImageScore, create, exactly
+from dit4sr_pl.scores.metrics import ImageScore, exactly
+from dit4sr_pl.scores.pyiqa_loading import SHIPPED_WEIGHTS, create
 from dit4sr_pl.scores.weight_files import check_digest, check_metrics
 
 OURS = ("psnr", "ssim", "stlpips")

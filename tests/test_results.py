@@ -5,16 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dit4sr_pl.scores.results import (
-    Result,
-    read_result,
-    read_scores,
-    run_name,
-    settings_hash,
-    weights_hash,
-    write_result,
-    write_scores,
-)
+from dit4sr_pl.common.hashing import settings_hash, weights_hash
+from dit4sr_pl.scores.results import Result, read_result, read_scores, run_name, write_result, write_scores
 
 RESULT = Result(
     run="demo/no_lr_residual/seed1",

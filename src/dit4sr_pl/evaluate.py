@@ -95,7 +95,8 @@ def metrics_for(cfg: DictConfig, items: list) -> dict[str, DictConfig]:
 
 def settings_of(cfg: DictConfig, dataset: str, items: list, metrics: dict, method: Any) -> dict:
     """All that scores depend on: `settings.json`."""
-    from dit4sr_pl.scores.results import file_hash, settings_hash, versions
+    from dit4sr_pl.common.hashing import file_hash, settings_hash
+    from dit4sr_pl.scores.results import versions
 
     files = {}
     for item in items:
@@ -116,7 +117,8 @@ def settings_of(cfg: DictConfig, dataset: str, items: list, metrics: dict, metho
 
 
 def finish(cfg: DictConfig, dataset: str, method: Any, settings: dict, scores: dict) -> None:
-    from dit4sr_pl.scores.results import Result, run_name, settings_hash, write_result
+    from dit4sr_pl.common.hashing import settings_hash
+    from dit4sr_pl.scores.results import Result, run_name, write_result
 
     output = Path(cfg.output)
     result = Result(

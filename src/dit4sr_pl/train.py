@@ -86,8 +86,9 @@ def settings_that_count(cfg: DictConfig) -> DictConfig:
 
 def result_of(cfg: DictConfig, settings: DictConfig, part: "TrainedPart", scores: dict) -> "Result":
     """The last validation, in the form of a finished evaluation."""
+    from dit4sr_pl.common.hashing import settings_hash, weights_hash
     from dit4sr_pl.model.trained_part import method_and_variant
-    from dit4sr_pl.scores.results import PICTURES, Result, run_name, settings_hash, versions, weights_hash
+    from dit4sr_pl.scores.results import PICTURES, Result, run_name, versions
 
     method, variant = method_and_variant(part.settings)
     return Result(

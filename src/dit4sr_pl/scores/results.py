@@ -10,11 +10,9 @@ No PyTorch in here: tables of many runs are read in a moment.
 from __future__ import annotations
 
 import csv
-import hashlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +24,7 @@ import pyarrow.parquet
 from dit4sr_pl.common.files import replacing
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 SCORES, ROW, PICTURES = "scores.csv", "results", "images"
 MEASURED_WITH = ("torch", "lightning", "diffusers", "spandrel", "pyiqa", "pillow", "dit4sr_pl")
@@ -70,18 +68,6 @@ class Result:
         return {metric: math.fsum(values) / len(values) for metric, values in columns.items()}
 
 
-def file_hash(path: Path | str) -> str:
-    """BLAKE2b (16 bytes, hexadecimal) of a file's bytes; of a folder, of its files' names and sizes, hidden ones left
-    out: folders of weights may hold tens of gigabytes."""
-    path = Path(path)
-    if path.is_dir():
-        files = {file.relative_to(path): file.stat().st_size for file in path.rglob("*") if file.is_file()}
-        shown = {name: size for name, size in files.items() if not any(part.startswith(".") for part in name.parts)}
-        return settings_hash({name.as_posix(): size for name, size in shown.items()})
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
 FIELDS = ("run", "method", "variant", "dataset", "seed", "pictures", "config", "checkpoint")
 
 
@@ -118,20 +104,6 @@ def run_name(output: Path | str) -> str:
     *above, name = Path(output).resolve().parts
     below = above[::-1].index("outputs") if "outputs" in above else 0
     return "/".join([*above[len(above) - below :], name])
-
-
-def settings_hash(settings: Mapping) -> str:
-    """Of plain values, whatever the order of their keys."""
-    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """Of weights by name, the same wherever they lie and in whatever file they came."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, weight in sorted(state.items()):
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().float().cpu().contiguous().numpy())
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dit4sr_pl.backbone.sd3 import Backbone
+from dit4sr_pl.common.hashing import weights_hash
 from dit4sr_pl.evaluation.benchmark_sets import SCALE
 from dit4sr_pl.evaluation.methods import Photo
 from dit4sr_pl.images.resize import enlarge
@@ -15,7 +16,6 @@ from dit4sr_pl.model import load_part
 from dit4sr_pl.model.trained_part import method_and_variant
 from dit4sr_pl.restoration.restorer import Restorer, checkpoint_file
 from dit4sr_pl.restoration.sampling import Sampler
-from dit4sr_pl.scores.results import weights_hash
 
 
 class DiT4SR:

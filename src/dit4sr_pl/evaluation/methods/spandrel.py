@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit4sr_pl.common.hashing import file_hash
 from dit4sr_pl.evaluation.benchmark_sets import SCALE
 from dit4sr_pl.evaluation.methods import Photo
-from dit4sr_pl.scores.results import file_hash
 
 SUFFIXES = (".pth", ".ckpt", ".safetensors")  # spandrel reads them without running what is in them
 

@@ -1,0 +1,38 @@
+"""Hashes of files, settings and weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def file_hash(path: Path | str) -> str:
+    """BLAKE2b (16 bytes, hexadecimal) of a file's bytes; of a folder, of its files' names and sizes, hidden ones left
+    out: folders of weights may hold tens of gigabytes."""
+    path = Path(path)
+    if path.is_dir():
+        files = {file.relative_to(path): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+        shown = {name: size for name, size in files.items() if not any(part.startswith(".") for part in name.parts)}
+        return settings_hash({name.as_posix(): size for name, size in shown.items()})
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def settings_hash(settings: Mapping) -> str:
+    """Of plain values, whatever the order of their keys."""
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """Of weights by name, the same wherever they lie and in whatever file they came."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(state.items()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
