@@ -94,7 +94,7 @@ def one(size: tuple[int, int], without_networks: bool, overrides: list[str]) -> 
     from hydra.utils import instantiate
     from skimage.data import astronaut
 
-    from dit4sr_pl.config import conf_folder
+    from dit4sr_pl.cli.command import conf_folder
     from dit4sr_pl.images.files import write_image
     from dit4sr_pl.images.resize import enlarge
     from dit4sr_pl.restoration.pictures import PictureRestorer

@@ -16,8 +16,8 @@ from hydra.utils import instantiate
 from rich.progress import track
 from tiny import CROP, photos, psnr
 
+from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.randomness import derive_seed
-from dit4sr_pl.config import conf_folder
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
 from dit4sr_pl.scores.pyiqa_loading import create

@@ -17,8 +17,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
 
+from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.randomness import derive_seed
-from dit4sr_pl.config import conf_folder
 from dit4sr_pl.data.demo_photos import write_demo_photos
 from dit4sr_pl.images.files import find_images, read_image
 from dit4sr_pl.images.resize import enlarge

@@ -9,8 +9,8 @@ from selenium.webdriver import Chrome
 from toy import toy
 
 from dit4sr_pl.backbone.sd3 import Backbone
+from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.config import conf_folder
 from dit4sr_pl.images.files import write_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.train import train

@@ -17,7 +17,7 @@ from PIL import Image
 from selenium.webdriver import Chrome
 from toy import events, small, toy
 
-from dit4sr_pl.config import conf_folder
+from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")  # of the run that goes on

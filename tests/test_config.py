@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from dit4sr_pl.config import conf_folder
+from dit4sr_pl.cli.command import conf_folder
 
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml"))

@@ -13,7 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from toy import events, losses, toy
 
-from dit4sr_pl.config import conf_folder
+from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.model import load_part
 from dit4sr_pl.scores.results import read_result
 from dit4sr_pl.train import train

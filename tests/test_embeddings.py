@@ -9,7 +9,7 @@ from safetensors import safe_open
 from dit4sr_pl.backbone import prompt_cache
 from dit4sr_pl.backbone.prompt_cache import PromptCache, prompt_key
 from dit4sr_pl.backbone.sd3 import Backbone
-from dit4sr_pl.config import quiet_libraries
+from dit4sr_pl.cli.command import quiet_libraries
 from dit4sr_pl.preparation import embeddings
 from dit4sr_pl.preparation.embeddings import write_embeddings
 

@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 from killing import assert_kills_change_nothing
 from PIL import Image
 
+from dit4sr_pl.cli.command import conf_folder, mistakes_in_one_line
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.config import conf_folder, mistakes_in_one_line
 from dit4sr_pl.evaluate import evaluate
 from dit4sr_pl.evaluation.benchmark_sets import read
 from dit4sr_pl.evaluation.methods.bicubic import Bicubic

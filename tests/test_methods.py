@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from spandrel.architectures.ESRGAN import ESRGAN
 from spandrel.architectures.SwinIR import SwinIR
 
+from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.hashing import file_hash
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.config import conf_folder
 from dit4sr_pl.evaluation.benchmark_sets import read
 from dit4sr_pl.evaluation.methods import Photo
 from dit4sr_pl.evaluation.methods.command import Command

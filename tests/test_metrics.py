@@ -29,8 +29,8 @@ from pyiqa.archs.maniqa_arch import MANIQA
 from pyiqa.archs.musiq_arch import MUSIQ
 from pyiqa.utils.registry import ARCH_REGISTRY
 
+from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.config import conf_folder
 from dit4sr_pl.data.datasets import pad_to
 from dit4sr_pl.data.demo_photos import TEST, TRAIN, write_demo_photos
 from dit4sr_pl.images.files import read_image

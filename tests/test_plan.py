@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from test_config import run
 
+from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.files import ASSETS
-from dit4sr_pl.config import conf_folder
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant
 from dit4sr_pl.plan import find_configs, images_per_step, make_budget
 from dit4sr_pl.planning.budget import Spread, count, trainable

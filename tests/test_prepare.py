@@ -7,8 +7,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from dit4sr_pl.backbone.prompt_cache import PromptCache
+from dit4sr_pl.cli.checks import read_shard
+from dit4sr_pl.cli.command import conf_folder, mistakes_in_one_line
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.config import conf_folder, mistakes_in_one_line, read_shard
 from dit4sr_pl.data.manifest import read_manifest
 from dit4sr_pl.images.files import write_image
 from dit4sr_pl.images.resize import enlarge

@@ -20,8 +20,8 @@ from toy import SAMPLER
 from toy_llava import save_toy_llava
 
 from dit4sr_pl.backbone.sd3 import Backbone
+from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.config import conf_folder
 from dit4sr_pl.images.files import find_images, read_image, write_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration.restorer import Restorer

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from test_config import run as command
 from toy import events, toy
 
+from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.files import held
-from dit4sr_pl.config import conf_folder
 from dit4sr_pl.model import load_part
 from dit4sr_pl.train import train
 from dit4sr_pl.training.run_folder import LOCK, check_same_run, checkpoints_in, is_whole, leads

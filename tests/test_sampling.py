@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from toy import SAMPLER
 
 from dit4sr_pl.backbone.autoencoder import draw_noise
+from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.config import conf_folder
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.planning.step_cost import CostCounter

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from toy import events, small
 
-from dit4sr_pl.config import conf_folder
+from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.model import load_part
 from dit4sr_pl.train import train
 from dit4sr_pl.training.run_folder import checkpoints_in

@@ -16,7 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 from toy import small
 
-from dit4sr_pl.config import conf_folder
+from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.train import train
 
 LOSSES = ["+callbacks.losses._target_=dit4sr_pl.training.callbacks.Losses", "+callbacks.losses.folder=${output}"]

@@ -14,10 +14,10 @@ from toy import SAMPLER, events, losses
 
 from dit4sr_pl.backbone.flow import RectifiedFlow
 from dit4sr_pl.backbone.sd3 import Backbone
+from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.hashing import weights_hash
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.config import conf_folder
 from dit4sr_pl.images.files import read_image
 from dit4sr_pl.model import LRStream, Variant, block, load_part
 from dit4sr_pl.preparation.embeddings import write_embeddings

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from lightning import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
-from dit4sr_pl.config import conf_folder
+from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.train import train
 
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from dit4sr_pl.config import SCALES, check_backbone, check_scale, choose_device, command
+from dit4sr_pl.cli.checks import SCALES, check_backbone, check_scale, choose_device
+from dit4sr_pl.cli.command import command
 
 if TYPE_CHECKING:
     import gradio as gr

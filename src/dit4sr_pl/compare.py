@@ -8,8 +8,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from dit4sr_pl.cli.checks import check_readable, check_writable
+from dit4sr_pl.cli.command import command, conf_folder
 from dit4sr_pl.common.files import replacing
-from dit4sr_pl.config import check_readable, check_writable, command, conf_folder
 
 # Options of Hydra's that take the next word
 WITH_VALUE = {"--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn"}

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.config import check_backbone, check_readable, check_writable, command
+from dit4sr_pl.cli.checks import check_backbone, check_readable, check_writable
+from dit4sr_pl.cli.command import command
 
 
 @command("convert")

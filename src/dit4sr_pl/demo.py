@@ -4,7 +4,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dit4sr_pl.config import check_readable, check_writable, command
+from dit4sr_pl.cli.checks import check_readable, check_writable
+from dit4sr_pl.cli.command import command
 
 
 @command("demo")

@@ -11,7 +11,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError
 
-from dit4sr_pl.config import check_backbone, check_readable, check_writable, choose_device, command, read_shard
+from dit4sr_pl.cli.checks import check_backbone, check_readable, check_writable, choose_device, read_shard
+from dit4sr_pl.cli.command import command
 from dit4sr_pl.scores.weight_files import check_metrics
 
 

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dit4sr_pl.backbone.autoencoder import LatentCoder
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
+from dit4sr_pl.cli.command import read_conf
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.randomness import generator as seeded
-from dit4sr_pl.config import read_conf
 from dit4sr_pl.images.files import rgb_pixels
 from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, load_part
 from dit4sr_pl.model.trained_part import check_base, fit_state

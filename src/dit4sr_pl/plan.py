@@ -4,8 +4,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from dit4sr_pl.cli.checks import check_readable
+from dit4sr_pl.cli.command import command
 from dit4sr_pl.common.files import ASSETS
-from dit4sr_pl.config import check_readable, command
 
 PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
 GIB = 2**30

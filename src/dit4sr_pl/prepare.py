@@ -9,7 +9,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.config import check_backbone, check_data, check_readable, check_writable, command, read_shard
+from dit4sr_pl.cli.checks import check_backbone, check_data, check_readable, check_writable, read_shard
+from dit4sr_pl.cli.command import command
 from dit4sr_pl.scores.weight_files import Weights, check_digest, download
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.config import check_backbone, check_readable, check_scale, check_writable, choose_device, command
+from dit4sr_pl.cli.checks import check_backbone, check_readable, check_scale, check_writable, choose_device
+from dit4sr_pl.cli.command import command
 
 if TYPE_CHECKING:
     from rich.progress import Progress

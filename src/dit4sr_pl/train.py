@@ -11,7 +11,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.config import check_backbone, check_data, check_readable, check_writable, choice, command
+from dit4sr_pl.cli.checks import check_backbone, check_data, check_readable, check_writable
+from dit4sr_pl.cli.command import choice, command
 from dit4sr_pl.scores.weight_files import check_metrics
 from dit4sr_pl.training.run_folder import begin, finish, finished_steps, newest_checkpoint, open_run
 
