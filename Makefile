@@ -25,6 +25,7 @@ test: $(VENV)/.done
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 format: $(VENV)/.done
 	$(BIN)/ruff check --fix .
