@@ -2,7 +2,7 @@
 
     python benchmarks/degradation.py [--batch 8] [--size 512] [--repeats 3] [--device cpu]
 
-The loop (tests/degradation/slow_loop.py) runs on the CPU: one image at a time, one kernel at a time, built value by
+The loop (testing/slow_degradation.py) runs on the CPU: one image at a time, one kernel at a time, built value by
 value, every blur a full 2-D convolution, the 51x51 one of the sharpening too. Resize, noise and JPEG are the same
 code on both sides, so the ratio shows what the kernels, the separable sharpening and the blurs by FFT are worth, and
 no more. Both sides get the same images and the same drawn parameters; the best of the repeats counts for each.
@@ -19,9 +19,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests" / "degradation"))
+sys.path.insert(0, str(ROOT))
 
-import slow_loop  # noqa: E402
+from testing import slow_degradation  # noqa: E402
 
 
 def images_per_second(run: Callable[[], object], images: int, repeats: int) -> float:
@@ -51,7 +51,7 @@ def main() -> None:
     on_device = images.to(args.device)
 
     fast = images_per_second(lambda: degradation(on_device, params), args.batch, args.repeats)
-    slow = images_per_second(lambda: slow_loop.degrade(degradation, images, params), args.batch, args.repeats)
+    slow = images_per_second(lambda: slow_degradation.degrade(degradation, images, params), args.batch, args.repeats)
     print(f"batch {args.batch}, {args.size}x{args.size}, {args.device}, {torch.get_num_threads()} threads")
     print(f"degradation  {fast:7.2f} images/s")
     print(f"plain loop   {slow:7.2f} images/s (CPU)")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pytest import MonkeyPatch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from fuzzing import fuzz
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from testing.fuzz import fuzz
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ import torch
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.files import write_image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from killing import assert_kills_change_nothing
-from toy_llava import save_toy_llava
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from testing.sigkill import assert_kills_change_nothing
+from testing.toy_llava import save_toy_llava
 
 PHOTOS = 200
 

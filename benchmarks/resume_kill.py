@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from dit4sr_pl.training.run_folder import checkpoints_in, is_whole
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from toy import events
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from testing.toy_runs import events
 
 
 def main() -> None:

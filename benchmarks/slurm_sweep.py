@@ -23,9 +23,9 @@ from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.files import write_image
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-from cluster import ask, cluster  # noqa: E402
-from toy import events, small  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from testing.slurm_cluster import ask, cluster  # noqa: E402
+from testing.toy_runs import events, small  # noqa: E402
 
 VARIANTS = ["full", "no_lr_integration", "no_lr_residual", "no_lr_injection", "linear_lr_injection"]
 STEPS, STOPPED_AT = 8, 3

@@ -3,10 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import chromium
 from hydra import compose, initialize_config_dir
 from selenium.webdriver import Chrome
-from toy import toy
 
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.cli.command import conf_folder
@@ -14,6 +12,8 @@ from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.files import write_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.train import train
+from testing.browser import chromium
+from testing.toy_runs import toy
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,6 @@ from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from skimage import data
-from toy import SAMPLER
 
 from dit4sr_pl.app import answer, check, restored
 from dit4sr_pl.backbone.sd3 import Backbone
@@ -27,6 +26,7 @@ from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration.pictures import PictureRestorer
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.worklist import Job
+from testing.toy_runs import SAMPLER
 
 
 @pytest.fixture(scope="module")

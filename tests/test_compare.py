@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from scored import draw_scores, made_up, write_run
-from test_config import run
 
 from dit4sr_pl.compare import choose_against, choose_table, split
 from dit4sr_pl.comparison.rows import Run
+from testing.commands import run
+from testing.made_up_scores import draw_scores, made_up, write_run
 
 VARIANTS = ("full", "no_lr_residual")
 

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from killing import assert_kills_change_nothing
 from PIL import Image
 
 from dit4sr_pl.cli.command import conf_folder, mistakes_in_one_line
@@ -20,6 +19,7 @@ from dit4sr_pl.evaluation.methods.bicubic import Bicubic
 from dit4sr_pl.images.files import write_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.scores.results import read_result, read_scores
+from testing.sigkill import assert_kills_change_nothing
 
 NAMES = [f"Canon_{i}_LR4" for i in range(5)]
 

@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from test_config import run
 
 from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.files import ASSETS
@@ -15,6 +14,7 @@ from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant
 from dit4sr_pl.plan import find_configs, images_per_step, make_budget
 from dit4sr_pl.planning.budget import Spread, count, trainable
 from dit4sr_pl.planning.meta_backbone import Skeleton
+from testing.commands import run
 
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
 FULL = 350_877_696

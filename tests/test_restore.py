@@ -15,9 +15,6 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import ExifTags, Image
-from standin import Bicubic, command
-from toy import SAMPLER
-from toy_llava import save_toy_llava
 
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.cli.command import conf_folder
@@ -25,6 +22,9 @@ from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.files import find_images, read_image, write_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration.restorer import Restorer
+from testing.stand_ins import Bicubic, command
+from testing.toy_llava import save_toy_llava
+from testing.toy_runs import SAMPLER
 
 
 def write_photo(path, height=18, width=13, seed=0):

@@ -10,7 +10,6 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from PIL import Image
-from toy import SAMPLER, events, losses
 
 from dit4sr_pl.backbone.flow import RectifiedFlow
 from dit4sr_pl.backbone.sd3 import Backbone
@@ -23,6 +22,7 @@ from dit4sr_pl.model import LRStream, Variant, block, load_part
 from dit4sr_pl.preparation.embeddings import write_embeddings
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.scores.results import read_result
+from testing.toy_runs import SAMPLER, events, losses
 
 ABLATIONS = sorted(path.stem for path in (conf_folder() / "ablation").glob("*.yaml"))
 

@@ -3,11 +3,11 @@
 import math
 
 import pytest
-import slow_loop
 import torch
 
 from dit4sr_pl.degradation.draws import DrawnBlur, DrawnSinc
 from dit4sr_pl.degradation.kernels import KINDS, blur_kernels, low_pass
+from testing import slow_degradation
 
 CANVAS = 21
 
@@ -37,7 +37,7 @@ def padded(kernel: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("size", [7, 13, 21])
 def test_kernels_follow_the_formulas(kind, size):
     drawn = drawn_blur(kind, size)
-    expected = torch.cat([padded(slow_loop.gaussian_family(drawn[i])) for i in range(3)])
+    expected = torch.cat([padded(slow_degradation.gaussian_family(drawn[i])) for i in range(3)])
     torch.testing.assert_close(drawn.kernels(CANVAS).float(), expected, atol=1e-7, rtol=1e-5)
 
 
@@ -45,14 +45,14 @@ def test_one_batch_mixes_kinds_and_sizes():
     one = {kind: drawn_blur(kind, 7 + 2 * i)[1] for i, kind in enumerate(KINDS)}
     columns = [torch.stack(column) for column in zip(*(vars(drawn).values() for drawn in one.values()), strict=True)]
     kernels = DrawnBlur(*columns).kernels(CANVAS)
-    expected = torch.cat([padded(slow_loop.gaussian_family(drawn)) for drawn in one.values()])
+    expected = torch.cat([padded(slow_degradation.gaussian_family(drawn)) for drawn in one.values()])
     torch.testing.assert_close(kernels.float(), expected, atol=1e-7, rtol=1e-5)
 
 
 def test_final_sinc_kernels_follow_the_formula():
     sizes, cutoffs = torch.tensor([7, 15, 21]), torch.tensor([1.05, 2.0, math.pi], dtype=torch.float64)
     drawn = DrawnSinc(on=sizes > 0, size=sizes, cutoff=cutoffs)
-    expected = torch.cat([padded(slow_loop.sinc(drawn[i])) for i in range(3)])
+    expected = torch.cat([padded(slow_degradation.sinc(drawn[i])) for i in range(3)])
     torch.testing.assert_close(drawn.kernels(CANVAS).float(), expected, atol=1e-7, rtol=1e-5)
 
 

@@ -5,7 +5,6 @@ import io
 import numpy as np
 import pytest
 import scipy.stats
-import slow_loop
 import torch
 from kornia.filters import filter2d
 from PIL import Image
@@ -13,6 +12,7 @@ from skimage import data
 
 from dit4sr_pl.degradation import ops
 from dit4sr_pl.degradation.jpeg import CHROMA, LUMA, jpeg, quantisation_table
+from testing import slow_degradation
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_blur_equals_a_direct_convolution(photo):
 
 
 def test_sharpening_equals_its_full_2d_form(photo):
-    expected = slow_loop.sharpen(photo, 51, 0.5, 10)
+    expected = slow_degradation.sharpen(photo, 51, 0.5, 10)
     sharp = ops.sharpen(photo, 51, 0.5, 10)
     # A residual at the threshold may fall on either side of it.
     torch.testing.assert_close(sharp, expected, atol=5e-4, rtol=0)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import slow_loop
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
@@ -16,6 +15,7 @@ from skimage import data
 from sklearn.datasets import load_sample_image
 
 from dit4sr_pl.degradation import Degradation, ops
+from testing import slow_degradation
 
 HERE = Path(__file__).parent
 CONF = HERE.parents[1] / "conf" / "degradation"
@@ -48,7 +48,7 @@ def test_equals_the_plain_loop(seesr, photos):
     params = seesr.draw(range(12), (128, 128))
     images = photos.repeat(3, 1, 1, 1)
     lr, hr = seesr(images, params)
-    expected_lr, expected_hr = slow_loop.degrade(seesr, images, params)
+    expected_lr, expected_hr = slow_degradation.degrade(seesr, images, params)
     torch.testing.assert_close(hr, expected_hr, atol=5e-4, rtol=0)
     # A rounding error can push a DCT coefficient or a pixel to the next step: rare, and of one block or 8-bit step.
     assert (lr - expected_lr).abs().mean() < 2e-4

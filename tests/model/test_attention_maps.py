@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import VARIANTS, randomise
 from diffusers import SD3Transformer2DModel
 
 from dit4sr_pl.model import DiT4SRTransformer, Variant, block
 from dit4sr_pl.model.attention_maps import record
+from testing.networks import VARIANTS, randomise
 
 KINDS = VARIANTS | {"legacy": Variant(legacy_lr_keys=True)}
 

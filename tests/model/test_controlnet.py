@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import randomise
 
 from dit4sr_pl.model import SD3ControlNet
+from testing.networks import randomise
 
 SD3_INPUTS = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
 

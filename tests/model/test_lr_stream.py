@@ -3,10 +3,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomise
 
 from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, lr_stream
 from dit4sr_pl.model.lr_stream import ConvInjection, LinearInjection, product
+from testing.networks import randomise
 
 
 def test_folded_projections_equal_one_after_the_other():

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
 from dit4sr_pl.model import DiT4SRTransformer, Variant, block
+from testing.networks import randomise
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SD35_MEDIUM = dict(

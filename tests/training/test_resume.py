@@ -15,14 +15,14 @@ from hydra import compose, initialize_config_dir
 from lightning import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import OmegaConf
-from test_config import run as command
-from toy import events, toy
 
 from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.files import held
 from dit4sr_pl.model import load_part
 from dit4sr_pl.train import train
 from dit4sr_pl.training.run_folder import LOCK, check_same_run, checkpoints_in, is_whole, leads
+from testing.commands import run as command
+from testing.toy_runs import events, toy
 
 STEPS = 6
 LOSSES = ["+callbacks.losses._target_=dit4sr_pl.training.callbacks.Losses", "+callbacks.losses.folder=${output}"]

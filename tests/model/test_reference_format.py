@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise
 from safetensors.torch import load_file, save_file
 
 from dit4sr_pl.model import DiT4SRTransformer, Variant
 from dit4sr_pl.model.reference_format import WEIGHTS, write_released
+from testing.networks import randomise
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from toy import events, losses, toy
 
 from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.model import load_part
 from dit4sr_pl.scores.results import read_result
 from dit4sr_pl.train import train
+from testing.toy_runs import events, losses, toy
 
 STRATEGIES = ("ddp", "fsdp")
 NETWORKS = {path.stem: [f"+ablation={path.stem}"] for path in (conf_folder() / "ablation").glob("*.yaml")}
@@ -54,11 +54,15 @@ class Runs:
             port = str(probe.getsockname()[1])
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
         logs = [self.folder / f"device{rank}.log" for rank in range(2)]
-        command = [sys.executable, Path(__file__).with_name("two_devices.py"), arguments]
+        command = [sys.executable, "-m", "testing.two_devices", arguments]
         with ExitStack() as stack:
             processes = []
             for rank, log in enumerate(logs):
-                place = os.environ | group | {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+                place = (
+                    os.environ
+                    | group
+                    | {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+                )
                 output = {"stdout": stack.enter_context(log.open("w")), "stderr": subprocess.STDOUT}
                 processes.append(stack.enter_context(subprocess.Popen(command, env=place, **output)))
                 stack.callback(processes[-1].kill)  # before it is waited for
@@ -91,7 +95,10 @@ def runs(photos, tmp_path_factory) -> Runs:
     on_two |= {f"{name}_fsdp": ["trainer=fsdp", *QUICK, *NETWORKS[name]] for name in ("legacy", "controlnet")}
     on_two["full_bf16"] = ["trainer=fsdp", *QUICK, *BFLOAT16]
     for strategy in STRATEGIES:
-        held = ["+callbacks.held._target_=two_devices.Held", f"+callbacks.held.output={runs.folder}/2x4_{strategy}"]
+        held = [
+            "+callbacks.held._target_=testing.two_devices.Held",
+            f"+callbacks.held.output={runs.folder}/2x4_{strategy}",
+        ]
         on_two[f"2x4_{strategy}"] = [f"trainer={strategy}", *descent, *held]
         on_two[f"half_{strategy}"] = [f"trainer={strategy}", *FOUR_STEPS, "trainer.max_steps=2"]
         on_two[f"resumed_{strategy}"] = [f"trainer={strategy}", *resume]

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster import MISSING, ask, cluster
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from toy import events, small
 
 from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.model import load_part
 from dit4sr_pl.train import train
 from dit4sr_pl.training.run_folder import checkpoints_in
+from testing import ROOT
+from testing.slurm_cluster import MISSING, ask, cluster
+from testing.toy_runs import events, small
 
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}: needs Debian's slurm-wlm and munge"),
@@ -34,7 +35,7 @@ STOPS = {
 COMES_BACK, KILLED, REFUSED = (0, 1, 2, 3), 4, 5
 STEPS = 5
 LOSSES = ["+callbacks.losses._target_=dit4sr_pl.training.callbacks.Losses", "+callbacks.losses.folder=${output}"]
-ONCE = "+callbacks.once={_target_: cluster.Once, commands: {%s}, seed: ${seed}, step: 2, wait: 30}"
+ONCE = "+callbacks.once={_target_: testing.slurm_cluster.Once, commands: {%s}, seed: ${seed}, step: 2, wait: 30}"
 
 
 def options(photos: Path) -> list[str]:
@@ -49,7 +50,7 @@ class Cluster:
 
     def __init__(self, folder: Path, photos: Path, environment: dict[str, str]):
         self.folder, self.photos = folder, photos
-        places = [Path(__file__).parents[1] / "src", Path(__file__).parent]
+        places = [ROOT, ROOT / "src", Path(__file__).parent]
         self.environment = {**environment, "PYTHONPATH": os.pathsep.join(map(str, places))}
         self.environment.pop("HYDRA_FULL_ERROR", None)  # of a command called in this process before
 

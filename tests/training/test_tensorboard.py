@@ -11,14 +11,14 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from browser import everywhere
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from selenium.webdriver import Chrome
-from toy import events, small, toy
 
 from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.train import train
+from testing.browser import everywhere
+from testing.toy_runs import events, small, toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")  # of the run that goes on
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from conftest import randomise
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
 
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part, save_part
 from dit4sr_pl.model.trained_part import base_of, check_settings, fingerprint, fit_part, part_of
+from testing.networks import randomise
 
 
 def toy_part(net):

@@ -17,7 +17,7 @@ from dit4sr_pl.data.datasets import Draw, ImageFolder, mean_gradient
 from dit4sr_pl.data.module import PositionSampler, SuperResolutionData
 from dit4sr_pl.images.files import read_image, write_image
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 
 
 class AveragePooling:

@@ -14,10 +14,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
-from toy import small
 
 from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.train import train
+from testing.toy_runs import small
 
 LOSSES = ["+callbacks.losses._target_=dit4sr_pl.training.callbacks.Losses", "+callbacks.losses.folder=${output}"]
 BAD, STOPPED = 1, 2
@@ -39,7 +39,7 @@ class Threads(Callback):
 
 def options(photos: Path, stopped: int | None) -> list[str]:
     stopped = "null" if stopped is None else stopped
-    given = f"{{_target_: test_sweep.Threads, folder: ${{output}}, seed: ${{seed}}, stopped: {stopped}}}"
+    given = f"{{_target_: test_local.Threads, folder: ${{output}}, seed: ${{seed}}, stopped: {stopped}}}"
     return [*small(photos), *LOSSES, "metrics=[psnr]", f"+callbacks.threads={given}"]
 
 

@@ -10,12 +10,12 @@ import tifffile
 import torch
 from PIL import ExifTags, Image, ImageCms
 from PIL.PngImagePlugin import putchunk
-from standin import Bicubic
 
 from dit4sr_pl.images.files import read_image
 from dit4sr_pl.images.picture import Picture, read_header, read_picture, write_picture
 from dit4sr_pl.restoration.pictures import PictureRestorer
 from dit4sr_pl.restoration.worklist import result_size
+from testing.stand_ins import Bicubic
 
 HEIGHT, WIDTH = 11, 7
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -7,7 +7,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch._subclasses.fake_tensor import FakeTensorMode
-from toy import SAMPLER
 
 from dit4sr_pl.backbone.autoencoder import draw_noise
 from dit4sr_pl.cli.command import conf_folder
@@ -18,6 +17,7 @@ from dit4sr_pl.planning.step_cost import CostCounter
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import restore, sample
 from dit4sr_pl.restoration.tiling import TilesAtOnce
+from testing.toy_runs import SAMPLER
 
 
 @pytest.fixture(scope="module")

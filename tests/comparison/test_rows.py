@@ -3,9 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scored import draw_scores, made_up, write_run
 
 from dit4sr_pl.comparison.rows import Run, find_runs, make_rows
+from testing.made_up_scores import draw_scores, made_up, write_run
 
 
 @pytest.fixture

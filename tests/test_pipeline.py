@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from PIL import Image
-from toy import SAMPLER
 
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.randomness import generator
@@ -15,6 +14,7 @@ from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, lr_stream
 from dit4sr_pl.model.trained_part import base_of, part_of
 from dit4sr_pl.pipeline import DiT4SRPipeline
 from dit4sr_pl.restoration.restorer import Restorer
+from testing.toy_runs import SAMPLER
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 SETTINGS = {"num_inference_steps": 2, "output_type": "pt"}

@@ -10,10 +10,11 @@ from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
-from odd_files import Odd, odd_files
 from PIL import Image
 from pytest import MonkeyPatch
-from standin import Bicubic, command
+
+from testing.odd_files import Odd, odd_files
+from testing.stand_ins import Bicubic, command
 
 LIMIT = 10  # seconds a file may take
 

@@ -1,9 +1,7 @@
 """Commands as a user starts them: help, mistakes, and every config composed."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -12,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from dit4sr_pl.cli.command import conf_folder
+from testing.commands import run
 
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
@@ -22,12 +21,6 @@ GROUPS = {
 # groups that train does not know
 OTHER_COMMANDS = {"captioner": "prepare", "release": "convert", "dataset": "evaluate", "method": "evaluate"}
 USERS_OWN = {"folder", "lr", "checkout", "python", "label", "arguments"}  # paths, and what makes `method=command`
-
-
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ import re
 
 import pytest
 import torch
-from killing import assert_kills_change_nothing
 from safetensors import safe_open
 
 from dit4sr_pl.backbone import prompt_cache
@@ -12,6 +11,7 @@ from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.cli.command import quiet_libraries
 from dit4sr_pl.preparation import embeddings
 from dit4sr_pl.preparation.embeddings import write_embeddings
+from testing.sigkill import assert_kills_change_nothing
 
 CPU = torch.device("cpu")
 

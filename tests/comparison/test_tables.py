@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scored import draw_scores, made_up
 
 from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.comparison import paper
@@ -18,6 +17,7 @@ from dit4sr_pl.comparison.ranking import orders
 from dit4sr_pl.comparison.rows import Run, make_rows, metrics_of
 from dit4sr_pl.comparison.statistics import Resampling
 from dit4sr_pl.comparison.tables import absent, csv_table, escaped, labels_of, latex, markdown
+from testing.made_up_scores import draw_scores, made_up
 
 LOWER = {"psnr": False, "ssim": False, "lpips": True, "musiq": False, "maniqa": False, "clipiqa": False, "liqe": False}
 RESAMPLING = Resampling(0.95, 500, 0)

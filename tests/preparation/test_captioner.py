@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import assert_kills_change_nothing
-from toy_llava import UNSPOKEN, WORDS, save_toy_llava
 
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.data.photo_sets import PhotoSet
@@ -15,6 +13,8 @@ from dit4sr_pl.images.files import read_image, write_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.preparation.captioner import Captioner, drop_sentences, one_per_caption, write_captions
 from dit4sr_pl.prepare import main
+from testing.sigkill import assert_kills_change_nothing
+from testing.toy_llava import UNSPOKEN, WORDS, save_toy_llava
 
 
 @pytest.fixture(scope="module")

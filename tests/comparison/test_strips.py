@@ -3,7 +3,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from scored import draw_scores, made_up, write_run
 
 from dit4sr_pl.comparison.charts import bar_chart, write_chart
 from dit4sr_pl.comparison.dataset_table import make_block
@@ -11,6 +10,7 @@ from dit4sr_pl.comparison.rows import Run, make_rows
 from dit4sr_pl.comparison.statistics import Resampling
 from dit4sr_pl.comparison.strips import GAP, TEXT, most_different, write_strip
 from dit4sr_pl.scores.results import read_result
+from testing.made_up_scores import draw_scores, made_up, write_run
 
 METHODS = ("Bicubic", "SeeSR", "DiT4SR")
 

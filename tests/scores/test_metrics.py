@@ -17,7 +17,6 @@ import pytest
 import timm
 import torch
 import torchvision
-import two_scores
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -38,6 +37,7 @@ from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.scores.metrics import ImageScore, exactly
 from dit4sr_pl.scores.pyiqa_loading import SHIPPED_WEIGHTS, create
 from dit4sr_pl.scores.weight_files import check_digest, check_metrics
+from testing import two_scores
 
 OURS = ("psnr", "ssim", "stlpips")
 PAPER = ["psnr", "ssim", "lpips", "musiq", "maniqa", "clipiqa", "liqe"]

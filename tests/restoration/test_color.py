@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from dit4sr_pl.restoration.color import ALIGNMENTS
 
-GOLDEN = load_file(Path(__file__).parent / "golden" / "color.safetensors")
+GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "color.safetensors")
 
 
 @pytest.mark.parametrize("name", ["adain", "wavelet"])

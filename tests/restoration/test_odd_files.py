@@ -1,8 +1,8 @@
 import os
 from collections import Counter
 
-from fuzzing import LIMIT, fuzz
-from odd_files import KINDS
+from testing.fuzz import LIMIT, fuzz
+from testing.odd_files import KINDS
 
 
 def test_odd_files_are_restored_right_or_named_and_leave_nothing(tmp_path, monkeypatch):
