@@ -1,4 +1,4 @@
-"""A forward pass of DiT4SR, folded as for restoring, against diffusers' own SD3 transformer over the same weights.
+"""A forward pass of DiT4SR, merged as for restoring, against diffusers' own SD3 transformer over the same weights.
 
     [OMP_NUM_THREADS=2] python benchmarks/forward.py [--dtype float32] [--repeats 9]
 
@@ -22,7 +22,7 @@ def main() -> None:
     args = parser.parse_args()
 
     contest = Contest(2, getattr(torch, args.dtype))
-    contest.net.lr_stream.fold(contest.base)
+    contest.net.lr_stream.merge(contest.base)
     times = take_turns(contest, args.repeats, ("diffusers", "forward"))
     theirs, ours = (summarise(runs) for runs in times.values())
     print(f"{args.dtype}, {torch.get_num_threads()} threads, {args.repeats} repeats, in turns")

@@ -44,17 +44,17 @@ def test_it_restores_what_the_restorer_restores(pipe, lr):
 
 def test_projections_are_folded_once_a_call_and_what_is_saved_stays(pipe, lr, monkeypatch):
     before = {name: tensor.clone() for name, tensor in pipe.lr_stream.state_dict().items()}
-    products, folded = [], []
+    products, merged = [], []
     product, network = lr_stream.product, pipe.network
     monkeypatch.setattr(lr_stream, "product", lambda *linears: products.append(linears) or product(*linears))
-    monkeypatch.setattr(pipe, "network", lambda: folded.append(network()) or folded[-1])
+    monkeypatch.setattr(pipe, "network", lambda: merged.append(network()) or merged[-1])
     pipe(lr, num_inference_steps=2)
-    attentions = [module for module in folded[0].lr_stream.modules() if isinstance(module, lr_stream.LRAttention)]
+    attentions = [module for module in merged[0].lr_stream.modules() if isinstance(module, lr_stream.LRAttention)]
     assert len(products) == sum(3 if each.needs_output else 2 for each in attentions)
-    assert all(each.folded for each in attentions)
-    assert not any(getattr(module, "folded", False) for module in pipe.lr_stream.modules())
+    assert all(each.merged for each in attentions)
+    assert not any(getattr(module, "merged", False) for module in pipe.lr_stream.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.lr_stream.state_dict().items())
-    out = [net.blocks[0].attn.out.weight.data_ptr() for net in (folded[0].lr_stream, pipe.lr_stream)]
+    out = [net.blocks[0].attn.out.weight.data_ptr() for net in (merged[0].lr_stream, pipe.lr_stream)]
     assert out[0] == out[1]
 
 

@@ -212,16 +212,16 @@ class DiT4SRPipeline(DiffusionPipeline):
         return sr
 
     def network(self) -> DiT4SRTransformer:
-        """The transformer and a second LR stream, which is folded; of its other weights none is a copy."""
+        """The transformer and a second LR stream, which is merged; of its other weights none is a copy."""
         with torch.device("meta"):
-            folded = LRStream.over(self.transformer, self.lr_stream.variant)
-        net = DiT4SRTransformer(self.transformer, lr_stream=folded).eval()
+            merged = LRStream.over(self.transformer, self.lr_stream.variant)
+        net = DiT4SRTransformer(self.transformer, lr_stream=merged).eval()
 
         def ready(*_) -> None:
             onload(self.transformer, self.lr_stream)
-            if next(folded.parameters()).is_meta:  # the first time, where the weights are about to work
-                folded.load_state_dict(self.lr_stream.state_dict(), assign=True)
-                folded.fold(self.transformer)
+            if next(merged.parameters()).is_meta:  # the first time, where the weights are about to work
+                merged.load_state_dict(self.lr_stream.state_dict(), assign=True)
+                merged.merge(self.transformer)
 
         net.register_forward_pre_hook(ready)
         return net

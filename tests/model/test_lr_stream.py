@@ -28,9 +28,9 @@ def test_folding_changes_no_output_and_no_frozen_weight(base, inputs, variant, d
     randomise(net.lr_stream)
     expected, frozen, size = net(**inputs), copy.deepcopy(base.state_dict()), sum(p.numel() for p in net.parameters())
     net.base.to(dtype)
-    net.lr_stream.fold(net.base)
-    folded = net.to(dtype)(**{name: tensor.to(dtype) for name, tensor in inputs.items()})
-    torch.testing.assert_close(folded.float(), expected, atol=tolerance, rtol=0)
+    net.lr_stream.merge(net.base)
+    merged = net.to(dtype)(**{name: tensor.to(dtype) for name, tensor in inputs.items()})
+    torch.testing.assert_close(merged.float(), expected, atol=tolerance, rtol=0)
     assert all(torch.equal(tensor, frozen[name].to(dtype)) for name, tensor in base.state_dict().items())
     assert sum(p.numel() for p in net.parameters()) == size
     assert {p.dtype for p in net.parameters()} == {dtype}
@@ -39,7 +39,7 @@ def test_folding_changes_no_output_and_no_frozen_weight(base, inputs, variant, d
 @torch.no_grad()
 def test_a_folded_network_multiplies_no_matrices_of_weights(base, inputs, monkeypatch):
     net = DiT4SRTransformer(base)
-    net.lr_stream.fold(base)
+    net.lr_stream.merge(base)
     monkeypatch.setattr(lr_stream, "product", lambda *_: pytest.fail("weights multiplied again"))
     net(**inputs)
 

@@ -31,7 +31,7 @@ class LRAttention(nn.Module):
         self.legacy_keys = variant.legacy_lr_keys
         self.residual = variant.lr_residual
         self.needs_output = needs_output
-        self.folded = False
+        self.merged = False
         self.k = zero_linear(dim)
         self.v = zero_linear(dim)
         if needs_output:
@@ -58,17 +58,17 @@ class LRAttention(nn.Module):
 
     def project(self, name: str, frozen: Attention, lr: Tensor) -> Tensor:
         ours = getattr(self, name)
-        projected = ours(lr) if self.folded else F.linear(lr, *product(ours, getattr(frozen, f"to_{name}")))
+        projected = ours(lr) if self.merged else F.linear(lr, *product(ours, getattr(frozen, f"to_{name}")))
         return heads(frozen, projected)
 
     @torch.no_grad()
-    def fold(self, frozen: Attention) -> None:
+    def merge(self, frozen: Attention) -> None:
         """Puts each product in its own weights' place, computed in float32 and kept in the frozen weights' dtype."""
         for name in ("q", "k", "v") if self.needs_output else ("k", "v"):
             ours, theirs = getattr(self, name).float(), getattr(frozen, f"to_{name}")
             for kind, value in zip(("weight", "bias"), product(ours, copy.deepcopy(theirs).float()), strict=True):
                 setattr(ours, kind, nn.Parameter(value.to(theirs.weight.dtype), requires_grad=False))
-        self.folded = True
+        self.merged = True
 
 
 def product(ours: nn.Linear, frozen: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -150,12 +150,12 @@ class LRStream(nn.Module):
                 if ours is not None and ours.needs_output:
                     ours.out.load_state_dict(theirs.to_out[0].state_dict())
 
-    def fold(self, base: SD3Transformer2DModel) -> None:
-        """For inference, once: every `W^L W` becomes one matrix. What is folded cannot be trained or saved."""
+    def merge(self, base: SD3Transformer2DModel) -> None:
+        """For inference, once: every `W^L W` becomes one matrix. What is merged cannot be trained or saved."""
         for frozen, block in zip(base.transformer_blocks, self.blocks, strict=True):
-            block.attn.fold(frozen.attn)
+            block.attn.merge(frozen.attn)
             if block.attn2 is not None:
-                block.attn2.fold(frozen.attn2)
+                block.attn2.merge(frozen.attn2)
 
 
 def heads(frozen: Attention, tokens: Tensor) -> Tensor:

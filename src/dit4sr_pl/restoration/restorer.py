@@ -50,7 +50,7 @@ class Restorer:
         backbone.to(device, offload)
         net.to(device)
         if isinstance(net, DiT4SRTransformer):
-            net.lr_stream.fold(net.base)  # before its float32 is rounded
+            net.lr_stream.merge(net.base)  # before its float32 is rounded
         return cls(net.to(backbone.dtype).eval(), backbone, sampler)
 
     @property
