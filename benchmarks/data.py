@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from dit4sr_pl.data.datasets import ImageFolder
+from dit4sr_pl.data.datasets import TrainingCrops
 from dit4sr_pl.data.manifest import MANIFEST, check_sizes
 from dit4sr_pl.images.files import write_image
 from dit4sr_pl.preparation.build_manifest import build_manifest
@@ -41,9 +41,9 @@ def timed(what: str, run: Callable[[], object]) -> object:
 def measure(folder: Path, count: int) -> None:
     write_photos(folder, count)
     (folder / MANIFEST).unlink(missing_ok=True)
-    timed("data set, folder walked", lambda: ImageFolder(folder, 32, 0))
+    timed("data set, folder walked", lambda: TrainingCrops(folder, 32, 0))
     timed("manifest built, one process", lambda: build_manifest(folder))
-    (photos,) = timed("data set, from its manifest", lambda: ImageFolder(folder, 32, 0)).sets
+    (photos,) = timed("data set, from its manifest", lambda: TrainingCrops(folder, 32, 0)).sets
     files = [photo.file for photo in photos.photos]
     timed("before the run: sizes of all files", lambda: check_sizes(folder, files, photos.sizes))
     timed("before the run: captions beside them counted", photos.captions.names)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dit4sr_pl.data.datasets import Draw, ImageFolder
+from dit4sr_pl.data.datasets import Draw, TrainingCrops
 from dit4sr_pl.data.module import PositionSampler
 from dit4sr_pl.images.files import write_image
 
@@ -23,7 +23,7 @@ def damaged(tmp_path) -> Path:
 
 
 def test_unreadable_file_is_replaced_by_the_next_and_reported_once(damaged, caplog):
-    dataset = ImageFolder(damaged, 32, 0, min_gradient=0)
+    dataset = TrainingCrops(damaged, 32, 0, min_gradient=0)
     with caplog.at_level(logging.WARNING):
         names = [dataset[Draw(index, epoch, 0)]["name"] for epoch in range(2) for index in range(4)]
     assert names == ["00", "02", "02", "03"] * 2
@@ -36,7 +36,7 @@ def test_two_workers_report_an_unreadable_file_once_on_the_terminal(damaged, cap
     terminal = logging.StreamHandler()  # pytest's own handlers would swallow the workers' lines
     root.addHandler(terminal)
     try:
-        dataset = ImageFolder(damaged, 32, 0, min_gradient=0)
+        dataset = TrainingCrops(damaged, 32, 0, min_gradient=0)
         loader = DataLoader(dataset, batch_sampler=PositionSampler(4, 1, 0), num_workers=2)
         list(itertools.islice(loader, 24))
     finally:
@@ -47,11 +47,11 @@ def test_two_workers_report_an_unreadable_file_once_on_the_terminal(damaged, cap
 def test_no_readable_file_at_all_is_an_error(tmp_path):
     (tmp_path / "a.png").write_bytes(b"rubbish")
     with pytest.raises(ValueError, match="none of the 1 images is readable"):
-        ImageFolder(tmp_path, 32, 0)
+        TrainingCrops(tmp_path, 32, 0)
 
 
 def test_caption_that_is_no_text_is_named(tmp_path):
     write_image(tmp_path / "a.png", torch.zeros(3, 32, 32))
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="a.txt: the caption is not UTF-8"):
-        ImageFolder(tmp_path, 32, 0, min_gradient=0, empty_prompt_probability=0)[Draw(0, 0, 0)]
+        TrainingCrops(tmp_path, 32, 0, min_gradient=0, empty_prompt_probability=0)[Draw(0, 0, 0)]

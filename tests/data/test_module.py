@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from scipy import ndimage
 from torch.nn import functional as F
 
-from dit4sr_pl.data.datasets import Draw, ImageFolder, mean_gradient
+from dit4sr_pl.data.datasets import Draw, TrainingCrops, mean_gradient
 from dit4sr_pl.data.module import PositionSampler, SuperResolutionData
 from dit4sr_pl.images.files import read_image, write_image
 
@@ -64,7 +64,7 @@ def same(batches: list[dict], others: list[dict]) -> bool:
 
 
 def test_sample_is_a_crop_of_its_photo(folder):
-    dataset = ImageFolder(folder, 32, seed=0, min_gradient=0, empty_prompt_probability=0)
+    dataset = TrainingCrops(folder, 32, seed=0, min_gradient=0, empty_prompt_probability=0)
     for index in range(10):
         sample = dataset[Draw(index, 3, 77)]
         photo = read_image(folder / f"{index:02}.png")
@@ -77,7 +77,7 @@ def test_sample_is_a_crop_of_its_photo(folder):
 
 def test_sample_depends_on_seed_index_and_epoch_but_not_on_position(folder):
     def sample(draw, seed=0):
-        found = ImageFolder(folder, 32, seed, min_gradient=0)[draw]
+        found = TrainingCrops(folder, 32, seed, min_gradient=0)[draw]
         return found["image"].numpy().tobytes(), found["seed"], found["prompt"]
 
     assert sample(Draw(5, 1, 0)) == sample(Draw(5, 1, 99))
@@ -91,17 +91,17 @@ def test_shares_of_flips_and_empty_prompts(folder, tmp_path):
     ramp = torch.linspace(0, 1, 32).expand(3, 32, 32)
     write_image(tmp_path / "ramp.png", ramp)
     (tmp_path / "ramp.txt").write_text("a ramp")
-    samples = [ImageFolder(tmp_path, 32, 0, min_gradient=0)[Draw(0, epoch, 0)] for epoch in range(400)]
+    samples = [TrainingCrops(tmp_path, 32, 0, min_gradient=0)[Draw(0, epoch, 0)] for epoch in range(400)]
     flipped = np.mean([int(s["image"][0, 0, 0]) > 127 for s in samples])
     empty = np.mean([s["prompt"] == "" for s in samples])
     assert abs(flipped - 0.5) < 0.1 and abs(empty - 0.2) < 0.08
-    unflipped = ImageFolder(tmp_path, 32, 0, flip=False, min_gradient=0)
+    unflipped = TrainingCrops(tmp_path, 32, 0, flip=False, min_gradient=0)
     assert all(torch.equal(unflipped[Draw(0, e, 0)]["image"], read_image(tmp_path / "ramp.png")) for e in range(9))
 
 
 def test_small_image_is_reflected_to_the_crop_size(tmp_path):
     write_image(tmp_path / "small.png", torch.rand(3, 20, 9, generator=torch.Generator().manual_seed(0)))
-    (sample,) = [ImageFolder(tmp_path, 32, 0, flip=False, min_gradient=0)[Draw(0, 0, 0)]]
+    (sample,) = [TrainingCrops(tmp_path, 32, 0, flip=False, min_gradient=0)[Draw(0, 0, 0)]]
     small = read_image(tmp_path / "small.png").numpy()
     rows, columns = ([min(i % (2 * n - 2), -i % (2 * n - 2)) for i in range(32)] for n in (20, 9))
     np.testing.assert_array_equal(sample["image"], small[:, rows][:, :, columns])
@@ -120,7 +120,7 @@ def test_flat_crops_are_drawn_again(tmp_path):
     write_image(tmp_path / "mostly_flat.png", image)
 
     def textured(**options):
-        dataset = ImageFolder(tmp_path, 32, 0, **options)
+        dataset = TrainingCrops(tmp_path, 32, 0, **options)
         return sum(mean_gradient(dataset[Draw(0, e, 0)]["image"]) >= 0.2 for e in range(60))
 
     assert textured(min_gradient=0) < 25
@@ -130,7 +130,7 @@ def test_flat_crops_are_drawn_again(tmp_path):
 
 def test_several_folders_follow_each_other_and_names_are_relative(folder, tmp_path):
     write_image(tmp_path / "sub/last.png", torch.zeros(3, 8, 8))
-    dataset = ImageFolder([folder, str(tmp_path)], 16, 0, min_gradient=0)
+    dataset = TrainingCrops([folder, str(tmp_path)], 16, 0, min_gradient=0)
     assert [photo.name for photo in dataset.photos] == [f"{i:02}" for i in range(10)] + ["sub/last"]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit4sr_pl.data.datasets import Draw, ImageFolder
+from dit4sr_pl.data.datasets import Draw, TrainingCrops
 from dit4sr_pl.data.module import SuperResolutionData
 from dit4sr_pl.data.photo_sets import Mixture, PhotoSet, open_sets
 from dit4sr_pl.images.files import write_image
@@ -67,7 +67,7 @@ def test_photos_of_a_fraction_are_drawn_from_seed_and_epoch():
 
 def test_repeated_photo_gives_another_sample_each_time(folder):
     sets = {"one": {"folder": folder, "limit": 1, "weight": 3}}
-    dataset = ImageFolder([], 16, 0, min_gradient=0, sets=sets)
+    dataset = TrainingCrops([], 16, 0, min_gradient=0, sets=sets)
     samples = [dataset[Draw(index, 0, 0)] for index in range(len(dataset))]
     assert [sample["name"] for sample in samples] == ["0/00"] * 3
     assert len({sample["seed"] for sample in samples}) == 3

@@ -49,7 +49,7 @@ def pad_to(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return torch.from_numpy(np.pad(image.numpy(), ((0, 0), (0, down), (0, right)), mode="reflect"))
 
 
-class ImageFolder(Dataset):
+class TrainingCrops(Dataset):
     """Random crops of the photos in folders and in named sets (see `open_sets`); the sample of a `Draw` is a dict:
 
     - `image`: uint8 `(3, crop_size, crop_size)`; smaller images are enlarged by reflection first
@@ -134,7 +134,7 @@ class ImageFolder(Dataset):
 
 
 class ValidationImages(Dataset):
-    """Fixed samples, the first `limit` images: the keys of `ImageFolder`, never an empty prompt by chance.
+    """Fixed samples, the first `limit` images: the keys of `TrainingCrops`, never an empty prompt by chance.
 
     `image` is the central `crop` x `crop` pixels or, without `crop`, the whole image cut to whole tokens; smaller
     images are enlarged by reflection. `seed` depends on (seed, name) alone.

@@ -17,7 +17,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dit4sr_pl.common.randomness import permutation
-from dit4sr_pl.data.datasets import TOKEN, Draw, ImageFolder, ValidationImages
+from dit4sr_pl.data.datasets import TOKEN, Draw, TrainingCrops, ValidationImages
 from dit4sr_pl.data.photo_sets import Folders
 
 
@@ -70,7 +70,7 @@ def leave_signals_to_the_trainer(worker: int) -> None:
 class SuperResolutionData(LightningDataModule):
     """Batches of LR and HR images for training, without end, and for validation.
 
-    To the keys of `ImageFolder` a batch on the device adds, in float32 and 0..1: `lr` `(B, 3, H/4, W/4)`, `hr`
+    To the keys of `TrainingCrops` a batch on the device adds, in float32 and 0..1: `lr` `(B, 3, H/4, W/4)`, `hr`
     `(B, 3, H, W)` and the parameters `degradation` that made them; `image` becomes float too. `seed` and `position`
     are int64 `(B,)` and stay on the CPU, where generators are seeded.
 
@@ -88,7 +88,7 @@ class SuperResolutionData(LightningDataModule):
         validation_crop: side of the validation crops; `None` for whole images, which come one by one.
         batch_size: images per device and batch.
         validation_limit: take only so many validation images.
-        flip, min_gradient, redraws, empty_prompt_probability, photos_in_memory: as for `ImageFolder`.
+        flip, min_gradient, redraws, empty_prompt_probability, photos_in_memory: as for `TrainingCrops`.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class SuperResolutionData(LightningDataModule):
         for name, size in (("crop_size", crop_size), ("validation_crop", validation_crop or TOKEN)):
             if size < 1 or size % TOKEN:
                 raise ValueError(f"{name}={size}: must be a positive multiple of {TOKEN} pixels (one token)")
-        self.training = ImageFolder(
+        self.training = TrainingCrops(
             folders, crop_size, seed, flip, min_gradient, redraws, empty_prompt_probability, photos_in_memory, sets
         )
         self.validation = (
