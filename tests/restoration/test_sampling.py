@@ -16,7 +16,7 @@ from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.planning.step_cost import CostCounter
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import restore, sample
-from dit4sr_pl.restoration.tiling import TilesAtOnce
+from dit4sr_pl.restoration.tiling import TileBatcher
 from testing.toy_runs import SAMPLER
 
 
@@ -32,11 +32,11 @@ def net(tiny_backbone):
 
 @pytest.fixture
 def run(net, tiny_backbone):
-    def run(lr, size, sampler=SAMPLER, captions=None, seeds=None, at_once=None):
+    def run(lr, size, sampler=SAMPLER, captions=None, seeds=None, batcher=None):
         generators = [generator("cpu", seed) for seed in seeds or range(len(lr))]
         parts = tiny_backbone.coder, tiny_backbone.prompts, tiny_backbone.scheduler
-        captions, at_once = captions or [""] * len(lr), at_once and TilesAtOnce(at_once)
-        return restore(net, *parts, sampler, lr, size, captions, generators, at_once=at_once)
+        captions, batcher = captions or [""] * len(lr), batcher and TileBatcher(batcher)
+        return restore(net, *parts, sampler, lr, size, captions, generators, batcher=batcher)
 
     return run
 
@@ -87,7 +87,7 @@ def test_any_size_comes_out_exactly_and_in_range(run, size):
 def test_large_images_go_through_the_window_in_tiles(run, net):
     windows = []
     hook = net.register_forward_pre_hook(lambda module, inputs: windows.append((len(inputs[0]), *inputs[0].shape[-2:])))
-    run(picture(1, 16, 80), (64, 320), replace(SAMPLER, steps=1), at_once=1)
+    run(picture(1, 16, 80), (64, 320), replace(SAMPLER, steps=1), batcher=1)
     hook.remove()
     assert windows == [(1, 8, 32)] * 2
 
@@ -109,14 +109,14 @@ def test_numbers_that_cannot_be_are_refused(wrong, message):
         replace(SAMPLER, **wrong)
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_a_tiled_images_result_does_not_depend_on_batch_order_or_neighbours(run, at_once):
+@pytest.mark.parametrize("batcher", [1, 3])
+def test_a_tiled_images_result_does_not_depend_on_batch_order_or_neighbours(run, batcher):
     lr = picture(3, 8, 24) * torch.tensor([1.0, 0.7, 0.4]).view(3, 1, 1, 1)  # two tiles each
     sampler = replace(SAMPLER, steps=2, tile=16, overlap=6, guidance_scale=3.0)
     captions, seeds = ["a cat", "a dog", ""], [5, 6, 7]
-    together = run(lr, (32, 160), sampler, captions, seeds, at_once)
-    turned = run(lr.flip(0), (32, 160), sampler, captions[::-1], seeds[::-1], at_once).flip(0)
-    alone = run(lr[1:2], (32, 160), sampler, captions[1:2], seeds[1:2], at_once=8)
+    together = run(lr, (32, 160), sampler, captions, seeds, batcher)
+    turned = run(lr.flip(0), (32, 160), sampler, captions[::-1], seeds[::-1], batcher).flip(0)
+    alone = run(lr[1:2], (32, 160), sampler, captions[1:2], seeds[1:2], batcher=8)
     torch.testing.assert_close(turned, together, atol=1e-5, rtol=0)
     torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=0)
 
@@ -154,7 +154,7 @@ def test_tiles_at_once_take_the_memory_that_the_sampler_gives_them(net):
     taken = counter.peak / 2**30  # of a tile with guidance
     for tiles, room in ((1, 0.1), (1, 1.5), (7, 10)):
         sampler = replace(SAMPLER, guidance_scale=2.0, tile_memory=room * taken)
-        assert sampler.tiles_at_once(net).most == tiles
+        assert sampler.tile_batcher(net).most == tiles
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "dpm", "unipc"])
@@ -173,7 +173,7 @@ def test_solvers_come_closer_to_the_solution_with_more_steps_and_count_their_eva
 
         sampler = replace(sampler, steps=steps)
         schedule, evaluations = sampler.schedule(tiny_backbone.scheduler)
-        result = sample(velocity, tiny_backbone.scheduler, sampler, noise, noise, 2, TilesAtOnce(1), lambda: None)
+        result = sample(velocity, tiny_backbone.scheduler, sampler, noise, noise, 2, TileBatcher(1), lambda: None)
         # z(0) for z(1) = noise: z(s) = c e^s + (sin s - cos s) / 2
         one = torch.ones(())
         expected = (noise - (one.sin() - one.cos()) / 2) / one.exp() - 0.5
@@ -209,7 +209,7 @@ def test_starting_from_the_lr_latent_skips_the_first_steps_and_mixes_it_with_noi
         seen.append((noisy[0, 0, 0, 0].item(), timestep.item() / 1000))
         return torch.zeros_like(noisy)
 
-    sample(velocity, tiny_backbone.scheduler, sampler, lr_latent, noise, 2, TilesAtOnce(1), lambda: None)
+    sample(velocity, tiny_backbone.scheduler, sampler, lr_latent, noise, 2, TileBatcher(1), lambda: None)
     latent, sigma = seen[0]
     everything = FlowMatchEulerDiscreteScheduler(shift=3.0)
     everything.set_timesteps(10)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dit4sr_pl.restoration.tiling import TilesAtOnce, starts, tiled
+from dit4sr_pl.restoration.tiling import TileBatcher, starts, tiled
 
 
 @pytest.mark.parametrize("length", [16, 18, 32, 34, 50, 64, 100])
@@ -17,13 +17,13 @@ def test_one_tile_is_no_tile():
     noisy, lr = torch.randn(2, 1, 4, 32, 20)
     predict = lambda noisy, lr, _: noisy.cumsum(-1) * lr  # noqa: E731
     assert torch.equal(
-        tiled(predict, noisy, lr, tile=32, overlap=12, patch=2, at_once=TilesAtOnce(8)), predict(noisy, lr, [0])
+        tiled(predict, noisy, lr, tile=32, overlap=12, patch=2, batcher=TileBatcher(8)), predict(noisy, lr, [0])
     )
 
 
 def test_blending_leaves_what_tiles_agree_on():
     noisy, lr = torch.randn(2, 2, 4, 70, 44)
-    result = tiled(lambda noisy, lr, _: 2 * noisy - lr, noisy, lr, tile=32, overlap=12, patch=2, at_once=TilesAtOnce(3))
+    result = tiled(lambda noisy, lr, _: 2 * noisy - lr, noisy, lr, tile=32, overlap=12, patch=2, batcher=TileBatcher(3))
     torch.testing.assert_close(result, 2 * noisy - lr)
 
 
@@ -32,7 +32,7 @@ def test_weights_are_centred():
     noisy = torch.zeros(1, 1, 32, 48)
     noisy[..., 24:] = 1
     nearest = lambda noisy, *_: noisy.mean(dim=(1, 2, 3), keepdim=True).round().expand_as(noisy)  # noqa: E731
-    result = tiled(nearest, noisy, noisy, tile=32, overlap=12, patch=2, at_once=TilesAtOnce(2))[0, 0, 0]
+    result = tiled(nearest, noisy, noisy, tile=32, overlap=12, patch=2, batcher=TileBatcher(2))[0, 0, 0]
     torch.testing.assert_close(result + result.flip(0), torch.ones(48))
 
 
@@ -45,6 +45,6 @@ def test_tiles_go_in_batches_over_images_and_keep_their_image(most):
         calls.append(images)
         return noisy + lr * torch.tensor(images).view(-1, 1, 1, 1)
 
-    result = tiled(predict, noisy, lr, tile=32, overlap=12, patch=2, at_once=TilesAtOnce(most))
+    result = tiled(predict, noisy, lr, tile=32, overlap=12, patch=2, batcher=TileBatcher(most))
     torch.testing.assert_close(result, noisy + lr * torch.arange(3).view(-1, 1, 1, 1))
     assert sum(calls, []) == [0, 0, 1, 1, 2, 2] and len(calls) == -(-6 // most)

@@ -24,7 +24,7 @@ class Restorer:
 
     def __init__(self, net: nn.Module, backbone: Backbone, sampler: Sampler):
         self.net, self.backbone, self.sampler = net, backbone, sampler
-        self.at_once = sampler.tiles_at_once(net)
+        self.batcher = sampler.tile_batcher(net)
 
     @classmethod
     def load(
@@ -74,7 +74,7 @@ class Restorer:
         """
         generators = [generator("cpu", "restore", seed, name) for name in names]
         parts = self.backbone.coder, self.backbone.prompts, self.backbone.scheduler
-        where = self.backbone.device, self.at_once
+        where = self.backbone.device, self.batcher
         return restore(self.net, *parts, self.sampler, lr, size, captions, generators, on_step, *where)
 
 

@@ -14,7 +14,7 @@ from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.images.resize import Enlarged
 from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.restoration.color import ALIGNMENTS
-from dit4sr_pl.restoration.tiling import TilesAtOnce, tiled
+from dit4sr_pl.restoration.tiling import TileBatcher, tiled
 
 STARTS = ("noise", "lr")
 CLIP_TOKENS = 77
@@ -90,14 +90,14 @@ class Sampler:
         solver.set_begin_index(first)
         return solver, range(first, len(solver.timesteps))
 
-    def tiles_at_once(self, net: DiT4SRTransformer) -> TilesAtOnce:
+    def tile_batcher(self, net: DiT4SRTransformer) -> TileBatcher:
         """By the memory that a tile takes: its tokens in the noise, LR and text stream, with guidance twice."""
         config, dtype = net.base.config, net.base.dtype
         tokens = 2 * (self.tile // net.patch_size) ** 2 + CLIP_TOKENS + self.t5_tokens
         width = config.num_attention_heads * config.attention_head_dim
         passes = 1 if self.guidance_scale == 1 else 2
         tile = ACTIVATIONS * passes * tokens * width * dtype.itemsize
-        return TilesAtOnce(max(1, int(self.tile_memory * 2**30 / tile)))
+        return TileBatcher(max(1, int(self.tile_memory * 2**30 / tile)))
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def restore(
     generators: list[torch.Generator],
     on_step: Callable[[], None] = lambda: None,
     device: torch.device | None = None,
-    at_once: TilesAtOnce | None = None,
+    batcher: TileBatcher | None = None,
 ) -> Tensor:
     """Restores a batch of LR images of one size.
 
@@ -122,7 +122,7 @@ def restore(
         generators: one CPU generator per image: a result does not depend on the batch around it.
         on_step: called after every network evaluation.
         device: where latents and networks are; without it, that of `lr`.
-        at_once: tiles, known from an earlier batch.
+        batcher: tiles, known from an earlier batch.
 
     Returns:
         `(B, 3, *size)` in 0..1, float32, on the device of `lr`. No second image of that size is made.
@@ -136,8 +136,8 @@ def restore(
     lr_latent = torch.cat([coder.encode_tiled(each, sampler.vae_tile) for each in enlarged])
     noise = draw_noise(lr_latent, generators)
     velocity = guided(net, encode_prompts, sampler, captions, device)
-    at_once = at_once or sampler.tiles_at_once(net)
-    latent = sample(velocity, scheduler, sampler, lr_latent, noise, net.patch_size, at_once, on_step)
+    batcher = batcher or sampler.tile_batcher(net)
+    latent = sample(velocity, scheduler, sampler, lr_latent, noise, net.patch_size, batcher, on_step)
     del lr_latent, noise  # a byte per pixel of the result each
     sr = torch.empty(*lr.shape[:2], *size, device=lr.device)
     for image, each in zip(sr, latent.split(1), strict=True):
@@ -183,7 +183,7 @@ def sample(
     lr_latent: Tensor,
     noise: Tensor,
     patch: int,
-    at_once: TilesAtOnce,
+    batcher: TileBatcher,
     on_step: Callable[[], None],
 ) -> Tensor:
     """From noise, or the noised LR latent, to the restored image's latent; all `(B, C, H, W)`, float32."""
@@ -195,7 +195,7 @@ def sample(
         # Of the sigma: some of diffusers' solvers round their timesteps.
         timestep = solver.sigmas[evaluation].to(noise.device) * solver.config.num_train_timesteps
         predict = lambda *tiles, timestep=timestep: velocity(*tiles, timestep)  # noqa: E731
-        v = tiled(predict, latent, lr_latent, sampler.tile, sampler.overlap, patch, at_once)
+        v = tiled(predict, latent, lr_latent, sampler.tile, sampler.overlap, patch, batcher)
         latent = solver.step(v, solver.timesteps[evaluation], latent).prev_sample
         on_step()
     return latent

@@ -11,7 +11,7 @@ VARIANCE = 0.01  # of the squared tile size
 log = logging.getLogger(__name__)
 
 
-class TilesAtOnce:
+class TileBatcher:
     """How many tiles pass the network at once: `most`, and half as many whenever they do not fit into the memory."""
 
     def __init__(self, most: int):
@@ -56,7 +56,7 @@ def tiled(
     tile: int,
     overlap: int,
     patch: int,
-    at_once: TilesAtOnce,
+    batcher: TileBatcher,
 ) -> Tensor:
     """Runs `predict` over tiles of `(B, C, H, W)` latents, several at once, and blends the results.
 
@@ -65,7 +65,7 @@ def tiled(
     Args:
         predict: from noisy and LR latents of tiles `(N, C, h, w)`, and the image that each is of, to their velocity.
         tile: side of a tile in latents. overlap: of neighbours, at least. patch: the transformer's patch size.
-        at_once: tiles in one call, of one image or of several.
+        batcher: tiles in one call, of one image or of several.
     """
     rows, columns = (starts(length, tile, overlap, patch) for length in noisy.shape[-2:])
     height, width = (min(tile, length) for length in noisy.shape[-2:])
@@ -83,7 +83,7 @@ def tiled(
         return predict(*tiles, [image for image, _, _ in chosen])
 
     total, norm = torch.zeros_like(noisy), torch.zeros_like(noisy[:, :1])
-    for chosen, predicted in at_once.batches(predict_at, places):
+    for chosen, predicted in batcher.batches(predict_at, places):
         for place, velocity in zip(chosen, predicted, strict=True):
             total[window(place)] += weights * velocity
             norm[window(place)] += weights
