@@ -13,7 +13,7 @@ from dit4sr_pl.backbone.sd3 import Backbone, encoders_of
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.images.resize import Enlarged, enlarge
+from dit4sr_pl.images.resize import LazyEnlargement, enlarge
 
 
 def test_tiny_sd3_is_a_whole_pipeline_of_at_most_40_mb(tiny_backbone):
@@ -203,7 +203,7 @@ def test_windows_of_an_enlarged_image_are_those_of_the_whole_and_go_on_as_reflec
     lr = torch.rand(2, 3, *small)
     extent = tuple(length + more for length, more in zip(large, (0, 47), strict=True))
     whole = np.pad(enlarge(lr, large), [(0, 0), (0, 0), (0, 0), (0, 47)], "reflect")
-    windows = Enlarged(lr, large, extent)
+    windows = LazyEnlargement(lr, large, extent)
     assert windows.shape == whole.shape
     for rows, columns in ((slice(0, 3), slice(None)), (slice(2, 99), slice(3, 7)), (slice(None), slice(2, 50))):
         expected = torch.from_numpy(whole[..., rows, columns])

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from torch import Tensor
 
-from dit4sr_pl.images.resize import Enlarged
+from dit4sr_pl.images.resize import LazyEnlargement
 
 
 class LatentCoder:
@@ -49,7 +49,7 @@ class LatentCoder:
         """Scaled latents to images `(B, 3, H, W)` in 0..1, float32, clamped."""
         return to_images(self._decode(latents))
 
-    def encode_tiled(self, image: Tensor | Enlarged, side: int) -> Tensor:
+    def encode_tiled(self, image: Tensor | LazyEnlargement, side: int) -> Tensor:
         """As `encode` of one image `(1, 3, H, W)`, in tiles where it is larger than `side` latents, a multiple of 4."""
         encode = lambda *window: self.encode(image[..., *window])  # noqa: E731
         return torch.cat(list(self._bands(encode, image.shape[-2:], side * self.factor, side)), dim=2)

@@ -12,7 +12,7 @@ def enlarge(lr: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(lr, size=size, mode="bicubic", antialias=True).clamp_(0, 1)
 
 
-class Enlarged:
+class LazyEnlargement:
     """What `enlarge` gives, of which there is only what is asked for: `images[..., rows, columns]`, as of a tensor.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dit4sr_pl.backbone.autoencoder import LatentCoder, draw_noise
 from dit4sr_pl.backbone.flow import interpolate
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
-from dit4sr_pl.images.resize import Enlarged
+from dit4sr_pl.images.resize import LazyEnlargement
 from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.restoration.color import ALIGNMENTS
 from dit4sr_pl.restoration.tiling import TileBatcher, tiled
@@ -132,7 +132,7 @@ def restore(
     """
     device = device or lr.device
     extent = tuple(extended(length, sampler.smallest * coder.factor, net.patch_size * coder.factor) for length in size)
-    enlarged = (Enlarged(each, size, extent) for each in lr.to(device).split(1))
+    enlarged = (LazyEnlargement(each, size, extent) for each in lr.to(device).split(1))
     lr_latent = torch.cat([coder.encode_tiled(each, sampler.vae_tile) for each in enlarged])
     noise = draw_noise(lr_latent, generators)
     velocity = guided(net, encode_prompts, sampler, captions, device)
@@ -146,7 +146,7 @@ def restore(
             rows = image[:, top : top + band.shape[2]]  # of the last band fewer
             rows.copy_(band[0, :, : rows.shape[1], : size[1]])
             top += band.shape[2]
-    return ALIGNMENTS[sampler.color](sr, Enlarged(lr, size)).clamp_(0, 1)
+    return ALIGNMENTS[sampler.color](sr, LazyEnlargement(lr, size)).clamp_(0, 1)
 
 
 def extended(length: int, least: int, multiple: int) -> int:
