@@ -30,7 +30,7 @@ class LazyEnlargement:
             position = torch.arange(*wanted.indices(self.shape[dim]), dtype=torch.float64)
             there_and_back = max(2 * (self.size[dim - 2] - 1), 1)
             position = torch.minimum(position % there_and_back, -position % there_and_back)
-            index, weights = taps(position, self.lr.shape[dim], self.size[dim - 2])
+            index, weights = bicubic_taps(position, self.lr.shape[dim], self.size[dim - 2])
             first, last = int(index.min()), int(index.max())
             images = images.narrow(dim, first, last - first + 1)  # so that nothing is made as wide as the image
             mixed.append((dim, index - first, weights))
@@ -39,7 +39,7 @@ class LazyEnlargement:
         return images.clamp_(0, 1)
 
 
-def taps(position: Tensor, count: int, length: int) -> tuple[Tensor, Tensor]:
+def bicubic_taps(position: Tensor, count: int, length: int) -> tuple[Tensor, Tensor]:
     """Which of `count` pixels `enlarge` to `length` mixes at each position, with their weights: `(taps, positions)`."""
     scale = count / length
     width = max(scale, 1.0)  # of the kernel, which widens where images become smaller
