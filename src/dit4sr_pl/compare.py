@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.cli.checks import check_readable, check_writable
 from dit4sr_pl.cli.command import command, conf_folder
-from dit4sr_pl.common.files import replacing
+from dit4sr_pl.common.files import atomic_write
 
 # Options of Hydra's that take the next word
 WITH_VALUE = {"--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn"}
@@ -134,7 +134,7 @@ def lower_is_better() -> dict[str, bool]:
 
 
 def write(path: Path, text: str) -> None:
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

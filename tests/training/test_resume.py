@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import OmegaConf
 
 from dit4sr_pl.cli.command import conf_folder
-from dit4sr_pl.common.files import held
+from dit4sr_pl.common.files import exclusive_lock
 from dit4sr_pl.model import load_part
 from dit4sr_pl.train import train
 from dit4sr_pl.training.run_folder import LOCK, check_same_run, checkpoints_in, is_whole, leads
@@ -244,7 +244,7 @@ def test_overwrite_starts_again_and_leaves_other_files(photos, tmp_path):
 
 
 def hold(folder: Path, ready) -> None:
-    with held(folder / LOCK):
+    with exclusive_lock(folder / LOCK):
         if os.fork() == 0:  # as DataLoader's workers outlive a killed process
             time.sleep(60)
             os._exit(0)
@@ -263,7 +263,7 @@ def test_a_folder_belongs_to_one_process_until_that_ends(tmp_path):
     assert f"{tmp_path}: process {process.pid} on " in result.stderr and "writes here; wait for it" in result.stderr
     process.kill()
     process.join()
-    with held(tmp_path / LOCK):
+    with exclusive_lock(tmp_path / LOCK):
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
 
 

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def replacing(path: Path, writer: str = "") -> Iterator[Path]:
+def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
     """A hidden name beside `path` to write to; it becomes `path` when the block ends without an error.
 
     What a killed process left is overwritten by the next one of the same `writer`, which must be given where several
@@ -31,7 +31,7 @@ def replacing(path: Path, writer: str = "") -> Iterator[Path]:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path) -> Iterator[None]:
     """Holds a lock file, and with it what it stands for; the kernel lets go of it when this process ends, however that
     is, so that a file that is left over means nothing.
 

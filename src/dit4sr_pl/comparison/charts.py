@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from dit4sr_pl.common.files import replacing
+from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.comparison import paper
 from dit4sr_pl.comparison.dataset_table import Block
 from dit4sr_pl.comparison.tables import ARROWS
@@ -37,7 +37,7 @@ def write_chart(block: Block, path: Path) -> list[Path]:
     figure = bar_chart(block)
     written = []
     for kind, options in (("png", {"dpi": 150}), ("pdf", {"metadata": {"CreationDate": None}})):
-        with replacing(path.with_name(f"{path.name}.{kind}")) as partial:
+        with atomic_write(path.with_name(f"{path.name}.{kind}")) as partial:
             figure.savefig(partial, format=kind, **options)
         written.append(path.with_name(f"{path.name}.{kind}"))
     return written

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dit4sr_pl.common.files import replacing
+from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.comparison.dataset_table import Block
 from dit4sr_pl.comparison.rows import Run
 from dit4sr_pl.images.files import IMAGE_SUFFIXES, open_rgb
@@ -124,5 +124,5 @@ def write_strip(
         return
     chosen = choose(list(runs.values()), names, images if isinstance(images, int) else len(names), crop, at)
     page = strip(list(runs.values()), list(runs), chosen, crop, lr, hr)
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         page.save(partial, format="PNG")

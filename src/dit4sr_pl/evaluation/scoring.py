@@ -20,7 +20,7 @@ from uuid import uuid4
 
 import torch
 
-from dit4sr_pl.common.files import held, replacing
+from dit4sr_pl.common.files import atomic_write, exclusive_lock
 from dit4sr_pl.evaluation.benchmark_sets import Item
 from dit4sr_pl.evaluation.methods import Method, Photo
 from dit4sr_pl.images.files import write_image
@@ -55,7 +55,7 @@ def claim(folder: Path, settings: dict, restores: bool) -> dict:
     if other:
         raise ValueError(f"output={folder}: holds other scores ({', '.join(other)}); choose another folder")
     if before != settings:
-        with replacing(path, uuid4().hex) as partial:
+        with atomic_write(path, uuid4().hex) as partial:
             partial.write_text(json.dumps(settings, indent=1))
     return settings
 
@@ -70,7 +70,7 @@ def working(folder: Path, shard: tuple[int, int]) -> Iterator[Path]:
     """The file of a shard's scores, which no other process works at meanwhile."""
     part = folder / PARTS / "{}-of-{}.jsonl".format(*shard)
     part.parent.mkdir(parents=True, exist_ok=True)
-    with held(part.with_suffix(".lock")):
+    with exclusive_lock(part.with_suffix(".lock")):
         yield part
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from dit4sr_pl.common.files import replacing
+from dit4sr_pl.common.files import atomic_write
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,7 @@ def write_image(path: Path | str, image: torch.Tensor, writer: str = "") -> None
     if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point() or not image.isfinite().all():
         raise ValueError(f"{path}: not a finite float image (3, H, W): {image.dtype} {tuple(image.shape)}")
     levels = (image.detach().float().clamp(0, 1) * 255).round().byte()
-    with replacing(path, writer) as partial:
+    with atomic_write(path, writer) as partial:
         Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()).save(partial, format="PNG")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import putchunk
 
-from dit4sr_pl.common.files import replacing
+from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.images.files import IMAGE_SUFFIXES, UNKNOWN_RANGE, bands, opened
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def write_picture(path: Path, picture: Picture) -> None:
 
     image = imagecodecs.png_encode(_levels(path, picture))
     header = 33  # signature and IHDR; profile and EXIF come between them and the pixels
-    with replacing(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         file.write(image[:header])
         if picture.icc is not None:
             putchunk(file, b"iCCP", b"ICC profile\0\0", zlib.compress(picture.icc))

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dit4sr_pl.common.files import replacing
+from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.model.lr_stream import LRStream
 from dit4sr_pl.model.variant import Variant
 
@@ -62,7 +62,7 @@ def write_released(base: SD3Transformer2DModel, lr_stream: LRStream, folder: Pat
     for name, tensor in lr_stream.state_dict().items():
         state[released_name(name)] = tensor.to(base.dtype)
     state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    with replacing(Path(folder) / "transformer" / WEIGHTS) as partial:
+    with atomic_write(Path(folder) / "transformer" / WEIGHTS) as partial:
         save_file(state, partial, metadata={"format": "pt"})
         base.save_config(partial.parent)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from dit4sr_pl.common.files import replacing
+from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.model.variant import Variant
 
 SAMPLES = 64  # of every weight, in a base model's fingerprint
@@ -72,7 +72,7 @@ def save_part(part: TrainedPart, path: str | Path) -> None:
     """Writes a part as one safetensors file, atomically."""
     state = {name: tensor.contiguous() for name, tensor in part.state.items()}
     header = {"settings": json.dumps(part.settings), "base": json.dumps(part.base)}
-    with replacing(Path(path)) as partial:
+    with atomic_write(Path(path)) as partial:
         save_file(state, partial, header)
 
 

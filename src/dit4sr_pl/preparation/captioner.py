@@ -9,7 +9,7 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from dit4sr_pl.common.files import replacing
+from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.images.files import read_image
 
 transformers.utils.logging.disable_progress_bar()
@@ -142,6 +142,6 @@ def write_captions(
         captions = captioner([image for _, image in readable])
         for (text, _), caption in zip(readable, captions, strict=True):
             if not text.exists():
-                with replacing(text) as partial:
+                with atomic_write(text) as partial:
                     partial.write_text(caption + "\n", encoding="utf-8")
     return failed

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dit4sr_pl.backbone.prompt_cache import INDEX, check_origin, check_same_text, open_file, prompt_key
-from dit4sr_pl.common.files import replacing
+from dit4sr_pl.common.files import atomic_write
 
 
 def write_embeddings(
@@ -60,7 +60,7 @@ def write_embeddings(
         if sum(tensor.nbytes for tensor in tensors.values()) >= file_bytes or key == todo[-1]:
             # One entry of metadata: of several, safetensors writes the order at random.
             metadata = {"embeddings": json.dumps(origin | {"prompts": texts})}
-            with replacing(folder / f"{min(texts)}.safetensors", writer) as partial:
+            with atomic_write(folder / f"{min(texts)}.safetensors", writer) as partial:
                 save_file(tensors, partial, metadata)
             tensors, texts = {}, {}
     write_index(folder, origin, writer)
@@ -74,7 +74,7 @@ def write_index(folder: Path, origin: dict, writer: str) -> None:
         seen = files
         stored = read_headers(folder, **origin)
         index = origin | {"files": {key: name for key, (name, _) in sorted(stored.items())}}
-        with replacing(folder / INDEX, writer) as partial:
+        with atomic_write(folder / INDEX, writer) as partial:
             partial.write_text(json.dumps(index, indent=0))
 
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from dit4sr_pl.common.files import replacing
+from dit4sr_pl.common.files import atomic_write
 
 if TYPE_CHECKING:
     pass
@@ -77,9 +77,9 @@ def write_result(result: Result, folder: Path) -> None:
     row = {name: getattr(result, name) for name in FIELDS}
     row |= {"versions": json.dumps(result.versions), "images": len(result.scores)} | result.means
     table = pa.Table.from_pylist([row])
-    with replacing(folder / f"{ROW}.parquet") as partial:
+    with atomic_write(folder / f"{ROW}.parquet") as partial:
         pyarrow.parquet.write_table(table, partial)
-    with replacing(folder / f"{ROW}.csv") as partial, partial.open("w", newline="") as file:
+    with atomic_write(folder / f"{ROW}.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, row)
         writer.writeheader()
         writer.writerow({name: cell(value) for name, value in row.items()})
@@ -87,7 +87,7 @@ def write_result(result: Result, folder: Path) -> None:
 
 def write_scores(scores: dict[str, dict[str, float]], path: Path) -> None:
     """Per-image scores; the columns are the first image's."""
-    with replacing(path) as partial, partial.open("w", newline="") as file:
+    with atomic_write(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["image", *next(iter(scores.values()))])
         writer.writeheader()
         for image, values in scores.items():

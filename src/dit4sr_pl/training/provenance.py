@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from dit4sr_pl.common.files import replacing
+from dit4sr_pl.common.files import atomic_write
 
 LARGEST_DIFF = 1_000_000  # bytes; of larger ones only the hash is kept
 
@@ -24,10 +24,10 @@ def record_code(folder: Path) -> None:
         "python": platform.python_version(),
         "packages": {d.name: d.version for d in sorted(importlib.metadata.distributions(), key=lambda d: d.name)},
     }
-    with replacing(folder / "code.yaml") as partial:
+    with atomic_write(folder / "code.yaml") as partial:
         OmegaConf.save(code, partial)
     if diff and len(diff) <= LARGEST_DIFF:
-        with replacing(folder / "code.diff") as partial:
+        with atomic_write(folder / "code.diff") as partial:
             partial.write_text(diff)
     else:
         (folder / "code.diff").unlink(missing_ok=True)

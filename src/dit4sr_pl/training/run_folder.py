@@ -19,7 +19,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.common.files import held, replacing
+from dit4sr_pl.common.files import atomic_write, exclusive_lock
 from dit4sr_pl.training.provenance import record_code
 from dit4sr_pl.training.run_identity import settings
 
@@ -39,7 +39,7 @@ def open_run(cfg: DictConfig) -> Iterator[Path]:
     """
     folder = Path(cfg.output)
     leader = leads(cfg.trainer)
-    with held(folder / LOCK) if leader else nullcontext():
+    with exclusive_lock(folder / LOCK) if leader else nullcontext():
         if leader and cfg.overwrite:
             clear(folder)
         check_same_run(cfg, folder)
@@ -105,7 +105,7 @@ def begin(cfg: DictConfig, folder: Path, start: int) -> None:
     """Writes down what is about to run from step `start`, sets aside the checkpoints after it, and removes what killed
     processes left half-written. From here on the run is not finished."""
     (folder / FINISHED).unlink(missing_ok=True)
-    with replacing(folder / CONFIG) as partial:
+    with atomic_write(folder / CONFIG) as partial:
         OmegaConf.save(cfg, partial, resolve=True)
     record_code(folder)
     for path in checkpoints_in(folder):
@@ -116,7 +116,7 @@ def begin(cfg: DictConfig, folder: Path, start: int) -> None:
 
 
 def finish(folder: Path, steps: int) -> None:
-    with replacing(folder / FINISHED) as partial:
+    with atomic_write(folder / FINISHED) as partial:
         OmegaConf.save({"steps": steps}, partial)
 
 

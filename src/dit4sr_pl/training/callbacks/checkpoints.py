@@ -14,7 +14,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from dit4sr_pl.common.files import replacing
+from dit4sr_pl.common.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class WholeFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         try:
-            with replacing(Path(path)) as partial, partial.open("wb") as file:
+            with atomic_write(Path(path)) as partial, partial.open("wb") as file:
                 torch.save(checkpoint, file)
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # PyTorch's writer hides an OSError behind a RuntimeError
@@ -135,7 +135,7 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(path)
         self.pending, self.saved_at = False, time.monotonic()
         if trainer.is_global_zero and path.exists():
-            with replacing(self.folder / "last.ckpt") as partial:
+            with atomic_write(self.folder / "last.ckpt") as partial:
                 partial.unlink(missing_ok=True)
                 partial.symlink_to(path.name)
             for old in sorted(self.folder.glob("[0-9]*.ckpt"))[: -self.keep_last]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
-from dit4sr_pl.common.files import replacing
+from dit4sr_pl.common.files import atomic_write
 
 
 class Losses(Callback):
@@ -21,7 +21,7 @@ class Losses(Callback):
         if trainer.is_global_zero:
             rows = self.path.read_text().splitlines()[1:] if self.path.exists() else []
             kept = [row for row in rows if int(row.split(",")[0]) <= batches_done(trainer)]
-            with replacing(self.path) as partial:
+            with atomic_write(self.path) as partial:
                 partial.write_text("".join(f"{row}\n" for row in ["batch,loss", *kept]))
 
     def on_train_batch_end(self, trainer: Trainer, *_) -> None:
