@@ -52,7 +52,7 @@ def read_image(path: Path | str) -> torch.Tensor:
 
     Raises `ValueError` for a file that is missing, damaged or no image, and for 32-bit pixels, whose range is unknown.
     """
-    with opened(path) as image:
+    with open_image(path) as image:
         return rgb_pixels(image)
 
 
@@ -65,7 +65,7 @@ def rgb_pixels(image: Image.Image) -> torch.Tensor:
 
 def open_rgb(path: Path | str) -> Image.Image:
     """The same as an image of Pillow's, without PyTorch; errors as `read_image`."""
-    with opened(path) as image:
+    with open_image(path) as image:
         return Image.fromarray(_to_rgb(image))
 
 
@@ -74,14 +74,14 @@ def check_image(path: Path | str) -> tuple[int, int]:
 
     Raises `ValueError` where `read_image` does.
     """
-    with opened(path) as image:
+    with open_image(path) as image:
         height, width, _ = _to_rgb(image).shape
     return width, height
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
     """Width and height in pixels, upright, from a file's header alone. `ValueError` for what is no image."""
-    with opened(path) as image:
+    with open_image(path) as image:
         width, height = image.size
         # the class's own, which does not decode a PNG
         turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5
@@ -121,7 +121,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 @contextmanager
-def opened(path: Path | str) -> Iterator[Image.Image]:
+def open_image(path: Path | str) -> Iterator[Image.Image]:
     """Pillow's image of a file, not decoded yet. Whatever goes wrong in the block becomes a `ValueError` that names
     the file and the reason."""
     try:

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import putchunk
 
 from dit4sr_pl.common.files import atomic_write
-from dit4sr_pl.images.files import IMAGE_SUFFIXES, UNKNOWN_RANGE, bands, opened
+from dit4sr_pl.images.files import IMAGE_SUFFIXES, UNKNOWN_RANGE, bands, open_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,9 +62,9 @@ def read_picture(path: Path | str, first_frame: bool = False) -> Picture:
     more pixels than Pillow thinks safe (89 million); for several frames or pages, unless `first_frame` is wanted.
     """
     with _noted() as notes:
-        with opened(path) as image:
+        with open_image(path) as image:
             image.verify()  # a PNG's checksums, over which decoding reads on
-        with opened(path) as image:
+        with open_image(path) as image:
             _check_frames(image, first_frame)
             deep, exif = _is_deep(image), image.getexif()
             orientation, icc = exif.get(ORIENTATION, 1), image.info.get("icc_profile")
@@ -92,7 +92,7 @@ def read_header(path: Path | str, first_frame: bool = False) -> Header:
 
     Raises `ValueError` where `read_picture` would for what the header shows.
     """
-    with _noted(), opened(path) as image:
+    with _noted(), open_image(path) as image:
         _check_frames(image, first_frame)
         if image.mode == "F":
             raise ValueError(UNKNOWN_RANGE)
@@ -193,7 +193,7 @@ def _deep_levels(path: Path | str, format: str) -> np.ndarray:
 
 def _netpbm_levels(path: Path | str) -> np.ndarray:
     """Of a PGM or PPM of 9 to 16 bits, scaled to 16; Pillow would keep 8 of colour."""
-    with opened(path) as image:
+    with open_image(path) as image:
         shape = image.height, image.width, len(image.getbands())
         codec, _, start, arguments = image.tile[0]
     white = arguments[1] if isinstance(arguments, tuple) else 65535
