@@ -12,7 +12,7 @@ from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.train import train
 
 
-class Held(Callback):
+class WeightShare(Callback):
     """Writes how much of the network's weights this device holds between steps, in parts of 1: frozen, trained.
 
     Args:

@@ -32,7 +32,7 @@ def evaluate(cfg: DictConfig) -> None:
     from rich.progress import track
 
     from dit4sr_pl.evaluation.methods import Finished
-    from dit4sr_pl.evaluation.scoring import claim, join, keep_memory, restore, score, working
+    from dit4sr_pl.evaluation.scoring import claim, join, restore, score, tune_malloc, working
 
     output, (number, count) = Path(cfg.output), read_shard(cfg.shard)
     metrics = {name: instantiate(metric) for name, metric in chosen.items()}
@@ -43,7 +43,7 @@ def evaluate(cfg: DictConfig) -> None:
     with working(output, (number, count)) as part:
         if cfg.images is None:
             restore(mine, method, functools.partial(track, description=f"restoring, {method.label}"))
-        keep_memory()
+        tune_malloc()
         for metric in metrics.values():
             metric.to(cfg.device)
         score(mine, metrics, output, part, functools.partial(track, description="scoring"))

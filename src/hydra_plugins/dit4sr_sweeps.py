@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 STOPPED = 128 + signal.SIGTERM
 
 
-class EveryJob(BasicSweeper):
+class FaultTolerantSweeper(BasicSweeper):
     """Runs every job of a sweep, whatever becomes of the others, and ends with a line for each that failed."""
 
     def sweep(self, arguments: list[str]) -> Any:

@@ -96,7 +96,7 @@ def runs(photos, tmp_path_factory) -> Runs:
     on_two["full_bf16"] = ["trainer=fsdp", *QUICK, *BFLOAT16]
     for strategy in STRATEGIES:
         held = [
-            "+callbacks.held._target_=testing.two_devices.Held",
+            "+callbacks.held._target_=testing.two_devices.WeightShare",
             f"+callbacks.held.output={runs.folder}/2x4_{strategy}",
         ]
         on_two[f"2x4_{strategy}"] = [f"trainer={strategy}", *descent, *held]

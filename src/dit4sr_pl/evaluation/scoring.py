@@ -105,7 +105,7 @@ def has(scores: Scores, item: Item, metric: str, measurable: object) -> bool:
     return value is not None and not (measurable and math.isnan(value))
 
 
-def keep_memory() -> None:
+def tune_malloc() -> None:
     """Lets glibc keep what is freed: pyiqa's SSIM asks for a gigabyte per image of 512x512 on a CPU, and getting its
     pages from the system anew takes several times as long as the sums."""
     with contextlib.suppress(OSError, AttributeError):  # another C library

@@ -56,13 +56,13 @@ def recorded(block: MMDiTControlBlock, kept: Record) -> Iterator[None]:
     """Hides a method of the block behind one that looks on: closed, nothing of it is left to be asked for."""
     project = block.projections
 
-    def looking_on(*tokens) -> list[QKV]:
+    def recording(*tokens) -> list[QKV]:
         streams = project(*tokens)
         maps = maps_of(dict(zip(STREAMS, streams, strict=False)), block.joint)
         setattr(kept, "attn" if len(streams) == len(STREAMS) else "attn2", maps)
         return streams
 
-    block.projections = looking_on
+    block.projections = recording
     hook = block.register_forward_hook(lambda block, before, after: setattr(kept, "lr", after[1].detach()))
     try:
         yield

@@ -7,13 +7,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 # What a run may be continued with another value of; docs/resume.md says why. Everything else makes another run.
-FREE = ("output", "ckpt_path", "overwrite", "logger", "callbacks", "metrics", "metric_weights")
-FREE += ("sampler", "model.sampler", "trainer", "ablation_name")
-FREE += ("data.num_workers", "data.photos_in_memory", "data.validation_folders", "data.validation_crop")
-FREE += ("data.validation_limit", "data.batch_size", "model.compile", "model.network.gradient_checkpointing")
-FREE += ("model._target_",)  # sharded or not
-FREE += ("model.optimizer", "model.seed", "data.seed", "data.degradation")  # copies of what has a key of its own
-BOUND = ("callbacks.ema", "trainer.precision", "trainer.gradient_clip_val")  # within what is free
+MAY_CHANGE = ("output", "ckpt_path", "overwrite", "logger", "callbacks", "metrics", "metric_weights")
+MAY_CHANGE += ("sampler", "model.sampler", "trainer", "ablation_name")
+MAY_CHANGE += ("data.num_workers", "data.photos_in_memory", "data.validation_folders", "data.validation_crop")
+MAY_CHANGE += ("data.validation_limit", "data.batch_size", "model.compile", "model.network.gradient_checkpointing")
+MAY_CHANGE += ("model._target_",)  # sharded or not
+MAY_CHANGE += ("model.optimizer", "model.seed", "data.seed", "data.degradation")  # copies of what has a key of its own
+MUST_MATCH = ("callbacks.ema", "trainer.precision", "trainer.gradient_clip_val")  # within what is free
 
 
 def settings(cfg: DictConfig) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
     counts = [written.data.batch_size, trainer.devices, trainer.num_nodes, trainer.accumulate_grad_batches]
     known = all(isinstance(count, int) for count in counts)
     flat["images per step"] = math.prod(counts) if known else " x ".join(map(str, counts))
-    return {key: value for key, value in flat.items() if within(key, BOUND) or not within(key, FREE)}
+    return {key: value for key, value in flat.items() if within(key, MUST_MATCH) or not within(key, MAY_CHANGE)}
 
 
 def within(key: str, sections: tuple[str, ...]) -> bool:

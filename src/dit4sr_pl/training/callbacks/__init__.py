@@ -1,9 +1,9 @@
 """What a run shows beside its loss, and what it saves."""
 
-from dit4sr_pl.training.callbacks.checkpoints import Checkpoints, WholeFiles
+from dit4sr_pl.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from dit4sr_pl.training.callbacks.degradation_log import DegradationLog
 from dit4sr_pl.training.callbacks.hyper_parameters import HyperParameters
 from dit4sr_pl.training.callbacks.losses import Losses
 from dit4sr_pl.training.callbacks.validation_scores import ValidationScores
 
-__all__ = ["Checkpoints", "DegradationLog", "HyperParameters", "Losses", "ValidationScores", "WholeFiles"]
+__all__ = ["Checkpoints", "DegradationLog", "HyperParameters", "Losses", "ValidationScores", "AtomicCheckpointIO"]

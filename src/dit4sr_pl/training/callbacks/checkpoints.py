@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class WholeFiles(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints beside their place and moves them there when they are on the disk.
 
     Lightning's own way holds them in memory and copies them from /tmp, which a kill can interrupt. A checkpoint that
