@@ -45,37 +45,37 @@ def compare(paths: Sequence[str], cfg: DictConfig) -> None:
     if not paths:
         raise ValueError("no runs; give folders with results, or folders above them: compare RUNS...")
     runs = find_runs(paths)
-    metrics, table = metrics_of(runs), choose_table(cfg.table, runs)
+    metrics, paper_table = metrics_of(runs), choose_table(cfg.table, runs)
     datasets = make_rows(runs, metrics)
 
-    from dit4sr_pl.comparison.dataset_table import make_block
+    from dit4sr_pl.comparison.dataset_table import make_dataset_table
     from dit4sr_pl.comparison.statistics import Resampling
     from dit4sr_pl.comparison.tables import csv_table, labels_of, latex, markdown
 
-    labels = [labels_of(table, [(row.method, row.variant) for row in rows]) for rows in datasets.values()]
-    against = choose_against(cfg.against, table, [label for names in labels for label in names])
+    labels = [labels_of(paper_table, [(row.method, row.variant) for row in rows]) for rows in datasets.values()]
+    against = choose_against(cfg.against, paper_table, [label for names in labels for label in names])
     lower, resampling = lower_is_better(), Resampling(**cfg.resampling)
-    blocks = [
-        make_block(dataset, rows, names, metrics, lower, resampling, against)
+    tables = [
+        make_dataset_table(dataset, rows, names, metrics, lower, resampling, against)
         for (dataset, rows), names in zip(datasets.items(), labels, strict=True)
     ]
-    text = markdown(table, blocks, cfg.paper, against, resampling)
+    text = markdown(paper_table, tables, cfg.paper, against, resampling)
     print(text)
-    write(output / f"table{table}.md", text)
-    write(output / f"table{table}.tex", latex(table, blocks, cfg.paper))
-    write(output / f"table{table}.csv", csv_table(blocks))
-    draw(blocks, output, cfg.strip)
+    write(output / f"table{paper_table}.md", text)
+    write(output / f"table{paper_table}.tex", latex(paper_table, tables, cfg.paper))
+    write(output / f"table{paper_table}.csv", csv_table(tables))
+    draw(tables, output, cfg.strip)
 
 
-def draw(blocks: Sequence, output: Path, options: DictConfig) -> None:
-    """A chart and a strip of each block; the strips, which look into pictures, come last."""
+def draw(tables: Sequence, output: Path, options: DictConfig) -> None:
+    """A chart and a strip of each table; the strips, which look into pictures, come last."""
     from dit4sr_pl.comparison.charts import write_chart
     from dit4sr_pl.comparison.strips import write_strip
 
-    for block in blocks:
-        write_chart(block, output / f"chart_{file_name(block.dataset)}")
-    for block in blocks:
-        for note in write_strip(block, output / f"strip_{file_name(block.dataset)}.png", **options):
+    for table in tables:
+        write_chart(table, output / f"chart_{file_name(table.dataset)}")
+    for table in tables:
+        for note in write_strip(table, output / f"strip_{file_name(table.dataset)}.png", **options):
             print(f"- {note}")
     print(f"written into {output}")
 
@@ -117,10 +117,10 @@ def choose_table(wanted: int | str, runs: Sequence) -> int:
     return wanted
 
 
-def choose_against(wanted: str | None, table: int, labels: Sequence[str]) -> str:
+def choose_against(wanted: str | None, paper_table: int, labels: Sequence[str]) -> str:
     """Label of the row that the others are tested against."""
     if wanted is None:
-        return next((label for label in REFERENCES[table] if label in labels), REFERENCES[table][0])
+        return next((label for label in REFERENCES[paper_table] if label in labels), REFERENCES[paper_table][0])
     if wanted not in labels:
         raise ValueError(f"against={wanted}: no such row; choose one of {', '.join(dict.fromkeys(labels))}")
     return wanted

@@ -12,7 +12,7 @@ import pytest
 
 from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.comparison import paper
-from dit4sr_pl.comparison.dataset_table import make_block, rank
+from dit4sr_pl.comparison.dataset_table import make_dataset_table, rank
 from dit4sr_pl.comparison.ranking import orders
 from dit4sr_pl.comparison.rows import Run, make_rows, metrics_of
 from dit4sr_pl.comparison.statistics import Resampling
@@ -51,12 +51,18 @@ METHODS = ["Real-ESRGAN", "SwinIR", "ResShift", "StableSR", "SeeSR", "DiffBIR", 
 METHODS += ["SUPIR", "DreamClear", "SD3-ControlNet", "DiT4SR"]
 
 
-def blocks_of(table, results, against="DiT4SR"):
+def tables_of(paper_table, results, against="DiT4SR"):
     runs = [Run(Path(str(number)), result) for number, result in enumerate(results)]
     metrics = metrics_of(runs)
     return [
-        make_block(
-            dataset, rows, labels_of(table, [(r.method, r.variant) for r in rows]), metrics, LOWER, RESAMPLING, against
+        make_dataset_table(
+            dataset,
+            rows,
+            labels_of(paper_table, [(r.method, r.variant) for r in rows]),
+            metrics,
+            LOWER,
+            RESAMPLING,
+            against,
         )
         for dataset, rows in make_rows(runs, metrics).items()
     ]
@@ -76,17 +82,17 @@ def test_the_papers_own_numbers_are_sorted_and_marked_as_in_the_paper():
             scores = {metric: paper.number(dataset, method, "", metric) for metric in LOWER}
             results.append(made_up({"all": scores}, method, dataset=dataset))
     marked = []
-    for block in blocks_of(1, results):
-        assert block.labels == METHODS
-        for column, metric in enumerate(block.metrics):
+    for table in tables_of(1, results):
+        assert table.labels == METHODS
+        for column, metric in enumerate(table.metrics):
             best, second = (
                 " ".join(
-                    label for label, ranks in zip(block.labels, block.ranks, strict=True) if ranks[column] == place
+                    label for label, ranks in zip(table.labels, table.ranks, strict=True) if ranks[column] == place
                 )
                 for place in (1, 2)
             )
             if best:
-                marked.append(f"{block.dataset} {metric} {best} | {second}")
+                marked.append(f"{table.dataset} {metric} {best} | {second}")
     assert sorted(marked) == sorted(BEST.split("\n")[1:-1])
 
 
@@ -101,8 +107,8 @@ def test_table_1_of_made_up_results_against_loops():
             of_method = [result.scores for result in results if result.method == method]
             per_image = [statistics.fmean(scores[image][metric] for scores in of_method) for image in of_method[0]]
             expected[method, metric] = statistics.fmean(per_image)
-    (block,) = blocks_of(1, results)
-    text = markdown(1, [block], "none", "DiT4SR", RESAMPLING)
+    (table,) = tables_of(1, results)
+    text = markdown(1, [table], "none", "DiT4SR", RESAMPLING)
     head, *rows = parsed(text)[:5]
     assert head == ["method", "images", "seeds", "psnr ↑", "lpips ↓", "own"]
     assert [row[0] for row in rows] == ["Bicubic", "SwinIR", "SeeSR", "DiT4SR"]
@@ -117,12 +123,12 @@ def test_table_1_of_made_up_results_against_loops():
             assert cell.split(" [")[0] == shown
     assert "own: nothing in conf/metrics/ says whether lower is better" in text
 
-    tex = latex(1, [block], "none")
+    tex = latex(1, [table], "none")
     for cell in (cell for row in rows for cell in row[3:]):
         number = re.sub(r"<u>(.*)</u>", r"\\underline{\1}", re.sub(r"\*\*(.*)\*\*", r"\\textbf{\1}", cell.split()[0]))
         assert f"& {number} {{\\scriptsize" in tex
 
-    for record in csv.DictReader(io.StringIO(csv_table([block]))):
+    for record in csv.DictReader(io.StringIO(csv_table([table]))):
         assert float(record["mean"]) == pytest.approx(expected[record["method"], record["metric"]])
         assert float(record["low"]) < float(record["mean"]) < float(record["high"])
         assert (record["p"] == "") == (record["method"] == "DiT4SR") == (record["difference"] == "")
@@ -142,7 +148,7 @@ VARIANTS = ["no_lr_injection", "full", "own", "no_lr_integration"]
 def test_table_3_has_variants_in_the_papers_order_beside_its_numbers():
     metrics = ("musiq", "maniqa", "psnr")
     results = [made_up(draw_scores(n, 8, metrics), variant=v, dataset="reallq250") for n, v in enumerate(VARIANTS)]
-    head, *rows = parsed(markdown(3, blocks_of(3, results, "FULL"), "runs", "FULL", RESAMPLING))
+    head, *rows = parsed(markdown(3, tables_of(3, results, "FULL"), "runs", "FULL", RESAMPLING))
     assert head[:6] == ["variant", "integration", "residual", "injection", "images", "seeds"]
     names = ["FULL", "FULL (paper)", "A: no_lr_integration", "A: no_lr_integration (paper)"]
     names += ["C: no_lr_injection", "C: no_lr_injection (paper)", "own"]
@@ -158,23 +164,23 @@ def test_table_3_has_variants_in_the_papers_order_beside_its_numbers():
 
 
 def test_all_of_the_papers_rows_or_none():
-    blocks = blocks_of(1, [made_up(draw_scores(0), variant="full"), made_up(draw_scores(1), "Bicubic")])
-    everything = [row[0] for row in parsed(markdown(1, blocks, "all", "DiT4SR", RESAMPLING))[1:]]
+    tables = tables_of(1, [made_up(draw_scores(0), variant="full"), made_up(draw_scores(1), "Bicubic")])
+    everything = [row[0] for row in parsed(markdown(1, tables, "all", "DiT4SR", RESAMPLING))[1:]]
     assert everything == [
         "Bicubic",
         *(f"{name} (paper)" for name in METHODS[:-1]),
         "DiT4SR FULL",
         "DiT4SR FULL (paper)",
     ]
-    assert "(paper)" not in markdown(1, blocks, "none", "DiT4SR", RESAMPLING)
-    assert [name for _, name in absent(3, blocks[0])] == list(paper.VARIANTS)[1:]
+    assert "(paper)" not in markdown(1, tables, "none", "DiT4SR", RESAMPLING)
+    assert [name for _, name in absent(3, tables[0])] == list(paper.VARIANTS)[1:]
 
 
 def test_differences_are_of_common_images_and_the_others_are_named():
     scores = {variant: draw_scores(number, 8) for number, variant in enumerate(("full", "no_lr_residual"))}
     del scores["full"]["02"], scores["no_lr_residual"]["05"]
-    (block,) = blocks_of(3, [made_up(of, variant=variant) for variant, of in scores.items()], "FULL")
-    (pair,) = block.paired.values()
+    (table,) = tables_of(3, [made_up(of, variant=variant) for variant, of in scores.items()], "FULL")
+    (pair,) = table.paired.values()
     common = [image for image in draw_scores(0, 8) if image not in ("02", "05")]
     for column, metric in enumerate(("psnr", "ssim")):
         differences = [scores["no_lr_residual"][image][metric] - scores["full"][image][metric] for image in common]
@@ -182,18 +188,18 @@ def test_differences_are_of_common_images_and_the_others_are_named():
         assert pair.low[column] < pair.difference[column] < pair.high[column]
     less, more = sorted(pair.p)
     assert sorted(pair.p_holm) == pytest.approx([min(1, 2 * less), min(1, max(more, 2 * less))])
-    text = markdown(3, [block], "none", "FULL", RESAMPLING)
+    text = markdown(3, [table], "none", "FULL", RESAMPLING)
     assert "- B: no_lr_residual: tested without images that one of the two lacks: 02, 05." in text
 
 
 def test_what_was_not_measured_is_an_empty_cell():
     scores = draw_scores(0)
     scores["03"]["ssim"] = math.nan
-    (block,) = blocks_of(1, [made_up(scores), made_up(draw_scores(1), "Bicubic")])
-    rows = parsed(markdown(1, [block], "none", "DiT4SR", RESAMPLING))
+    (table,) = tables_of(1, [made_up(scores), made_up(draw_scores(1), "Bicubic")])
+    rows = parsed(markdown(1, [table], "none", "DiT4SR", RESAMPLING))
     assert rows[2][0] == "DiT4SR" and rows[2][4] == ""
     assert rows[4][0] == "Bicubic" and rows[4][3] == "" and "p=" in rows[4][2]
-    assert {r["mean"] == "" for r in csv.DictReader(io.StringIO(csv_table([block]))) if r["metric"] == "ssim"} == {
+    assert {r["mean"] == "" for r in csv.DictReader(io.StringIO(csv_table([table]))) if r["metric"] == "ssim"} == {
         True,
         False,
     }
@@ -203,7 +209,7 @@ def test_notes_name_seeds_images_and_versions():
     scores = draw_scores(0)
     del scores["04"]
     results = [made_up(scores, versions={"pyiqa": "0.1.14"}), made_up(draw_scores(1), seed=1)]
-    text = markdown(1, blocks_of(1, results), "none", "DiT4SR", RESAMPLING)
+    text = markdown(1, tables_of(1, results), "none", "DiT4SR", RESAMPLING)
     assert "- DiT4SR: left out, not scored with every seed: 04." in text
     assert "- Scored with pyiqa 0.1.14 and none" in text
     assert "No tests: DiT4SR and another row must be there" in text
@@ -212,7 +218,7 @@ def test_notes_name_seeds_images_and_versions():
 def test_latex_is_escaped_and_every_line_has_all_columns():
     names = [r"a_b & 100% #1 {x} ~ ^ \ $", "[0] < 1"]
     results = [made_up(draw_scores(number), name) for number, name in enumerate(names)]
-    tex = latex(1, blocks_of(1, results), "all")
+    tex = latex(1, tables_of(1, results), "all")
     assert escaped(names[0]) == (r"a\_b \& 100\% \#1 \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \$")
     assert f"\n{escaped(names[0])} & 6 & 1 & " in tex and "\n{[}0] $<$ 1 & 6" in tex
     lines = tex.splitlines()
@@ -239,14 +245,14 @@ def test_the_order_of_the_variants_beside_the_papers():
         for variant, value in (letters | {"no_lr_integration": 0.0}).items()
         for seed, sign in enumerate((1, 1, -0.5))
     ]
-    (block,) = blocks_of(3, [*results, made_up({"x": {"lpips": 0.0, "psnr": 9.0}}, "SD3-ControlNet")], against="FULL")
-    musiq, maniqa, lpips, psnr = orders(block)
+    (table,) = tables_of(3, [*results, made_up({"x": {"lpips": 0.0, "psnr": 9.0}}, "SD3-ControlNet")], against="FULL")
+    musiq, maniqa, lpips, psnr = orders(table)
     assert musiq[:2] == ["the paper's musiq on RealLQ250", "FULL 71.832, D 71.607, C 71.202, B 70.887, A 66.963"]
     assert maniqa[1] == "FULL 0.632, D 0.621, B 0.614, C 0.610, A 0.574"
     assert lpips == ["lpips", "FULL 0.800, D 0.850, C 0.900, B 0.950, A 1.000", *LPIPS_TAUS]
     assert psnr == ["psnr", "FULL 0.400, D 0.300, C 0.200, B 0.100, A 0.000", *PSNR_TAUS]
-    assert "SD3-ControlNet" in (text := markdown(3, [block], "runs", "FULL", RESAMPLING)) and psnr[1] in text
-    assert not orders(blocks_of(3, results[:6], against="FULL")[0])
+    assert "SD3-ControlNet" in (text := markdown(3, [table], "runs", "FULL", RESAMPLING)) and psnr[1] in text
+    assert not orders(tables_of(3, results[:6], against="FULL")[0])
 
 
 # One pair of ten is the other way round by MANIQA; in the third seed lpips turns all of them round.

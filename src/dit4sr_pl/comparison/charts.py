@@ -1,4 +1,4 @@
-"""Bar charts of blocks."""
+"""Bar charts of dataset tables."""
 
 from pathlib import Path
 
@@ -7,34 +7,34 @@ from matplotlib.figure import Figure
 
 from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.comparison import paper
-from dit4sr_pl.comparison.dataset_table import Block
+from dit4sr_pl.comparison.dataset_table import DatasetTable
 from dit4sr_pl.comparison.tables import ARROWS
 
 
-def bar_chart(block: Block) -> Figure:
+def bar_chart(table: DatasetTable) -> Figure:
     """One panel per measured metric: means from zero with their intervals, the paper's numbers as diamonds."""
-    columns = [column for column in range(len(block.metrics)) if not np.isnan(block.means[:, column]).all()]
-    size = (2.5 + 2.4 * max(1, len(columns)), 1.6 + 0.35 * len(block.rows))
+    columns = [column for column in range(len(table.metrics)) if not np.isnan(table.means[:, column]).all()]
+    size = (2.5 + 2.4 * max(1, len(columns)), 1.6 + 0.35 * len(table.rows))
     figure = Figure(size, layout="constrained")
     panels = figure.subplots(1, max(1, len(columns)), sharey=True, squeeze=False)[0]
-    places = np.arange(len(block.rows))
+    places = np.arange(len(table.rows))
     for panel, column in zip(panels, columns, strict=False):
-        means = block.means[:, column]
-        spread = np.abs(np.stack([block.low[:, column], block.high[:, column]]) - means)
+        means = table.means[:, column]
+        spread = np.abs(np.stack([table.low[:, column], table.high[:, column]]) - means)
         panel.barh(places, means, xerr=spread, color="#9ecae1", error_kw={"capsize": 2, "lw": 1})
-        metric = block.metrics[column]
-        numbers = [paper.number(block.dataset, row.method, row.variant, metric) for row in block.rows]
+        metric = table.metrics[column]
+        numbers = [paper.number(table.dataset, row.method, row.variant, metric) for row in table.rows]
         panel.plot(numbers, places, "kD", markersize=4)
-        panel.set_title(metric + ARROWS[block.lower[column]])
-    panels[0].set_yticks(places, block.labels)
+        panel.set_title(metric + ARROWS[table.lower[column]])
+    panels[0].set_yticks(places, table.labels)
     panels[0].invert_yaxis()
-    figure.suptitle(block.dataset)
+    figure.suptitle(table.dataset)
     return figure
 
 
-def write_chart(block: Block, path: Path) -> list[Path]:
+def write_chart(table: DatasetTable, path: Path) -> list[Path]:
     """As PNG and as PDF, by the suffixes added to `path`; they hold no date, so equal charts are equal files."""
-    figure = bar_chart(block)
+    figure = bar_chart(table)
     written = []
     for kind, options in (("png", {"dpi": 150}), ("pdf", {"metadata": {"CreationDate": None}})):
         with atomic_write(path.with_name(f"{path.name}.{kind}")) as partial:

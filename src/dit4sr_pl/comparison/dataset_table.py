@@ -30,7 +30,7 @@ class Paired:
 
 
 @dataclass(frozen=True)
-class Block:
+class DatasetTable:
     """Arrays are `(rows, metrics)`, `nan` where not measured.
 
     Args:
@@ -52,7 +52,7 @@ class Block:
     paired: dict[int, Paired]
 
 
-def make_block(
+def make_dataset_table(
     dataset: str,
     rows: Sequence[Row],
     labels: Sequence[str],
@@ -60,7 +60,7 @@ def make_block(
     lower: Mapping[str, bool],
     resampling: Resampling,
     against: str,
-) -> Block:
+) -> DatasetTable:
     """`against` is a label, or none that is there."""
     directions = [lower.get(metric) for metric in metrics]
     means = np.stack([row.scores.mean(axis=0) for row in rows])
@@ -68,7 +68,7 @@ def make_block(
     place = labels.index(against) if against in labels else None
     paired = {} if place is None else compare_rows(rows, place, resampling)
     ranks = rank(means, directions)
-    return Block(dataset, list(metrics), directions, rows, labels, means, low, high, ranks, place, paired)
+    return DatasetTable(dataset, list(metrics), directions, rows, labels, means, low, high, ranks, place, paired)
 
 
 def rank(means: np.ndarray, lower: Sequence[bool | None]) -> np.ndarray:

@@ -6,33 +6,33 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from dit4sr_pl.comparison import paper
-from dit4sr_pl.comparison.dataset_table import DIGITS, Block
+from dit4sr_pl.comparison.dataset_table import DIGITS, DatasetTable
 
 FEWEST = 3  # variants that make an order
 
 
-def variants_of(block: Block) -> dict[str, int]:
+def variants_of(table: DatasetTable) -> dict[str, int]:
     """Places of the rows that the paper's Table 3 has too, by its letters."""
-    places = {paper.VARIANTS.get(row.variant): place for place, row in enumerate(block.rows)}
+    places = {paper.VARIANTS.get(row.variant): place for place, row in enumerate(table.rows)}
     return {letter: place for letter, place in places.items() if letter is not None}
 
 
-def orders(block: Block) -> list[list[str]]:
+def orders(table: DatasetTable) -> list[list[str]]:
     """A line for each of the paper's metrics, then for each of ours: by what, the variants from best to worst, and
     Kendall's tau to each of the paper's orders, of the means and, where there are several, of every seed by itself.
 
     None where there are fewer than three variants; metrics that not all of them have are left out.
     """
-    places = variants_of(block)
+    places = variants_of(table)
     if len(places) < FEWEST:
         return []
     theirs = paper.ablation(list(places))
     lines = [[f"the paper's {name}", order(places, values, 1), *[""] * len(theirs)] for name, values in theirs.items()]
-    for column, (metric, lower) in enumerate(zip(block.metrics, block.lower, strict=True)):
-        means = block.means[list(places.values()), column]
+    for column, (metric, lower) in enumerate(zip(table.metrics, table.lower, strict=True)):
+        means = table.means[list(places.values()), column]
         if lower is not None and not np.isnan(means).any():
             sign = -1 if lower else 1
-            scores = [means, *by_seed(block, list(places.values()), metric)]
+            scores = [means, *by_seed(table, list(places.values()), metric)]
             taus = [agreement([sign * values for values in scores], those) for those in theirs.values()]
             lines.append([metric, order(places, means, sign), *taus])
     return lines
@@ -50,10 +50,10 @@ def agreement(ours: Sequence[np.ndarray], theirs: Sequence[float]) -> str:
     return f"{tau} ({', '.join(of_seeds)})" if len(of_seeds) > 1 else tau
 
 
-def by_seed(block: Block, places: Sequence[int], metric: str) -> list[np.ndarray]:
+def by_seed(table: DatasetTable, places: Sequence[int], metric: str) -> list[np.ndarray]:
     """Means of the variants, for every seed that all of them have."""
-    rows = [{run.result.seed: run.result.scores for run in block.rows[place].runs} for place in places]
-    images = [block.rows[place].images for place in places]
+    rows = [{run.result.seed: run.result.scores for run in table.rows[place].runs} for place in places]
+    images = [table.rows[place].images for place in places]
     return [
         np.array(
             [np.mean([row[seed][image][metric] for image in names]) for row, names in zip(rows, images, strict=True)]

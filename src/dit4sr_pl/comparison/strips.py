@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dit4sr_pl.common.files import atomic_write
-from dit4sr_pl.comparison.dataset_table import Block
+from dit4sr_pl.comparison.dataset_table import DatasetTable
 from dit4sr_pl.comparison.rows import Run
 from dit4sr_pl.images.files import IMAGE_SUFFIXES, open_rgb
 
@@ -94,7 +94,7 @@ def cut(picture: Image.Image, corner: Corner, crop: int) -> Image.Image:
 
 
 def write_strip(
-    block: Block,
+    table: DatasetTable,
     path: Path,
     images: int | Sequence[str],
     crop: int,
@@ -102,25 +102,25 @@ def write_strip(
     lr: str | None = None,
     hr: str | None = None,
 ) -> Iterator[str]:
-    """Writes the strip of a block: of every row the first seed with pictures. Yields what is not in it, and why.
+    """Writes the strip of a table: of every row the first seed with pictures. Yields what is not in it, and why.
 
     Raises:
         ValueError: pictures of different sizes or damaged.
     """
     first = {
         label: next((run for run in row.runs if run.pictures), None)
-        for label, row in zip(block.labels, block.rows, strict=True)
+        for label, row in zip(table.labels, table.rows, strict=True)
     }
     if without := [label for label, run in first.items() if run is None]:
-        yield f"{block.dataset}: no pictures, so not in the strip: {', '.join(without)}."
+        yield f"{table.dataset}: no pictures, so not in the strip: {', '.join(without)}."
     runs = {label: run for label, run in first.items() if run is not None}
     common = common_pictures(list(runs.values())) if runs else []
     wanted = common if isinstance(images, int) else list(map(str, images))  # YAML reads some names as numbers
     names = [name for name in wanted if name in common]
     if missing := [name for name in wanted if name not in common]:
-        yield f"{block.dataset}: not in the strip, since not every run has their picture: {', '.join(missing)}."
+        yield f"{table.dataset}: not in the strip, since not every run has their picture: {', '.join(missing)}."
     if not names:
-        yield f"{block.dataset}: no strip, since no image has a picture in every run."
+        yield f"{table.dataset}: no strip, since no image has a picture in every run."
         return
     chosen = choose(list(runs.values()), names, images if isinstance(images, int) else len(names), crop, at)
     page = strip(list(runs.values()), list(runs), chosen, crop, lr, hr)

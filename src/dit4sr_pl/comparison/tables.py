@@ -1,4 +1,4 @@
-"""The paper's Table 1 and Table 3 from blocks, as Markdown, LaTeX and CSV."""
+"""The paper's Table 1 and Table 3 from dataset tables, as Markdown, LaTeX and CSV."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dit4sr_pl.comparison import paper
-from dit4sr_pl.comparison.dataset_table import DIGITS, Block
+from dit4sr_pl.comparison.dataset_table import DIGITS, DatasetTable
 from dit4sr_pl.comparison.ranking import orders
 from dit4sr_pl.comparison.rows import order, row_label, variant_label
 from dit4sr_pl.comparison.statistics import Resampling
@@ -51,55 +51,60 @@ class Cell:
 Line = list[Cell]
 
 
-def labels_of(table: int, keys: Sequence[tuple[str, str]]) -> list[str]:
+def labels_of(paper_table: int, keys: Sequence[tuple[str, str]]) -> list[str]:
     """Names of rows by (method, variant): Table 3 is of one method's variants, and leaves it out."""
     return [
-        variant_label(variant) if table == 3 and variant else row_label(method, variant) for method, variant in keys
+        variant_label(variant) if paper_table == 3 and variant else row_label(method, variant)
+        for method, variant in keys
     ]
 
 
-def header(table: int, block: Block) -> list[str]:
-    first = ["variant", *(switch.removeprefix("lr_") for switch in paper.SWITCHES)] if table == 3 else ["method"]
-    metrics = [metric + ARROWS[lower] for metric, lower in zip(block.metrics, block.lower, strict=True)]
+def header(paper_table: int, table: DatasetTable) -> list[str]:
+    first = ["variant", *(switch.removeprefix("lr_") for switch in paper.SWITCHES)] if paper_table == 3 else ["method"]
+    metrics = [metric + ARROWS[lower] for metric, lower in zip(table.metrics, table.lower, strict=True)]
     return [*first, "images", "seeds", *metrics]
 
 
-def lines(table: int, block: Block, which: str) -> Iterator[Line]:
+def lines(paper_table: int, table: DatasetTable, which: str) -> Iterator[Line]:
     """Each row, and after it the paper's; `which` of those: `runs`, `all` or `none`."""
-    places = {(row.method, row.variant): place for place, row in enumerate(block.rows)}
-    for key in sorted({*places, *(absent(table, block) if which == "all" else [])}, key=lambda key: order(*key)):
-        (label,) = labels_of(table, [key])
-        variant = [Cell(text) for text in paper.switches(key[1])] if table == 3 else []
+    places = {(row.method, row.variant): place for place, row in enumerate(table.rows)}
+    for key in sorted({*places, *(absent(paper_table, table) if which == "all" else [])}, key=lambda key: order(*key)):
+        (label,) = labels_of(paper_table, [key])
+        variant = [Cell(text) for text in paper.switches(key[1])] if paper_table == 3 else []
         if key in places:
-            row = block.rows[places[key]]
+            row = table.rows[places[key]]
             counts = [Cell(str(len(row.images))), Cell(str(len(row.runs)))]
-            yield [Cell(label), *variant, *counts, *scores(block, places[key])]
-        numbers = [paper.number(block.dataset, *key, metric) for metric in block.metrics]
+            yield [Cell(label), *variant, *counts, *scores(table, places[key])]
+        numbers = [paper.number(table.dataset, *key, metric) for metric in table.metrics]
         if which != "none" and not all(map(math.isnan, numbers)):
             yield [Cell(f"{label} (paper)"), *variant, Cell(""), Cell(""), *(Cell(fixed(value)) for value in numbers)]
 
 
-def absent(table: int, block: Block) -> list[tuple[str, str]]:
+def absent(paper_table: int, table: DatasetTable) -> list[tuple[str, str]]:
     """The paper's rows of methods and variants that were not run."""
-    there = {(row.method, "" if row.variant == "full" and table == 1 else row.variant) for row in block.rows}
-    keys = [(method, "") for method in paper.methods()] if table == 1 else [("DiT4SR", name) for name in paper.VARIANTS]
+    there = {(row.method, "" if row.variant == "full" and paper_table == 1 else row.variant) for row in table.rows}
+    keys = (
+        [(method, "") for method in paper.methods()]
+        if paper_table == 1
+        else [("DiT4SR", name) for name in paper.VARIANTS]
+    )
     return [key for key in keys if key not in there]
 
 
-def scores(block: Block, place: int) -> Line:
-    columns = (block.means[place], block.low[place], block.high[place], block.ranks[place])
+def scores(table: DatasetTable, place: int) -> Line:
+    columns = (table.means[place], table.low[place], table.high[place], table.ranks[place])
     return [Cell(fixed(mean), rank, interval(low, high)) for mean, low, high, rank in zip(*columns, strict=True)]
 
 
-def differences(block: Block) -> Iterator[Line]:
+def differences(table: DatasetTable) -> Iterator[Line]:
     """Of each row to the one that it is tested against."""
-    for place, pair in block.paired.items():
+    for place, pair in table.paired.items():
         columns = zip(pair.difference, pair.low, pair.high, pair.p_holm, strict=True)
         tests = [
             Cell(fixed(mean, "+"), aside=" ".join(filter(None, [interval(low, high), p_value(p)])))
             for mean, low, high, p in columns
         ]
-        yield [Cell(block.labels[place]), Cell(str(pair.images)), *tests]
+        yield [Cell(table.labels[place]), Cell(str(pair.images)), *tests]
 
 
 def fixed(value: float, sign: str = "") -> str:
@@ -114,47 +119,47 @@ def p_value(p: float) -> str:
     return "" if math.isnan(p) else "p<0.001" if p < 0.001 else f"p={p:.3f}"
 
 
-def notes(block: Block) -> Iterator[str]:
-    """What a reader of this block must know."""
-    for label, row in zip(block.labels, block.rows, strict=True):
+def notes(table: DatasetTable) -> Iterator[str]:
+    """What a reader of this table must know."""
+    for label, row in zip(table.labels, table.rows, strict=True):
         if row.left_out:
             yield f"{label}: left out, not scored with every seed: {', '.join(row.left_out)}."
-    runs = [run for row in block.rows for run in row.runs]
+    runs = [run for row in table.rows for run in row.runs]
     for place, run in enumerate(runs):
         if same := [str(other.folder) for other in runs[:place] if str(other.result.scores) == str(run.result.scores)]:
             yield f"Equal scores of every image: {', '.join(same)}, {run.folder}."
-    for metric, lower in zip(block.metrics, block.lower, strict=True):
+    for metric, lower in zip(table.metrics, table.lower, strict=True):
         if lower is None:
             yield f"{metric}: nothing in conf/metrics/ says whether lower is better; its best is not marked."
-    versions = [run.result.versions for row in block.rows for run in row.runs]
+    versions = [run.result.versions for row in table.rows for run in row.runs]
     for package in sorted(set().union(*versions)):
         if len(found := {version.get(package, "none") for version in versions}) > 1:
             yield f"Scored with {package} {' and '.join(sorted(found))}: scores may differ for that alone."
-    for place, pair in block.paired.items():
+    for place, pair in table.paired.items():
         if pair.left_out:
-            yield f"{block.labels[place]}: tested without images that one of the two lacks: {', '.join(pair.left_out)}."
+            yield f"{table.labels[place]}: tested without images that one of the two lacks: {', '.join(pair.left_out)}."
 
 
-def markdown(table: int, blocks: Sequence[Block], which: str, against: str, resampling: Resampling) -> str:
+def markdown(paper_table: int, tables: Sequence[DatasetTable], which: str, against: str, resampling: Resampling) -> str:
     parts = []
-    for block in blocks:
-        parts += [f"## {block.dataset}", markdown_table(header(table, block), lines(table, block, which))]
-        if block.paired:
-            title = [f"difference to {against}", "images", *block.metrics]
-            parts += [markdown_table(title, differences(block))]
-        if table == 3 and (found := orders(block)):
+    for table in tables:
+        parts += [f"## {table.dataset}", markdown_table(header(paper_table, table), lines(paper_table, table, which))]
+        if table.paired:
+            title = [f"difference to {against}", "images", *table.metrics]
+            parts += [markdown_table(title, differences(table))]
+        if paper_table == 3 and (found := orders(table)):
             parts += [markdown_table(ORDERS, ([Cell(text) for text in line] for line in found)), HOW_TO_READ_ORDERS]
-        parts += ["\n".join(f"- {note}" for note in notes(block))]
-    return "\n\n".join(filter(None, [*parts, how_to_read(blocks, against, resampling)])) + "\n"
+        parts += ["\n".join(f"- {note}" for note in notes(table))]
+    return "\n\n".join(filter(None, [*parts, how_to_read(tables, against, resampling)])) + "\n"
 
 
-def how_to_read(blocks: Sequence[Block], against: str, resampling: Resampling) -> str:
+def how_to_read(tables: Sequence[DatasetTable], against: str, resampling: Resampling) -> str:
     text = (
         f"Means over images, [{100 * resampling.level:g}% intervals]: percentile bootstrap over images, "
         f"{resampling.resamples} resamples, seed {resampling.seed}; seeds of a row are averaged image by image before. "
         "**Best**, <u>second best</u> of the rows that were run, equal if they print equally. "
     )
-    if any(block.paired for block in blocks):
+    if any(table.paired for table in tables):
         return text + (
             f"Differences to {against} on the images that both have; p: two-sided paired sign-flip permutation test, "
             "Holm-corrected for all tests of the dataset."
@@ -177,14 +182,17 @@ def markdown_cell(cell: Cell) -> str:
     return f"{('{}', '**{}**', '<u>{}</u>')[cell.rank].format(text)} {cell.aside}".rstrip()
 
 
-def latex(table: int, blocks: Sequence[Block], which: str) -> str:
-    r"""A `tabular` for `\usepackage{booktabs}`, a block per dataset."""
-    head = header(table, blocks[0])
+def latex(paper_table: int, tables: Sequence[DatasetTable], which: str) -> str:
+    r"""A `tabular` for `\usepackage{booktabs}`, a table per dataset."""
+    head = header(paper_table, tables[0])
     body = [" & ".join(map(escaped, head))]
-    for block in blocks:
-        title = rf"\multicolumn{{{len(head)}}}{{l}}{{\textit{{{escaped(block.dataset)}}}}}"
-        body += [rf"\midrule {title}", *(" & ".join(map(latex_cell, line)) for line in lines(table, block, which))]
-    columns = "l" * (len(head) - len(blocks[0].metrics)) + "c" * len(blocks[0].metrics)
+    for table in tables:
+        title = rf"\multicolumn{{{len(head)}}}{{l}}{{\textit{{{escaped(table.dataset)}}}}}"
+        body += [
+            rf"\midrule {title}",
+            *(" & ".join(map(latex_cell, line)) for line in lines(paper_table, table, which)),
+        ]
+    columns = "l" * (len(head) - len(tables[0].metrics)) + "c" * len(tables[0].metrics)
     rows = "".join(f"{row} \\\\\n" for row in body)
     return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{rows}\\bottomrule\n\\end{{tabular}}\n"
 
@@ -198,32 +206,32 @@ def escaped(text: str) -> str:
     return "".join(LATEX.get(character, character) for character in text)
 
 
-def csv_table(blocks: Sequence[Block]) -> str:
+def csv_table(tables: Sequence[DatasetTable]) -> str:
     """One line per dataset, row and metric with all digits; empty where not measured or not tested."""
     file = io.StringIO(newline="")
-    records = [record for block in blocks for record in csv_records(block)]
+    records = [record for table in tables for record in csv_records(table)]
     writer = csv.DictWriter(file, records[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: results.cell(value) for name, value in record.items()} for record in records)
     return file.getvalue()
 
 
-def csv_records(block: Block) -> Iterator[dict]:
-    for place, row in enumerate(block.rows):
-        pair = block.paired.get(place)
-        for column, metric in enumerate(block.metrics):
+def csv_records(table: DatasetTable) -> Iterator[dict]:
+    for place, row in enumerate(table.rows):
+        pair = table.paired.get(place)
+        for column, metric in enumerate(table.metrics):
             tested = {name: float(getattr(pair, field)[column]) if pair else "" for name, field in TESTED.items()}
             yield {
-                "dataset": block.dataset,
+                "dataset": table.dataset,
                 "method": row.method,
                 "variant": row.variant,
                 "metric": metric,
                 "images": len(row.images),
                 "seeds": len(row.runs),
-                "mean": float(block.means[place, column]),
-                "low": float(block.low[place, column]),
-                "high": float(block.high[place, column]),
-                "rank": int(block.ranks[place, column]) or "",
-                "paper": paper.number(block.dataset, row.method, row.variant, metric),
+                "mean": float(table.means[place, column]),
+                "low": float(table.low[place, column]),
+                "high": float(table.high[place, column]),
+                "rank": int(table.ranks[place, column]) or "",
+                "paper": paper.number(table.dataset, row.method, row.variant, metric),
                 "paired_images": pair.images if pair else "",
             } | tested
