@@ -99,7 +99,7 @@ def one(size: tuple[int, int], without_networks: bool, overrides: list[str]) -> 
     from dit4sr_pl.images.resize import enlarge
     from dit4sr_pl.restoration.pictures import PictureRestorer
     from dit4sr_pl.restoration.restorer import Restorer
-    from dit4sr_pl.restoration.worklist import Job
+    from dit4sr_pl.restoration.worklist import Entry
 
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         cfg = compose("restore", ["device=cpu", *overrides])
@@ -115,10 +115,10 @@ def one(size: tuple[int, int], without_networks: bool, overrides: list[str]) -> 
     with tempfile.TemporaryDirectory() as folder:
         lr = Path(folder) / "lr.png"
         write_image(lr, enlarge(photo, small)[0])
-        jobs = [Job(lr, lr.with_name(f"{i}.png"), str(i), small, alpha=False) for i in range(cfg.batch_size)]
+        entries = [Entry(lr, lr.with_name(f"{i}.png"), str(i), small, alpha=False) for i in range(cfg.batch_size)]
         start = process_time()
-        outcomes = list(PictureRestorer(restorer, 4, cfg.alpha, cfg.seed).run([jobs], lambda _: None))
-        seconds = (process_time() - start) / len(jobs)
+        outcomes = list(PictureRestorer(restorer, 4, cfg.alpha, cfg.seed).run([entries], lambda _: None))
+        seconds = (process_time() - start) / len(entries)
     if failures := [outcome.failure for outcome in outcomes if outcome.failure]:
         raise SystemExit(failures[0])
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -25,7 +25,7 @@ from dit4sr_pl.images.files import read_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration.pictures import PictureRestorer
 from dit4sr_pl.restoration.restorer import Restorer
-from dit4sr_pl.restoration.worklist import Job
+from dit4sr_pl.restoration.worklist import Entry
 from testing.toy_runs import SAMPLER
 
 
@@ -124,9 +124,9 @@ def test_a_file_on_the_page_is_the_file_that_restore_writes(restorer, tmp_path):
     _, after = restore_file(str(tmp_path / "a.png"), 2, "", 2, 1.0, "adain", 3, progress=lambda *_, **__: None)
     chosen = Restorer(restorer.net, restorer.backbone, dataclasses.replace(restorer.sampler, steps=2))
     pictures = PictureRestorer(chosen, 2, "bicubic", 3)
-    job = Job(tmp_path / "a.png", tmp_path / "out" / "a.png", "a", (9, 7), True)
-    assert [outcome.failure for outcome in pictures.run([[job]], lambda pixels: None)] == [None]
-    assert after.name == "a.png" and after.read_bytes() == job.target.read_bytes()
+    entry = Entry(tmp_path / "a.png", tmp_path / "out" / "a.png", "a", (9, 7), True)
+    assert [outcome.failure for outcome in pictures.run([[entry]], lambda pixels: None)] == [None]
+    assert after.name == "a.png" and after.read_bytes() == entry.target.read_bytes()
     assert imagecodecs.png_decode(after.read_bytes()).shape == (18, 14, 4)
 
 

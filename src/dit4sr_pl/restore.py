@@ -14,7 +14,7 @@ from dit4sr_pl.cli.command import command
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from dit4sr_pl.restoration.worklist import Work
+    from dit4sr_pl.restoration.worklist import Worklist
 
 ALPHA = ("bicubic", "network")
 
@@ -23,26 +23,29 @@ ALPHA = ("bicubic", "network")
 def main(cfg: DictConfig) -> None:
     check(cfg)
 
-    from dit4sr_pl.restoration.worklist import list_work
+    from dit4sr_pl.restoration.worklist import make_worklist
 
     options = {key: cfg[key] for key in ("prompt", "overwrite", "keep_suffix", "first_frame")}
-    work = list_work(Path(cfg.input), Path(cfg.output), **options)
-    pictures, done = work.pictures, work.done
-    if work.jobs:
+    worklist = make_worklist(Path(cfg.input), Path(cfg.output), **options)
+    pictures, done = worklist.pictures, worklist.done
+    if worklist.entries:
         cfg.device = choose_device(cfg.device)
         if cfg.get("captioner") is not None:
-            caption(work, cfg)
-    if work.jobs:
-        restore(work, cfg)
+            caption(worklist, cfg)
+    if worklist.entries:
+        restore(worklist, cfg)
     if done == pictures:
         print(f"nothing to do: {done} of {done} images are in {cfg.output} already; overwrite=true restores them again")
     else:
-        print(f"{len(work.jobs)} of {pictures} images restored into {cfg.output}" + f"; {done} were there" * (done > 0))
-    report(work.failures, pictures)
+        print(
+            f"{len(worklist.entries)} of {pictures} images restored into {cfg.output}"
+            + f"; {done} were there" * (done > 0)
+        )
+    report(worklist.failures, pictures)
 
 
-def restore(work: "Work", cfg: DictConfig) -> None:
-    """Leaves in `work.jobs` what is restored, and adds the rest to its failures."""
+def restore(worklist: "Worklist", cfg: DictConfig) -> None:
+    """Leaves in `worklist.entries` what is restored, and adds the rest to its failures."""
     import torch
     from hydra.utils import instantiate
 
@@ -53,31 +56,35 @@ def restore(work: "Work", cfg: DictConfig) -> None:
     device, backbone = torch.device(cfg.device), instantiate(cfg.model.backbone)
     restorer = Restorer.load(backbone, instantiate(cfg.sampler), cfg.checkpoint, device, cfg.offload)
     pictures = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, cfg.first_frame)
-    waiting, work.jobs = work.jobs, []
-    pixels = {job: job.size[0] * job.size[1] * (2 if job.alpha and cfg.alpha == "network" else 1) for job in waiting}
+    waiting, worklist.entries = worklist.entries, []
+    pixels = {
+        entry: entry.size[0] * entry.size[1] * (2 if entry.alpha and cfg.alpha == "network" else 1) for entry in waiting
+    }
     evaluations = restorer.evaluations
     with progress_bar() as bar:
         task = bar.add_task("restoring", total=sum(pixels.values()), done=0, count=len(waiting))
         step = lambda evaluated: bar.advance(task, evaluated / evaluations)  # noqa: E731
         finished = 0
         try:
-            for job, failure, notes in pictures.run(batches(waiting, cfg.batch_size), step):
-                finished += pixels[job]
-                bar.update(task, completed=finished, done=len(work.jobs) + 1)
+            for entry, failure, notes in pictures.run(batches(waiting, cfg.batch_size), step):
+                finished += pixels[entry]
+                bar.update(task, completed=finished, done=len(worklist.entries) + 1)
                 if failure is None:
-                    work.jobs.append(job)
+                    worklist.entries.append(entry)
                 else:
-                    work.failures.append(failure)
+                    worklist.failures.append(failure)
                 for note in notes:
-                    bar.console.print(f"note: {job.source}: {note}", markup=False, highlight=False, soft_wrap=True)
+                    bar.console.print(f"note: {entry.source}: {note}", markup=False, highlight=False, soft_wrap=True)
         except (KeyboardInterrupt, OSError) as error:
-            state = f"{len(work.jobs)} of {len(waiting)} images restored into {cfg.output}; the same command goes on"
+            state = (
+                f"{len(worklist.entries)} of {len(waiting)} images restored into {cfg.output}; the same command goes on"
+            )
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(f"interrupted: {state}") from None
             raise OSError(f"{error}: {state}") from None
 
 
-def caption(work: "Work", cfg: DictConfig) -> None:
+def caption(worklist: "Worklist", cfg: DictConfig) -> None:
     """Gives the pictures without a prompt one, written beside the result, where the same command finds it again; what
     cannot be read joins the failures. The model is gone afterwards."""
     from hydra.utils import instantiate
@@ -86,14 +93,16 @@ def caption(work: "Work", cfg: DictConfig) -> None:
     from dit4sr_pl.images.captions import CaptionFiles
     from dit4sr_pl.preparation.captioner import write_captions
 
-    texts = {job: job.target.with_suffix(".txt") for job in work.jobs if not job.prompt}
-    missing = [(job.source, text) for job, text in texts.items() if not text.exists()]
+    texts = {entry: entry.target.with_suffix(".txt") for entry in worklist.entries if not entry.prompt}
+    missing = [(entry.source, text) for entry, text in texts.items() if not text.exists()]
     if missing:
         bar = partial(track, description="captions")
-        work.failures += write_captions(missing, instantiate(cfg.captioner), 1, bar)
-    described = {job: CaptionFiles(text.parent)[text.stem] for job, text in texts.items() if text.exists()}
-    work.jobs = [
-        replace(job, prompt=described.get(job, job.prompt)) for job in work.jobs if job.prompt or job in described
+        worklist.failures += write_captions(missing, instantiate(cfg.captioner), 1, bar)
+    described = {entry: CaptionFiles(text.parent)[text.stem] for entry, text in texts.items() if text.exists()}
+    worklist.entries = [
+        replace(entry, prompt=described.get(entry, entry.prompt))
+        for entry in worklist.entries
+        if entry.prompt or entry in described
     ]
 
 

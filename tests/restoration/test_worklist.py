@@ -3,7 +3,7 @@ import os
 import pytest
 from PIL import Image
 
-from dit4sr_pl.restoration.worklist import batches, list_work
+from dit4sr_pl.restoration.worklist import batches, make_worklist
 
 
 def save(path, size=(3, 2)):
@@ -11,52 +11,52 @@ def save(path, size=(3, 2)):
     Image.new("RGB", size).save(path)
 
 
-def results(work, output) -> dict[str, str]:
-    return {job.name: job.target.relative_to(output).as_posix() for job in work.jobs}
+def results(worklist, output) -> dict[str, str]:
+    return {entry.name: entry.target.relative_to(output).as_posix() for entry in worklist.entries}
 
 
 def test_results_keep_the_folders_and_the_stems(tmp_path):
     for name in ("a.png", "deep/b.JPG", "deep/v1.2.webp"):
         save(tmp_path / "in" / name)
     output = tmp_path / "out"
-    work = list_work(tmp_path / "in", output)
-    assert results(work, output) == {"a": "a.png", "deep/b": "deep/b.png", "deep/v1.2": "deep/v1.2.png"}
-    work = list_work(tmp_path / "in", output, keep_suffix=True)
-    assert list(results(work, output).values()) == ["a.png.png", "deep/b.JPG.png", "deep/v1.2.webp.png"]
-    (job,) = list_work(tmp_path / "in/deep/b.JPG", output).jobs
-    assert (job.name, job.target, job.size) == ("b", output / "b.png", (2, 3))
+    worklist = make_worklist(tmp_path / "in", output)
+    assert results(worklist, output) == {"a": "a.png", "deep/b": "deep/b.png", "deep/v1.2": "deep/v1.2.png"}
+    worklist = make_worklist(tmp_path / "in", output, keep_suffix=True)
+    assert list(results(worklist, output).values()) == ["a.png.png", "deep/b.JPG.png", "deep/v1.2.webp.png"]
+    (entry,) = make_worklist(tmp_path / "in/deep/b.JPG", output).entries
+    assert (entry.name, entry.target, entry.size) == ("b", output / "b.png", (2, 3))
 
 
 def test_files_that_would_share_a_result_are_all_named_and_can_keep_their_suffixes(tmp_path):
     for name in ("a.png", "a.jpg", "b.png"):
         save(tmp_path / "in" / name)
-    work = list_work(tmp_path / "in", tmp_path / "out")
-    assert [job.name for job in work.jobs] == ["b"] and work.pictures == 3
-    assert [failure.split(": ")[0] for failure in work.failures] == [
+    worklist = make_worklist(tmp_path / "in", tmp_path / "out")
+    assert [entry.name for entry in worklist.entries] == ["b"] and worklist.pictures == 3
+    assert [failure.split(": ")[0] for failure in worklist.failures] == [
         str(tmp_path / f"in/a.{s}") for s in ("jpg", "png")
     ]
-    assert all(f"2 files share the result {tmp_path / 'out/a.png'}" in failure for failure in work.failures)
-    kept = list_work(tmp_path / "in", tmp_path / "out", keep_suffix=True)
-    assert [job.target.name for job in kept.jobs] == ["a.jpg.png", "a.png.png", "b.png.png"]
-    assert [job.name for job in kept.jobs] == ["a", "a", "b"]  # their noise is as without
+    assert all(f"2 files share the result {tmp_path / 'out/a.png'}" in failure for failure in worklist.failures)
+    kept = make_worklist(tmp_path / "in", tmp_path / "out", keep_suffix=True)
+    assert [entry.target.name for entry in kept.entries] == ["a.jpg.png", "a.png.png", "b.png.png"]
+    assert [entry.name for entry in kept.entries] == ["a", "a", "b"]  # their noise is as without
 
 
 def test_no_result_replaces_an_input_or_is_restored_again(tmp_path):
     save(tmp_path / "in/a.png")
     save(tmp_path / "in/out/a.png")
     save(tmp_path / "in/out/deep/b.png")
-    work = list_work(tmp_path / "in", tmp_path / "in/out")
-    assert (work.jobs, work.done, work.pictures) == ([], 1, 1)
-    work = list_work(tmp_path / "in", tmp_path / "in" / "deep" / ".." / "out", overwrite=True)
-    assert [job.name for job in work.jobs] == ["a"]
-    work = list_work(tmp_path / "in/a.png", tmp_path / "in", overwrite=True)
-    assert not work.jobs and "would replace an input" in work.failures[0]
+    worklist = make_worklist(tmp_path / "in", tmp_path / "in/out")
+    assert (worklist.entries, worklist.done, worklist.pictures) == ([], 1, 1)
+    worklist = make_worklist(tmp_path / "in", tmp_path / "in" / "deep" / ".." / "out", overwrite=True)
+    assert [entry.name for entry in worklist.entries] == ["a"]
+    worklist = make_worklist(tmp_path / "in/a.png", tmp_path / "in", overwrite=True)
+    assert not worklist.entries and "would replace an input" in worklist.failures[0]
     with pytest.raises(ValueError, match="no images in this folder or below it, but in the output folder"):
-        list_work(tmp_path / "in/out", tmp_path / "in/out")
+        make_worklist(tmp_path / "in/out", tmp_path / "in/out")
     save(tmp_path / "x/x/a.png")
     save(tmp_path / "x/a.png")
-    work = list_work(tmp_path / "x/x", tmp_path / "x")
-    assert work.done == 1  # no input: it lies above
+    worklist = make_worklist(tmp_path / "x/x", tmp_path / "x")
+    assert worklist.done == 1  # no input: it lies above
 
 
 def test_headers_show_what_cannot_be_restored(tmp_path):
@@ -66,11 +66,11 @@ def test_headers_show_what_cannot_be_restored(tmp_path):
     os.mkfifo(tmp_path / "d.png")
     frames = [Image.new("RGB", (2, 2), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "e.gif", save_all=True, append_images=frames[1:])
-    work = list_work(tmp_path, tmp_path / "out")
-    assert [job.name for job in work.jobs] == ["a"]
+    worklist = make_worklist(tmp_path, tmp_path / "out")
+    assert [entry.name for entry in worklist.entries] == ["a"]
     reasons = ("b.png: not a readable image (unknown format)", "c.png: not a readable image (no such file)")
     reasons += ("d.png: not a readable image (not a file)", "e.gif: not a readable image (2 frames or pages; first")
-    for failure, reason in zip(work.failures, reasons, strict=True):
+    for failure, reason in zip(worklist.failures, reasons, strict=True):
         assert failure.startswith(f"{tmp_path}/{reason}")
 
 
@@ -78,11 +78,13 @@ def test_a_prompt_for_all_goes_before_the_file_beside_the_picture(tmp_path):
     save(tmp_path / "deep/a.png")
     save(tmp_path / "b.png")
     (tmp_path / "deep/a.txt").write_text("a  cat\n")
-    assert [job.prompt for job in list_work(tmp_path, tmp_path / "out").jobs] == ["", "a cat"]
-    assert [job.prompt for job in list_work(tmp_path, tmp_path / "out", prompt="a dog").jobs] == ["a dog"] * 2
-    assert list_work(tmp_path / "deep/a.png", tmp_path / "out").jobs[0].prompt == "a cat"
+    assert [entry.prompt for entry in make_worklist(tmp_path, tmp_path / "out").entries] == ["", "a cat"]
+    assert [entry.prompt for entry in make_worklist(tmp_path, tmp_path / "out", prompt="a dog").entries] == [
+        "a dog"
+    ] * 2
+    assert make_worklist(tmp_path / "deep/a.png", tmp_path / "out").entries[0].prompt == "a cat"
     (tmp_path / "b.txt").write_bytes(b"\xff")
-    assert "b.txt: the caption is not UTF-8" in list_work(tmp_path, tmp_path / "out").failures[0]
+    assert "b.txt: the caption is not UTF-8" in make_worklist(tmp_path, tmp_path / "out").failures[0]
 
 
 def test_links_that_lead_back_up_end(tmp_path):
@@ -92,12 +94,12 @@ def test_links_that_lead_back_up_end(tmp_path):
     (tmp_path / "in/a/over").symlink_to(tmp_path / "in/b")
     (tmp_path / "in/b/back").symlink_to(tmp_path / "in/a")
     (tmp_path / "in/self").symlink_to(tmp_path / "in/self")
-    names = [job.name for job in list_work(tmp_path / "in", tmp_path / "out").jobs]
+    names = [entry.name for entry in make_worklist(tmp_path / "in", tmp_path / "out").entries]
     assert names == ["a/1", "a/over/2", "b/2", "b/back/1"]
 
 
 def test_batches_are_of_one_size(tmp_path):
     for i, size in enumerate([(3, 2), (4, 2), (3, 2), (3, 2), (2, 3)]):
         save(tmp_path / f"{i}.png", size)
-    jobs = list_work(tmp_path, tmp_path / "out").jobs
-    assert [[job.name for job in batch] for batch in batches(jobs, 2)] == [["0", "2"], ["3"], ["1"], ["4"]]
+    entries = make_worklist(tmp_path, tmp_path / "out").entries
+    assert [[entry.name for entry in batch] for batch in batches(entries, 2)] == [["0", "2"], ["3"], ["1"], ["4"]]

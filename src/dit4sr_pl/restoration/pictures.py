@@ -10,16 +10,16 @@ from torch import Tensor
 
 from dit4sr_pl.images.picture import Picture, read_picture, write_picture
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.restoration.worklist import Job, result_size
+from dit4sr_pl.restoration.worklist import Entry, result_size
 
 FAILURES = (ValueError, MemoryError, RuntimeError)  # PyTorch's lack of memory is a RuntimeError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other picture will fare better
 
 
 class Outcome(NamedTuple):
-    """Of a job: restored if there is no failure."""
+    """Of a entry: restored if there is no failure."""
 
-    job: Job
+    entry: Entry
     failure: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -42,8 +42,8 @@ class PictureRestorer:
     seed: int
     first_frame: bool = False
 
-    def run(self, batches: Iterable[list[Job]], on_step: Callable[[int], None]) -> Iterator[Outcome]:
-        """Restores and writes; every job has one outcome. `on_step` is told after every evaluation of the network of
+    def run(self, batches: Iterable[list[Entry]], on_step: Callable[[int], None]) -> Iterator[Outcome]:
+        """Restores and writes; every entry has one outcome. `on_step` is told after every evaluation of the network of
         how many LR pixels it was.
 
         Raises:
@@ -51,31 +51,31 @@ class PictureRestorer:
         """
         for batch in batches:
             read = []
-            for job in batch:
+            for entry in batch:
                 try:
-                    read.append((job, read_picture(job.source, self.first_frame)))
+                    read.append((entry, read_picture(entry.source, self.first_frame)))
                 except FAILURES as error:
-                    yield Outcome(job, reason(job, error))
+                    yield Outcome(entry, reason(entry, error))
             for size in {tuple(picture.color.shape[-2:]) for _, picture in read}:  # two when some lay on their side
-                same = [(job, picture) for job, picture in read if picture.color.shape[-2:] == size]
+                same = [(entry, picture) for entry, picture in read if picture.color.shape[-2:] == size]
                 yield from self._write(same, on_step)
 
-    def _write(self, read: list[tuple[Job, Picture]], on_step: Callable[[int], None]) -> Iterator[Outcome]:
-        jobs, pictures = zip(*read, strict=True)
+    def _write(self, read: list[tuple[Entry, Picture]], on_step: Callable[[int], None]) -> Iterator[Outcome]:
+        entries, pictures = zip(*read, strict=True)
         try:
-            names, prompts = [job.name for job in jobs], [job.prompt for job in jobs]
+            names, prompts = [entry.name for entry in entries], [entry.prompt for entry in entries]
             restored = self(pictures, names, prompts, on_step)
         except FAILURES as error:
-            yield from [Outcome(job, reason(job, error)) for job in jobs]
+            yield from [Outcome(entry, reason(entry, error)) for entry in entries]
             return
-        for job, picture in zip(jobs, restored, strict=True):
+        for entry, picture in zip(entries, restored, strict=True):
             try:
-                write_picture(job.target, picture)
-                yield Outcome(job, notes=picture.notes)
+                write_picture(entry.target, picture)
+                yield Outcome(entry, notes=picture.notes)
             except (*FAILURES, OSError) as error:
                 if isinstance(error, OSError) and error.errno in FULL:
                     raise
-                yield Outcome(job, reason(job, error))
+                yield Outcome(entry, reason(entry, error))
 
     def __call__(
         self, pictures: Iterable[Picture], names: list[str], prompts: list[str], on_step: Callable[[int], None]
@@ -101,7 +101,7 @@ class PictureRestorer:
         return self.restorer(lr, size, prompts, names, self.seed, on_step=step)
 
 
-def reason(job: Job, error: Exception) -> str:
+def reason(entry: Entry, error: Exception) -> str:
     """A line that names the file."""
     text = str(error).partition("\n")[0] or "out of memory"  # of which Python's own error says nothing
-    return text if text.startswith(str(job.source)) else f"{job.source}: {text}"
+    return text if text.startswith(str(entry.source)) else f"{entry.source}: {text}"

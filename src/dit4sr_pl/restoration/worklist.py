@@ -13,7 +13,7 @@ from dit4sr_pl.images.picture import PICTURE_SUFFIXES, read_header
 
 
 @dataclass(frozen=True)
-class Job:
+class Entry:
     """A picture to restore.
 
     Args:
@@ -31,26 +31,26 @@ class Job:
 
 
 @dataclass
-class Work:
+class Worklist:
     """Pictures to restore, how many are restored already, and what is wrong with each of the others."""
 
-    jobs: list[Job] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
     done: int = 0
     failures: list[str] = field(default_factory=list)
 
     @property
     def pictures(self) -> int:
-        return len(self.jobs) + self.done + len(self.failures)
+        return len(self.entries) + self.done + len(self.failures)
 
 
-def list_work(
+def make_worklist(
     source: Path,
     output: Path,
     prompt: str = "",
     overwrite: bool = False,
     keep_suffix: bool = False,
     first_frame: bool = False,
-) -> Work:
+) -> Worklist:
     """Looks at every file's name and header, so that most of what cannot be restored shows before a model is read.
 
     Args:
@@ -64,7 +64,7 @@ def list_work(
         FileNotFoundError, ValueError: no such folder, or no picture in it.
     """
     root, files = _find(source, output)
-    texts, work = CaptionFiles(root), Work()
+    texts, worklist = CaptionFiles(root), Worklist()
     targets = {file: output / _target(file.relative_to(root), keep_suffix) for file in files}
     wanted, inputs = Counter(targets.values()), {os.path.realpath(file) for file in files}
     for file, target in targets.items():
@@ -75,19 +75,19 @@ def list_work(
             if os.path.realpath(target) in inputs:
                 raise ValueError(f"{file}: its result {target} would replace an input; choose another output")
             if target.is_file() and not overwrite:
-                work.done += 1
+                worklist.done += 1
                 continue
-            work.jobs.append(Job(file, target, name, *read_header(file, first_frame), prompt or texts[name]))
+            worklist.entries.append(Entry(file, target, name, *read_header(file, first_frame), prompt or texts[name]))
         except (ValueError, OSError) as error:
-            work.failures.append(str(error))
-    return work
+            worklist.failures.append(str(error))
+    return worklist
 
 
-def batches(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
+def batches(entries: Sequence[Entry], batch_size: int) -> Iterator[list[Entry]]:
     """Jobs of one size together, up to `batch_size` of them, sizes in the order of their first picture."""
     by_size = {}
-    for job in jobs:
-        by_size.setdefault(job.size, []).append(job)
+    for entry in entries:
+        by_size.setdefault(entry.size, []).append(entry)
     for same in by_size.values():
         yield from (same[first : first + batch_size] for first in range(0, len(same), batch_size))
 
