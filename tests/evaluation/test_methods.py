@@ -14,7 +14,7 @@ from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.hashing import file_hash
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.evaluation.benchmark_sets import read
-from dit4sr_pl.evaluation.methods import Photo
+from dit4sr_pl.evaluation.methods import LRImage
 from dit4sr_pl.evaluation.methods.command import Command
 from dit4sr_pl.evaluation.methods.spandrel import in_tiles
 from dit4sr_pl.images.files import write_image
@@ -34,7 +34,7 @@ def method(*overrides):
 
 def photo(height=9, width=11, name="a", caption=""):
     """Of middle grey levels, so that nothing overshoots."""
-    return Photo(name, 0.3 + 0.4 * torch.rand(1, 3, height, width, generator=generator("cpu", name)), caption)
+    return LRImage(name, 0.3 + 0.4 * torch.rand(1, 3, height, width, generator=generator("cpu", name)), caption)
 
 
 def restored(method, *photos):
@@ -53,7 +53,7 @@ def test_bicubic_is_pillows(tmp_path):
     write_image(tmp_path / "a.png", photo().lr[0])
     expected = Image.open(tmp_path / "a.png").resize((44, 36), Image.Resampling.BICUBIC)
     expected.save(tmp_path / "pillow.png")
-    sr = restored(method("method=bicubic"), Photo("a", read(tmp_path / "a.png"), ""))["a"]
+    sr = restored(method("method=bicubic"), LRImage("a", read(tmp_path / "a.png"), ""))["a"]
     torch.testing.assert_close(sr, read(tmp_path / "pillow.png")[0], atol=1.5 / 255, rtol=0)
 
 

@@ -22,7 +22,7 @@ import torch
 
 from dit4sr_pl.common.files import atomic_write, exclusive_lock
 from dit4sr_pl.evaluation.benchmark_sets import Item
-from dit4sr_pl.evaluation.methods import Method, Photo
+from dit4sr_pl.evaluation.methods import LRImage, Method
 from dit4sr_pl.images.files import write_image
 from dit4sr_pl.scores.metrics import ImageScore
 from dit4sr_pl.scores.results import PICTURES, SCORES, read_scores
@@ -80,8 +80,8 @@ def restore(items: list[Item], method: Method, bar: Bar) -> None:
     if not missing:
         return
     paths = {item.name: item.sr for item in missing}
-    photos = (Photo(item.name, item.read_lr(), item.caption) for item in bar(missing))
-    for name, sr in method(photos):
+    lr_images = (LRImage(item.name, item.read_lr(), item.caption) for item in bar(missing))
+    for name, sr in method(lr_images):
         write_image(paths[name], sr.cpu())
 
 

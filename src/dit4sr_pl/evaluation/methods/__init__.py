@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 
-class Photo(NamedTuple):
+class LRImage(NamedTuple):
     """An LR image `(1, 3, h, w)` in 0..1, its name in the set and its caption, which may be empty."""
 
     name: str
@@ -27,7 +27,7 @@ class Method(Protocol):
     checkpoint: str
     settings: dict
 
-    def __call__(self, photos: Iterable[Photo]) -> Iterator[tuple[str, Tensor]]:
+    def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
         """Names and restored images `(3, 4h, 4w)` in 0..1, one after the other or at the end."""
         ...
 
@@ -40,5 +40,5 @@ class Finished:
     def __init__(self, label: str):
         self.label, self.settings = label, {}
 
-    def __call__(self, photos: Iterable[Photo]) -> Iterator[tuple[str, Tensor]]:
+    def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
         return iter(())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit4sr_pl.common.hashing import file_hash, settings_hash
 from dit4sr_pl.evaluation.benchmark_sets import SCALE, by_name, read
-from dit4sr_pl.evaluation.methods import Photo
+from dit4sr_pl.evaluation.methods import LRImage
 from dit4sr_pl.images.files import image_size, write_image
 
 
@@ -64,20 +64,20 @@ class Command:
         self.checkpoint = settings_hash(hashes) if hashes else ""
         self.settings = {"arguments": list(arguments), "weights": hashes, "seed": seed}
 
-    def __call__(self, photos: Iterable[Photo]) -> Iterator[tuple[str, Tensor]]:
+    def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
         for folder in ("lr", "sr", "prompts"):
             shutil.rmtree(self.work / folder, ignore_errors=True)
             (self.work / folder).mkdir(parents=True)
         sizes = {}
-        for photo in photos:
-            if "/" in photo.name:
-                raise ValueError(f"{photo.name}: {self.label} takes the images of one folder, not of folders in it")
-            height, width = photo.lr.shape[-2:]
+        for image in lr_images:
+            if "/" in image.name:
+                raise ValueError(f"{image.name}: {self.label} takes the images of one folder, not of folders in it")
+            height, width = image.lr.shape[-2:]
             if self.side is not None and (height, width) != (self.side, self.side):
-                raise ValueError(f"{photo.name}: {width}x{height}; {self.label}'s script takes {self.side}x{self.side}")
-            write_image(self.work / "lr" / f"{photo.name}.png", photo.lr[0])
-            (self.work / "prompts" / f"{photo.name}.txt").write_text(photo.caption)
-            sizes[photo.name] = (SCALE * width, SCALE * height)
+                raise ValueError(f"{image.name}: {width}x{height}; {self.label}'s script takes {self.side}x{self.side}")
+            write_image(self.work / "lr" / f"{image.name}.png", image.lr[0])
+            (self.work / "prompts" / f"{image.name}.txt").write_text(image.caption)
+            sizes[image.name] = (SCALE * width, SCALE * height)
         self.run()
         for name, path in self.collect(sizes).items():
             yield name, read(path)[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.hashing import weights_hash
 from dit4sr_pl.evaluation.benchmark_sets import SCALE
-from dit4sr_pl.evaluation.methods import Photo
+from dit4sr_pl.evaluation.methods import LRImage
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import load_part
 from dit4sr_pl.model.trained_part import method_and_variant
@@ -44,10 +44,10 @@ class DiT4SR:
     def restorer(self) -> Restorer:
         return Restorer.load(self.backbone, self.sampler, self.given, torch.device(self.device))
 
-    def __call__(self, photos: Iterable[Photo]) -> Iterator[tuple[str, Tensor]]:
-        for photo in photos:
-            exact = tuple(SCALE * length for length in photo.lr.shape[-2:])
+    def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
+        for image in lr_images:
+            exact = tuple(SCALE * length for length in image.lr.shape[-2:])
             floored = tuple(length // 8 * 8 for length in exact)
-            enlarged = enlarge(photo.lr.to(self.device), exact)
-            sr = self.restorer(enlarged, floored, [photo.caption], [photo.name], self.seed)
-            yield photo.name, enlarge(sr, exact)[0]
+            enlarged = enlarge(image.lr.to(self.device), exact)
+            sr = self.restorer(enlarged, floored, [image.caption], [image.name], self.seed)
+            yield image.name, enlarge(sr, exact)[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit4sr_pl.common.hashing import file_hash
 from dit4sr_pl.evaluation.benchmark_sets import SCALE
-from dit4sr_pl.evaluation.methods import Photo
+from dit4sr_pl.evaluation.methods import LRImage
 
 SUFFIXES = (".pth", ".ckpt", ".safetensors")  # spandrel reads them without running what is in them
 
@@ -36,9 +36,9 @@ class SpandrelNet:
         self.checkpoint = file_hash(weights)
         self.settings = {"weights": self.checkpoint, "tile": tile, "margin": margin}
 
-    def __call__(self, photos: Iterable[Photo]) -> Iterator[tuple[str, Tensor]]:
-        for photo in photos:
-            yield photo.name, in_tiles(self.net, photo.lr.to(self.device), self.tile, self.margin)[0]
+    def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
+        for image in lr_images:
+            yield image.name, in_tiles(self.net, image.lr.to(self.device), self.tile, self.margin)[0]
 
 
 def load(path: Path):
