@@ -47,10 +47,10 @@ def comparison(lr: list, columns: dict[str, list]):
     """One row per photo: LR with its pixels enlarged, then every column's image; `(3, rows*H, columns*W)`."""
     import torch
 
-    from dit4sr_pl.training.callbacks.validation_scores import strip
+    from dit4sr_pl.training.callbacks.validation_scores import validation_strip
 
     per_photo = zip(torch.cat(lr), *(torch.cat(images) for images in columns.values()), strict=True)
-    return torch.cat([strip(*images) for images in per_photo], dim=1)
+    return torch.cat([validation_strip(*images) for images in per_photo], dim=1)
 
 
 def score_table(columns: dict[str, list], metrics: dict) -> str:

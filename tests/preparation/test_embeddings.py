@@ -88,7 +88,7 @@ def test_shards_make_the_whole_in_any_order_and_number(tmp_path):
 def test_a_file_that_another_task_adds_meanwhile_is_indexed_too(tmp_path, monkeypatch):
     write(tmp_path, ["a"])
     (tmp_path / "index.json").unlink()
-    list_files, other = embeddings.list_files, tmp_path / "other"
+    list_cache_files, other = embeddings.list_cache_files, tmp_path / "other"
     write(other, ["b"])
     late = prompt_key("b") + ".safetensors"
     listed = []
@@ -97,9 +97,9 @@ def test_a_file_that_another_task_adds_meanwhile_is_indexed_too(tmp_path, monkey
         listed.append(1)
         if len(listed) == 3:  # after the headers were read, before the index was written
             next(other.glob(f"*{late}")).rename(folder / late)
-        return list_files(folder)
+        return list_cache_files(folder)
 
-    monkeypatch.setattr(embeddings, "list_files", listing)
+    monkeypatch.setattr(embeddings, "list_cache_files", listing)
     embeddings.write_index(tmp_path, {"backbone": "toy", "t5_tokens": 2}, "")
     assert prompt_key("b") in json.loads((tmp_path / "index.json").read_text())["files"]
 

@@ -64,7 +64,7 @@ def beside(folder: str | None, name: str, size: Corner) -> list[Image.Image]:
     return [open_rgb(Path(folder) / f"{name}.png").resize(size, Image.Resampling.NEAREST)]
 
 
-def strip(
+def comparison_strip(
     runs: Sequence[Run], labels: Sequence[str], chosen: dict[str, Corner], crop: int, lr: str | None, hr: str | None
 ):
     """A row per image, a column per run, between LR and ground truth where their folders are given."""
@@ -123,6 +123,6 @@ def write_strip(
         yield f"{table.dataset}: no strip, since no image has a picture in every run."
         return
     chosen = choose(list(runs.values()), names, images if isinstance(images, int) else len(names), crop, at)
-    page = strip(list(runs.values()), list(runs), chosen, crop, lr, hr)
+    page = comparison_strip(list(runs.values()), list(runs), chosen, crop, lr, hr)
     with atomic_write(path) as partial:
         page.save(partial, format="PNG")

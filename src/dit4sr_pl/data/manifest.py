@@ -30,7 +30,7 @@ class Manifest(NamedTuple):
     damaged: list[str]
 
 
-def list_files(folder: Path) -> list[str]:
+def list_photos(folder: Path) -> list[str]:
     """Paths below `folder`, with `/`, of its images in the order of `find_images`; errors as of `find_images`."""
     return [path.relative_to(folder).as_posix() for path in find_images(folder)]
 

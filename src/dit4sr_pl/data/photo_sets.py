@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.data.manifest import MANIFEST, check_sizes, list_files, read_manifest
+from dit4sr_pl.data.manifest import MANIFEST, check_sizes, list_photos, read_manifest
 from dit4sr_pl.images.captions import CaptionFiles, CaptionTable, open_captions
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class PhotoSet:
 
     def _files(self, path: str | Path | None, limit: int | None) -> tuple[list[str], list[int] | None, list[str]]:
         if path is None and not (self.folder / MANIFEST).exists():
-            return list_files(self.folder)[:limit], None, []
+            return list_photos(self.folder)[:limit], None, []
         path = Path(path or self.folder / MANIFEST)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder}: no such folder; give the path of the photos that {path} lists")

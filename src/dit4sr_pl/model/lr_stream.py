@@ -143,7 +143,7 @@ class LRStream(nn.Module):
         return cls(base.inner_dim, [frozen.attn2 is not None for frozen in base.transformer_blocks], variant)
 
     @torch.no_grad()
-    def start_from(self, base: SD3Transformer2DModel) -> None:
+    def copy_output_projections_from(self, base: SD3Transformer2DModel) -> None:
         """Copies the pretrained `to_out` into every `W_out^L`: call it after the base's weights are loaded."""
         for frozen, block in zip(base.transformer_blocks, self.blocks, strict=True):
             for theirs, ours in ((frozen.attn, block.attn), (frozen.attn2, block.attn2)):

@@ -35,7 +35,7 @@ class DiT4SRTransformer(nn.Module):
         super().__init__()
         if lr_stream is None:
             lr_stream = LRStream.over(base, variant or Variant())
-            lr_stream.start_from(base)
+            lr_stream.copy_output_projections_from(base)
         self.base = base.requires_grad_(False)
         self.lr_stream = lr_stream
         self.variant = lr_stream.variant

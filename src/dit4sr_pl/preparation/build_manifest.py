@@ -19,7 +19,7 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dit4sr_pl.data.manifest import MANIFEST, file_size, list_files
+from dit4sr_pl.data.manifest import MANIFEST, file_size, list_photos
 from dit4sr_pl.images.files import check_image
 
 FILES_PER_PART = 100  # what a kill costs at most, per process
@@ -73,7 +73,7 @@ def build_manifest(
     output = folder / MANIFEST if output is None else Path(output)
     if not 1 <= number <= count:
         raise ValueError(f"shard={number}/{count}: give shards as i/n, with i from 1 to n")
-    files = [file for file in list_files(folder) if zlib.crc32(_utf8(file)) % count == number - 1]
+    files = [file for file in list_photos(folder) if zlib.crc32(_utf8(file)) % count == number - 1]
     parts = output.with_name(f"{output.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     finals = [parts / f"{i}-of-{count}.parquet" for i in range(1, count + 1)]

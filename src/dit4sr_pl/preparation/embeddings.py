@@ -70,7 +70,7 @@ def write_embeddings(
 def write_index(folder: Path, origin: dict, writer: str) -> None:
     """Indexes all files, again if another task added one meanwhile: whoever writes last has seen all of them."""
     seen = None
-    while seen != (files := list_files(folder)):
+    while seen != (files := list_cache_files(folder)):
         seen = files
         stored = read_headers(folder, **origin)
         index = origin | {"files": {key: name for key, (name, _) in sorted(stored.items())}}
@@ -81,12 +81,12 @@ def write_index(folder: Path, origin: dict, writer: str) -> None:
 def read_headers(folder: Path, backbone: str, t5_tokens: int) -> dict[str, tuple[str, str]]:
     """Per key of a cache the name of its file and its prompt; errors as of `write_embeddings`."""
     stored = {}
-    for path in list_files(folder):
+    for path in list_cache_files(folder):
         _, header = open_file(path)
         check_origin(path, header, backbone, t5_tokens)
         stored |= {key: (path.name, prompt) for key, prompt in header["prompts"].items()}
     return stored
 
 
-def list_files(folder: Path) -> list[Path]:
+def list_cache_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))

@@ -56,7 +56,7 @@ class SuperResolutionModule(LightningModule):
         self.seed = seed
         net = network(backbone.transformer)
         if checkpoint is not None:
-            start_from(net, checkpoint)
+            start_from_checkpoint(net, checkpoint)
         self.base = base_of(net, backbone.name)  # read before weights are sharded
         self.add_module(net.part, getattr(net, net.part).float())  # trained in float32 under autocast
         object.__setattr__(self, "net", net)  # not a submodule: see above
@@ -120,7 +120,7 @@ class SuperResolutionModule(LightningModule):
         return optimizer
 
 
-def start_from(net: nn.Module, checkpoint: str) -> None:
+def start_from_checkpoint(net: nn.Module, checkpoint: str) -> None:
     """Gives a network the weights of a trained part of the same settings over the same base; errors name the file."""
     part = load_part(checkpoint)
     check_settings(net, part.settings, checkpoint)

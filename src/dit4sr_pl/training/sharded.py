@@ -7,7 +7,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from dit4sr_pl.training.module import SuperResolutionModule, start_from
+from dit4sr_pl.training.module import SuperResolutionModule, start_from_checkpoint
 
 
 class ShardedModule(SuperResolutionModule):
@@ -20,7 +20,9 @@ class ShardedModule(SuperResolutionModule):
 
     def configure_model(self) -> None:
         if self.trainer.ckpt_path is not None:
-            start_from(self.net, self.trainer.ckpt_path)  # Lightning loads it again, and cannot say what does not fit
+            start_from_checkpoint(
+                self.net, self.trainer.ckpt_path
+            )  # Lightning loads it again, and cannot say what does not fit
         shard(self.net, self.device_mesh)
         # PyTorch warns of writing into what a sharded module returns; nothing here does.
         warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)

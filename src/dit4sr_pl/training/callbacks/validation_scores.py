@@ -87,7 +87,7 @@ class ValidationScores(Callback):
         if not self.bicubic.keys() >= set(names):
             self.bicubic |= zip(names, self.measure(bicubic, hr), strict=True)
         for name, scores, *images in zip(names, self.measure(sr, hr), batch["lr"], bicubic, sr, hr, strict=True):
-            self.rows[name] = scores, self.bicubic[name], strip(*images).mul(255).round().byte()
+            self.rows[name] = scores, self.bicubic[name], validation_strip(*images).mul(255).round().byte()
         for name, image in zip(names, sr, strict=True):
             write_image(self.pictures / f"{name}.png", image)
 
@@ -129,7 +129,7 @@ def from_all_devices(trainer: Trainer, rows: dict) -> dict:
     return {name: row for part in parts for name, row in part.items()}
 
 
-def strip(lr: Tensor, *images: Tensor) -> Tensor:
+def validation_strip(lr: Tensor, *images: Tensor) -> Tensor:
     """LR `(3, h, w)`, its pixels enlarged, and images `(3, H, W)` beside one another: `(3, H, n*W)`."""
     lr = F.interpolate(lr[None], size=images[0].shape[-2:], mode="nearest")[0]
     return torch.cat([lr, *images], dim=-1).cpu()
