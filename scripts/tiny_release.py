@@ -22,8 +22,10 @@ def main() -> None:
     args = parser.parse_args()
 
     part = load_part(args.trained)
-    variant = part.settings["variant"] | {"injection_scale": INJECTION_SCALE}
-    save_part(replace(part, settings=part.settings | {"variant": variant}), args.output / "lr_stream.safetensors")
+    variant = part.network_config["variant"] | {"injection_scale": INJECTION_SCALE}
+    save_part(
+        replace(part, network_config=part.network_config | {"variant": variant}), args.output / "lr_stream.safetensors"
+    )
 
 
 if __name__ == "__main__":

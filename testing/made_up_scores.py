@@ -16,7 +16,7 @@ def draw_scores(seed: int, images: int = 6, metrics: tuple[str, ...] = ("psnr", 
 
 
 def made_up(scores: Scores, method: str = "DiT4SR", variant: str = "", dataset: str = "realsr", seed: int = 0, **other):
-    fields = dict(run="made up", pictures="", config="", checkpoint="", versions={}) | other
+    fields = dict(run="made up", pictures="", identity_hash="", weights_hash="", versions={}) | other
     return Result(method=method, variant=variant, dataset=dataset, seed=seed, scores=scores, **fields)
 
 

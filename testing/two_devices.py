@@ -24,7 +24,7 @@ class WeightShare(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int) -> None:
         held = []
-        for part in (pl_module.net.base, getattr(pl_module.net, pl_module.net.part)):
+        for part in (pl_module.net.base, pl_module.net.trained):
             weights = list(part.parameters())
             local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
             held.append(sum(weight.numel() for weight in local) / sum(weight.numel() for weight in weights))

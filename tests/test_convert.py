@@ -24,11 +24,11 @@ def test_a_release_becomes_an_lr_stream_file_and_a_release_again(tmp_path):
     result = convert(tmp_path, "release=dit4sr_q", f"input={GOLDEN / 'q_dual'}", "output=q.safetensors")
     assert result.returncode == 0, result.stderr
     part = load_part(tmp_path / "q.safetensors")
-    assert part.settings["variant"]["legacy_lr_keys"] and part.settings["variant"]["injection_scale"] == 1.2
+    assert part.network_config["variant"]["legacy_lr_keys"] and part.network_config["variant"]["injection_scale"] == 1.2
     assert part.base["name"] == "stabilityai/stable-diffusion-3.5-medium"
 
     base, _ = read_released(GOLDEN / "q_dual")
-    net = build_network(base, part.settings)
+    net = build_network(base, part.network_config)
     fit_part(net, part, "q")
     tensors = load_file(GOLDEN / "q_dual" / "io.safetensors")
     expected = tensors.pop("output")

@@ -78,7 +78,7 @@ def test_a_result_says_what_was_scored(root, tmp_path):
     result = read_result(tmp_path / "out")
     described = result.run, result.method, result.variant, result.dataset, result.seed, result.pictures
     assert described == ("out", "Bicubic", "", "realsr", 3, "images")
-    assert result.versions["torch"] == torch.__version__.split("+")[0] and len(result.config) == 32
+    assert result.versions["torch"] == torch.__version__.split("+")[0] and len(result.identity_hash) == 32
     assert sorted(result.scores) == NAMES and not (tmp_path / "out" / "parts").exists()
 
 

@@ -33,11 +33,13 @@ def lr() -> torch.Tensor:
 
 
 def test_it_restores_what_the_restorer_restores(pipe, lr):
-    settings = dict(added_prompt="sharp", negative_prompt="blurry", tile=4, overlap=2, color="wavelet", smallest=1)
-    sampler = dataclasses.replace(SAMPLER, steps=2, guidance_scale=1.5, **settings)
+    sampler_options = dict(
+        added_prompt="sharp", negative_prompt="blurry", tile=4, overlap=2, color="wavelet", smallest=1
+    )
+    sampler = dataclasses.replace(SAMPLER, steps=2, guidance_scale=1.5, **sampler_options)
     restorer = Restorer.load(Backbone("tiny-sd3", "float32", 8), sampler, "tiny-dit4sr", torch.device("cpu"))
     expected = restorer(lr, (28, 36), ["a cat", ""], ["0", "1"], seed=3)
-    images = pipe(lr, ["a cat", ""], scale=2, guidance_scale=1.5, seed=3, **SETTINGS, **settings).images
+    images = pipe(lr, ["a cat", ""], scale=2, guidance_scale=1.5, seed=3, **SETTINGS, **sampler_options).images
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
     assert not torch.equal(pipe(lr, scale=2, seed=4, **SETTINGS).images, pipe(lr, scale=2, seed=3, **SETTINGS).images)
 

@@ -32,8 +32,8 @@ def test_every_ablation_takes_a_step_and_leaves_its_lr_stream(run, tmp_path, abl
     scores = run("run", f"+ablation={ablation}", "metrics=[psnr]")
     assert {"train/loss", "val/psnr", "val/psnr_bicubic"} <= scores.keys()
     part = load_part(tmp_path / "run" / "lr_stream.safetensors")
-    start = LRStream.over(tiny_backbone.transformer, Variant(**part.settings["variant"]))
-    start.start_from(tiny_backbone.transformer)
+    start = LRStream.over(tiny_backbone.transformer, Variant(**part.network_config["variant"]))
+    start.copy_output_projections_from(tiny_backbone.transformer)
     assert any(not torch.equal(part.state[name], tensor) for name, tensor in start.state_dict().items())
     assert read_result(tmp_path / "run").variant == ablation
 
@@ -68,7 +68,7 @@ def test_a_run_leaves_the_scores_and_images_of_its_last_validation(run, tmp_path
     for metric, mean in result.means.items():
         assert events(output).Scalars(f"val/{metric}")[-1].value == pytest.approx(mean, rel=1e-6)
         assert logged[f"val/{metric}"] == pytest.approx(mean, rel=1e-6)
-    assert result.checkpoint == weights_hash(load_part(output / "lr_stream.safetensors").state)
+    assert result.weights_hash == weights_hash(load_part(output / "lr_stream.safetensors").state)
     assert {"torch", "lightning", "diffusers", "pyiqa", "dit4sr_pl"} < result.versions.keys()
     images = [read_image(output / result.pictures / f"{name}.png") for name in result.scores]
     strips = events(output).Images("val/0")
@@ -85,8 +85,8 @@ def test_hash_of_the_settings_is_of_all_that_counts_but_not_of_the_seed(run, tmp
     run("again", *quick, "seed=1")
     run("other", *quick, "optimizer.lr=1e-4")
     first, again, other = (read_result(tmp_path / name) for name in ("first", "again", "other"))
-    assert first.config == again.config != other.config
-    assert (first.seed, again.seed) == (0, 1) and first.checkpoint != again.checkpoint
+    assert first.identity_hash == again.identity_hash != other.identity_hash
+    assert (first.seed, again.seed) == (0, 1) and first.weights_hash != again.weights_hash
 
 
 def test_metrics_without_weights_are_empty_columns_and_not_logged(run, tmp_path):
@@ -213,7 +213,7 @@ def test_sd3_controlnet_trains_validates_and_restores_by_the_same_commands(run, 
     assert {"train/loss", "val/psnr"} <= scores.keys()
     part = load_part(tmp_path / "run" / "controlnet.safetensors")
     assert (read_result(tmp_path / "run").method, read_result(tmp_path / "run").variant) == ("SD3-ControlNet", "")
-    assert part.settings == {"network": "sd3_controlnet", "num_layers": 4} and part.base["name"] == "tiny-sd3"
+    assert part.network_config == {"network": "sd3_controlnet", "num_layers": 4} and part.base["name"] == "tiny-sd3"
     sampler = replace(SAMPLER, steps=1)
     lr = torch.rand(1, 3, 16, 16, generator=generator("cpu", 0))
     for file in ("controlnet.safetensors", "checkpoints/last.ckpt"):

@@ -107,12 +107,12 @@ def answer(restorer: Restorer, cfg: DictConfig, folder: str) -> Callable:
     from dit4sr_pl.restoration.pictures import FAILURES
 
     def restore_file(file, scale, prompt, steps, guidance, color, seed, progress=gr.Progress()):  # noqa: B008
-        settings = {"steps": steps, "guidance_scale": guidance, "color": color}
+        sampler_options = {"steps": steps, "guidance_scale": guidance, "color": color}
         try:
             if file is None or None in (scale, steps, guidance, seed):
                 raise ValueError("give an image, and a number for scale, steps, guidance and seed")
             show = functools.partial(progress, desc="restoring")
-            pictures = restored(restorer, cfg, Path(file), scale, prompt, seed, settings, show)
+            pictures = restored(restorer, cfg, Path(file), scale, prompt, seed, sampler_options, show)
             results = Path(mkdtemp(dir=folder))
             files = results / f"{Path(file).stem}.bicubic.png", results / f"{Path(file).stem}.png"
             try:
@@ -138,7 +138,7 @@ def restored(
     scale: float,
     prompt: str,
     seed: int,
-    settings: dict,
+    sampler_options: dict,
     show: Callable[[tuple[int, int]], None],
 ) -> tuple[Picture, Picture]:
     """The bicubically enlarged and the restored picture; `show` is told how many network evaluations are done, of how
@@ -154,11 +154,11 @@ def restored(
     from dit4sr_pl.restoration.worklist import result_size
 
     check_scale(scale)
-    check_steps(settings["steps"], cfg.max_steps)
+    check_steps(sampler_options["steps"], cfg.max_steps)
     height, width = result_size(read_header(file).size, scale)  # before anything is decoded
     if width * height > cfg.max_pixels:
         raise ValueError(f"{width}x{height} pixels: at most {cfg.max_pixels} are restored")
-    chosen = Restorer(restorer.net, restorer.backbone, replace(restorer.sampler, **settings))
+    chosen = Restorer(restorer.net, restorer.backbone, replace(restorer.sampler, **sampler_options))
     done, total = itertools.count(1), chosen.evaluations
     bicubic = lambda lr, size, *_, on_step: enlarge(lr, size)  # noqa: E731
     before, after = (PictureRestorer(each, scale, "bicubic", seed) for each in (bicubic, chosen))

@@ -35,9 +35,11 @@ def write_release(cfg: DictConfig) -> None:
     from dit4sr_pl.restoration.restorer import build_network
 
     part = load_part(cfg.input)
-    if part.settings["network"] != "dit4sr":
-        raise ValueError(f"{cfg.input}: a {part.settings['network']}; the released layout is for DiT4SR's LR stream")
-    net = build_network(instantiate(cfg.model.backbone).transformer, part.settings)
+    if part.network_config["network"] != "dit4sr":
+        raise ValueError(
+            f"{cfg.input}: a {part.network_config['network']}; the released layout is for DiT4SR's LR stream"
+        )
+    net = build_network(instantiate(cfg.model.backbone).transformer, part.network_config)
     fit_part(net, part, cfg.input)
     write_released(net.base, net.lr_stream, Path(cfg.output))
 

@@ -37,8 +37,8 @@ def evaluate(cfg: DictConfig) -> None:
     output, (number, count) = Path(cfg.output), read_shard(cfg.shard)
     metrics = {name: instantiate(metric) for name, metric in chosen.items()}
     method = instantiate(cfg.method) if cfg.images is None else Finished(named(Path(cfg.images)))
-    settings = settings_of(cfg, dataset, items, metrics, method)
-    settings = claim(output, settings, restores=cfg.images is None)
+    identity = identity_of(cfg, dataset, items, metrics, method)
+    identity = claim(output, identity, restores=cfg.images is None)
     mine = items[number - 1 :: count]
     with working(output, (number, count)) as part:
         if cfg.images is None:
@@ -47,7 +47,7 @@ def evaluate(cfg: DictConfig) -> None:
         for metric in metrics.values():
             metric.to(cfg.device)
         score(mine, metrics, output, part, functools.partial(track, description="scoring"))
-        missing = join(items, settings["metrics"], output, functools.partial(finish, cfg, dataset, method, settings))
+        missing = join(items, identity["metrics"], output, functools.partial(finish, cfg, dataset, method, identity))
     if missing:
         print(f"{len(items) - len(missing)} of {len(items)} images scored; the last shard to end writes the result")
 
@@ -94,9 +94,10 @@ def metrics_for(cfg: DictConfig, items: list) -> dict[str, DictConfig]:
     return chosen
 
 
-def settings_of(cfg: DictConfig, dataset: str, items: list, metrics: dict, method: Any) -> dict:
-    """All that scores depend on: `settings.json`."""
-    from dit4sr_pl.common.hashing import file_hash, settings_hash
+def identity_of(cfg: DictConfig, dataset: str, items: list, metrics: dict, method: Any) -> dict:
+    """Returns the evaluation's identity, as it is kept in `settings.json`."""
+    from dit4sr_pl.common.hashing import file_hash, values_hash
+    from dit4sr_pl.common.run_identity import evaluation_identity
     from dit4sr_pl.scores.results import versions
 
     files = {}
@@ -107,18 +108,13 @@ def settings_of(cfg: DictConfig, dataset: str, items: list, metrics: dict, metho
     for name, metric in metrics.items():
         options = {key: value for key, value in cfg.metrics[name].items() if key != "weights"}
         scored_by[name] = options | {"measured": metric.score is not None}
-    return {
-        "dataset": dataset,
-        "files": settings_hash(files),
-        "metrics": scored_by,
-        "method": {"label": method.label} | method.settings,
-        "name": cfg.name,
-        "versions": versions(),
-    }
+    produced_by = {"label": method.label} | method.identity
+    return evaluation_identity(dataset, values_hash(files), scored_by, produced_by, cfg.name, versions())
 
 
-def finish(cfg: DictConfig, dataset: str, method: Any, settings: dict, scores: dict) -> None:
-    from dit4sr_pl.common.hashing import settings_hash
+def finish(cfg: DictConfig, dataset: str, method: Any, identity: dict, scores: dict) -> None:
+    from dit4sr_pl.common.hashing import values_hash
+    from dit4sr_pl.common.run_identity import hashed_part
     from dit4sr_pl.scores.results import Result, run_name, write_result
 
     output = Path(cfg.output)
@@ -129,9 +125,9 @@ def finish(cfg: DictConfig, dataset: str, method: Any, settings: dict, scores: d
         dataset=dataset,
         seed=cfg.seed,
         pictures="images" if cfg.images is None else os.path.relpath(cfg.images, output),
-        config=settings_hash({key: value for key, value in settings.items() if key not in ("versions", "name")}),
-        checkpoint=method.checkpoint,
-        versions=settings["versions"],
+        identity_hash=values_hash(hashed_part(identity)),
+        weights_hash=method.weights_hash,
+        versions=identity["versions"],
         scores=scores,
     )
     write_result(result, output)

@@ -57,16 +57,16 @@ class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
             FileNotFoundError, ValueError: missing, truncated, or a ControlNet.
         """
         part = load_part(path)
-        if part.settings["network"] != "dit4sr":
+        if part.network_config["network"] != "dit4sr":
             raise ValueError(
-                f"{path}: holds {part.settings['network']}, and the pipeline runs LR streams only; restore with "
+                f"{path}: holds {part.network_config['network']}, and the pipeline runs LR streams only; restore with "
                 f"python -m dit4sr_pl.restore checkpoint={path}"
             )
         names = {name.rsplit(".", 2)[0] for name in part.state}
         count = len({name.split(".")[1] for name in names})
         dual_attention = [f"blocks.{index}.attn2" in names for index in range(count)]
         dim = len(part.state["blocks.0.attn.k.weight"])
-        model = cls(dim, dual_attention, part.settings["variant"], part.base)
+        model = cls(dim, dual_attention, part.network_config["variant"], part.base)
         fit_state(model, part.state, path)
         return model.eval()
 
@@ -160,7 +160,7 @@ class DiT4SRPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        **settings,
+        **sampler_options,
     ) -> ImagePipelineOutput | tuple:
         """Restores images of one size.
 
@@ -172,7 +172,7 @@ class DiT4SRPipeline(DiffusionPipeline):
             seed: an image's noise depends on it and on the image's place in the list.
             generator: CPU generators, one for all or one per image, instead of the seed.
             output_type: `pil`, `pt` (`(B, 3, H, W)` in 0..1) or `np` (`(B, H, W, 3)`).
-            settings: other fields of `Sampler`, such as `negative_prompt`, `color`, `tile`.
+            sampler_options: other fields of `Sampler`, such as `negative_prompt`, `color`, `tile`.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
@@ -186,8 +186,8 @@ class DiT4SRPipeline(DiffusionPipeline):
             raise ValueError(
                 f"scale={scale} must be 1 or more, and {len(lr)} images need one prompt each or one for all"
             )
-        settings |= {"steps": num_inference_steps, "guidance_scale": guidance_scale}
-        given = {name: value for name, value in settings.items() if value is not None}
+        sampler_options |= {"steps": num_inference_steps, "guidance_scale": guidance_scale}
+        given = {name: value for name, value in sampler_options.items() if value is not None}
         sampler = replace(Sampler(type(self.scheduler).from_config, **self.config.sampler), **given)
         generator = generator or [seeded("cpu", "restore", seed, str(place)) for place in range(len(lr))]
         generators = generator if isinstance(generator, list) else [generator] * len(lr)

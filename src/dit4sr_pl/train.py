@@ -1,6 +1,5 @@
 """python -m dit4sr_pl.train [+ablation=NAME] [experiment=NAME] [ckpt_path=FILE] [-m ...]"""
 
-import copy
 import logging
 import os
 import zipfile
@@ -31,17 +30,16 @@ def main(cfg: DictConfig) -> None:
 def train(cfg: DictConfig) -> dict[str, float]:
     """Runs one training from its composed config, or goes on with it; returns the last validation's scores, none if
     it was finished before."""
-    settings = settings_that_count(cfg)
     check(cfg)
     with open_run(cfg) as folder:
         steps = finished_steps(folder)
         if steps >= cfg.trainer.max_steps and cfg.ckpt_path is None:
             log.info("%s: finished at step %d; a larger trainer.max_steps trains on", folder, steps)
             return {}
-        return fit(cfg, settings, folder)
+        return fit(cfg, folder)
 
 
-def fit(cfg: DictConfig, settings: DictConfig, folder: Path) -> dict[str, float]:
+def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
     import torch
 
     # Moments that fade into denormals cost a CPU a factor of ten; set before any of its threads starts.
@@ -72,26 +70,21 @@ def fit(cfg: DictConfig, settings: DictConfig, folder: Path) -> dict[str, float]
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     part = part_of(module.net, module.base)
     if trainer.is_global_zero:
-        save_part(part, folder / f"{module.net.part}.safetensors")
+        save_part(part, folder / f"{module.net.trained_name}.safetensors")
         if "scores" in callbacks and callbacks.scores.restored:
-            write_result(result_of(cfg, settings, part, callbacks.scores.restored), folder)
+            write_result(result_of(cfg, part, callbacks.scores.restored), folder)
         finish(folder, trainer.global_step)
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
 
 
-def settings_that_count(cfg: DictConfig) -> DictConfig:
-    """The config of a run's repetitions: without its seed, and without where it reads and writes."""
-    here = {"seed": None, "output": "", "ckpt_path": None, "overwrite": False, "metric_weights": {"folder": ""}}
-    return OmegaConf.merge(copy.deepcopy(cfg), here)
-
-
-def result_of(cfg: DictConfig, settings: DictConfig, part: "TrainedPart", scores: dict) -> "Result":
+def result_of(cfg: DictConfig, part: "TrainedPart", scores: dict) -> "Result":
     """The last validation, in the form of a finished evaluation."""
-    from dit4sr_pl.common.hashing import settings_hash, weights_hash
+    from dit4sr_pl.common.hashing import values_hash, weights_hash
+    from dit4sr_pl.common.run_identity import result_identity
     from dit4sr_pl.model.trained_part import method_and_variant
     from dit4sr_pl.scores.results import PICTURES, Result, run_name, versions
 
-    method, variant = method_and_variant(part.settings)
+    method, variant = method_and_variant(part.network_config)
     return Result(
         run=run_name(cfg.output),
         method=method,
@@ -99,8 +92,8 @@ def result_of(cfg: DictConfig, settings: DictConfig, part: "TrainedPart", scores
         dataset="validation",
         seed=cfg.seed,
         pictures=PICTURES,
-        config=settings_hash(OmegaConf.to_container(settings, resolve=True)),
-        checkpoint=weights_hash(part.state),
+        identity_hash=values_hash(result_identity(cfg)),
+        weights_hash=weights_hash(part.state),
         versions=versions(),
         scores=scores,
     )

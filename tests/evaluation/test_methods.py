@@ -186,7 +186,7 @@ def test_a_command_runs_in_its_checkout_and_its_results_are_collected(stand_in, 
         torch.testing.assert_close(sr[name], levels.repeat_interleave(4, 1).repeat_interleave(4, 2), atol=1e-6, rtol=0)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["log.txt"]
     assert "working on 3 images" in (tmp_path / "work" / "log.txt").read_text()
-    assert command.settings["weights"] == {"sd": file_hash(tmp_path / "checkout" / "sd.ckpt")}
+    assert command.identity["weights"] == {"sd": file_hash(tmp_path / "checkout" / "sd.ckpt")}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
 
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part, save_part
-from dit4sr_pl.model.trained_part import base_of, check_settings, fingerprint, fit_part, part_of
+from dit4sr_pl.model.trained_part import base_of, check_network_config, fingerprint, fit_part, part_of
 from testing.networks import randomise
 
 
@@ -18,7 +18,7 @@ def test_file_round_trip(base, variant, tmp_path):
     path = tmp_path / "lr_stream.safetensors"
     save_part(toy_part(net), path)
     part = load_part(path)
-    check_settings(other, part.settings, path)
+    check_network_config(other, part.network_config, path)
     fit_part(other, part, path)
     assert part.base["name"] == "toy"
     torch.testing.assert_close(other.lr_stream.state_dict(), net.lr_stream.state_dict())
@@ -44,7 +44,7 @@ def test_a_part_of_another_network_or_base_is_refused(base, tmp_path):
     with pytest.raises(ValueError, match=r"file: of another architecture.*blocks\.0"):
         fit_part(SD3ControlNet(base, num_layers=1), part, "file")
     with pytest.raises(ValueError, match="file: trained as .*; this network is .*'lr_residual': False"):
-        check_settings(DiT4SRTransformer(base, Variant(lr_residual=False)), part.settings, "file")
+        check_network_config(DiT4SRTransformer(base, Variant(lr_residual=False)), part.network_config, "file")
     torch.manual_seed(3)
     other = DiT4SRTransformer(SD3Transformer2DModel.from_config(base.config))
     with pytest.raises(ValueError, match=r"file: trained over toy, and this base model has other weights"):

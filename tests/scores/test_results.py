@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dit4sr_pl.common.hashing import settings_hash, weights_hash
+from dit4sr_pl.common.hashing import values_hash, weights_hash
 from dit4sr_pl.scores.results import Result, read_result, read_scores, run_name, write_result, write_scores
 
 RESULT = Result(
@@ -15,8 +15,8 @@ RESULT = Result(
     dataset="realsr",
     seed=1,
     pictures="images",
-    config="c0ffee",
-    checkpoint="",
+    identity_hash="c0ffee",
+    weights_hash="",
     versions={"torch": "2.14.1"},
     scores={
         "a": {"psnr": 0.1, "lpips": math.nan},
@@ -94,7 +94,7 @@ def test_a_run_is_named_by_its_path_below_outputs(output, name):
 
 
 def test_hashes_tell_settings_and_weights_apart_and_nothing_else():
-    assert settings_hash({"a": 1, "b": [2.0]}) == settings_hash({"b": [2.0], "a": 1}) != settings_hash({"a": 1})
+    assert values_hash({"a": 1, "b": [2.0]}) == values_hash({"b": [2.0], "a": 1}) != values_hash({"a": 1})
     state = {"a": torch.arange(6.0), "b": torch.ones(2)}
     same = {"b": torch.ones(2, dtype=torch.bfloat16), "a": torch.arange(12.0)[::2] / 2}
     assert weights_hash(state) == weights_hash(same)

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from omegaconf import OmegaConf
 
 from dit4sr_pl.cli.command import conf_folder
@@ -23,23 +22,9 @@ LOSSES = ["+callbacks.losses._target_=dit4sr_pl.training.callbacks.Losses", "+ca
 BAD, STOPPED = 1, 2
 
 
-class Threads(Callback):
-    """Writes down how many threads PyTorch takes; gets one run a SIGTERM."""
-
-    def __init__(self, folder: str, seed: int, stopped: int | None):
-        self.folder, self.stops = Path(folder), seed == stopped
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        (self.folder / "threads").write_text(str(torch.get_num_threads()))
-
-    def on_train_batch_start(self, *_) -> None:
-        if self.stops:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 def options(photos: Path, stopped: int | None) -> list[str]:
     stopped = "null" if stopped is None else stopped
-    given = f"{{_target_: test_local.Threads, folder: ${{output}}, seed: ${{seed}}, stopped: {stopped}}}"
+    given = f"{{_target_: testing.events.Threads, folder: ${{output}}, seed: ${{seed}}, stopped: {stopped}}}"
     return [*small(photos), *LOSSES, "metrics=[psnr]", f"+callbacks.threads={given}"]
 
 
@@ -51,7 +36,7 @@ def sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         OmegaConf.save(compose("train", ["optimizer.lr=1", f"output={bad}", f"seed={BAD}"]), bad / "config.yaml")
     command = [sys.executable, "-m", "dit4sr_pl.train", "-m", "seed=0,1,2,3", *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("OMP_NUM_THREADS", None)
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -50,7 +50,7 @@ class Cluster:
 
     def __init__(self, folder: Path, photos: Path, environment: dict[str, str]):
         self.folder, self.photos = folder, photos
-        places = [ROOT, ROOT / "src", Path(__file__).parent]
+        places = [ROOT, ROOT / "src"]
         self.environment = {**environment, "PYTHONPATH": os.pathsep.join(map(str, places))}
         self.environment.pop("HYDRA_FULL_ERROR", None)  # of a command called in this process before
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from lightning import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import OmegaConf
 
@@ -22,36 +21,12 @@ from dit4sr_pl.model import load_part
 from dit4sr_pl.train import train
 from dit4sr_pl.training.run_folder import LOCK, check_same_run, checkpoints_in, is_whole, leads
 from testing.commands import run as command
+from testing.events import event
 from testing.toy_runs import events, toy
 
 STEPS = 6
 LOSSES = ["+callbacks.losses._target_=dit4sr_pl.training.callbacks.Losses", "+callbacks.losses.folder=${output}"]
 SMALL = [*LOSSES, "metrics=[psnr]", f"trainer.max_steps={STEPS}", "trainer.val_check_interval=3"]
-
-
-class Event(Callback):
-    """Does something at a moment of the training.
-
-    Args:
-        what: name of a signal that the process gets, or `full`: the checkpoint after this step goes to a full disk.
-        hook: where, after so many `steps`.
-    """
-
-    def __init__(self, what: str, hook: str, steps: int):
-        self.what, self.steps = what, steps
-        setattr(self, hook, self.happen)
-
-    def happen(self, trainer, *_) -> None:
-        if trainer.global_step == self.steps:
-            if self.what == "full":
-                folder = trainer.checkpoint_callback.folder
-                (folder / f".{self.steps + 1:07d}.ckpt.partial").symlink_to("/dev/full")
-            else:
-                os.kill(os.getpid(), signal.Signals[self.what])
-
-
-def event(what: str, hook: str, steps: int) -> list[str]:
-    return [f"+callbacks.event={{_target_: test_resume.Event, what: {what}, hook: {hook}, steps: {steps}}}"]
 
 
 def start(photos: Path, folder: Path, *overrides: str) -> dict[str, float]:

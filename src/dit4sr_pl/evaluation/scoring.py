@@ -21,6 +21,7 @@ from uuid import uuid4
 import torch
 
 from dit4sr_pl.common.files import atomic_write, exclusive_lock
+from dit4sr_pl.common.run_identity import differences, without_modules
 from dit4sr_pl.evaluation.benchmark_sets import Item
 from dit4sr_pl.evaluation.methods import LRImage, Method
 from dit4sr_pl.images.files import write_image
@@ -34,30 +35,38 @@ Scores = dict[str, dict[str, float]]
 Bar = Callable[[list], Iterable]
 
 
-def claim(folder: Path, settings: dict, restores: bool) -> dict:
-    """Writes down what this folder's scores are of, and its restored images if it `restores`.
+def claim(folder: Path, identity: dict, restores: bool) -> dict:
+    """Records what this folder's scores, and its restored images if the method `restores`, belong to.
+
+    Args:
+        folder: the evaluation's output folder.
+        identity: see `evaluation_identity`.
+        restores: whether the evaluation restores images itself.
 
     Returns:
-        The settings with the metrics that were measured before, to which new ones are added.
+        The identity with the metrics that were measured before, to which new ones are added.
 
     Raises:
-        ValueError: it holds scores of something else.
+        ValueError: the folder holds scores of something else.
     """
-    path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
+    path, identity = folder / SETTINGS, json.loads(json.dumps(identity))
     before = json.loads(path.read_text()) if path.exists() else None
     if before is not None:
-        settings["metrics"] = before["metrics"] | settings["metrics"]
-        kept = before | {"metrics": settings["metrics"] | measured(before["metrics"])}
-        other = sorted(key for key in kept.keys() | settings.keys() if kept.get(key) != settings.get(key))
+        before["metrics"] = {name: without_modules(options) for name, options in before["metrics"].items()}
+        if "checkpoint" in before["method"]:  # written before 0.2
+            before["method"]["weights_hash"] = before["method"].pop("checkpoint")
+        identity["metrics"] = before["metrics"] | identity["metrics"]
+        kept = before | {"metrics": identity["metrics"] | measured(before["metrics"])}
+        other = differences(kept, identity)
     else:
         unknown = (folder / SCORES).exists() or (restores and (folder / PICTURES).exists())
         other = ["settings unknown"] if unknown else []
     if other:
         raise ValueError(f"output={folder}: holds other scores ({', '.join(other)}); choose another folder")
-    if before != settings:
+    if before != identity:
         with atomic_write(path, uuid4().hex) as partial:
-            partial.write_text(json.dumps(settings, indent=1))
-    return settings
+            partial.write_text(json.dumps(identity, indent=1))
+    return identity
 
 
 def measured(metrics: dict[str, dict]) -> dict[str, dict]:

@@ -24,7 +24,7 @@ class SD3ControlNet(nn.Module):
         ValueError: for a number of layers that does not divide the base's.
     """
 
-    part = "controlnet"
+    trained_name = "controlnet"  # attribute of what is trained, and its file's name
 
     def __init__(self, base: SD3Transformer2DModel, num_layers: int = 12, gradient_checkpointing: bool = False):
         super().__init__()
@@ -48,7 +48,13 @@ class SD3ControlNet(nn.Module):
     def patch_size(self) -> int:
         return self.base.config.patch_size
 
-    def settings(self) -> dict:
+    @property
+    def trained(self) -> SD3ControlNetModel:
+        """The module that is trained and saved."""
+        return self.controlnet
+
+    def network_config(self) -> dict:
+        """Returns what a file of trained weights keeps of this network: its kind and its number of layers."""
         return {"network": "sd3_controlnet", "num_layers": self.num_layers}
 
     def forward(

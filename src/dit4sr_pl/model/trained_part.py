@@ -24,21 +24,21 @@ class TrainedPart:
     """What a training made: an LR stream or a ControlNet.
 
     Args:
-        settings: of its network: `network`, and the switches it was made with.
+        network_config: of its network: `network`, and the switches it was made with.
         base: `name` and `fingerprint` of the frozen transformer below it.
         state: its weights by name.
     """
 
-    settings: dict
+    network_config: dict
     base: dict[str, str]
     state: dict[str, Tensor]
 
 
-def method_and_variant(settings: dict) -> tuple[str, str]:
-    """A network's row in the paper's Table 1, and in Table 3 by its name in `conf/ablation/`, from its settings."""
-    if settings["network"] == "sd3_controlnet":
+def method_and_variant(network_config: dict) -> tuple[str, str]:
+    """A network's row in the paper's Table 1, and in Table 3 by its name in `conf/ablation/`, from its config."""
+    if network_config["network"] == "sd3_controlnet":
         return "SD3-ControlNet", ""
-    return "DiT4SR", Variant(**settings["variant"]).name
+    return "DiT4SR", Variant(**network_config["variant"]).name
 
 
 def fingerprint(base: SD3Transformer2DModel) -> str:
@@ -62,16 +62,14 @@ def part_of(net: nn.Module, base: dict[str, str]) -> TrainedPart:
 
     From a network that is sharded over devices all of them must call this; only the first gets weights.
     """
-    state = get_model_state_dict(
-        getattr(net, net.part), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    return TrainedPart(net.settings(), base, {name: tensor.float() for name, tensor in state.items()})
+    state = get_model_state_dict(net.trained, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return TrainedPart(net.network_config(), base, {name: tensor.float() for name, tensor in state.items()})
 
 
 def save_part(part: TrainedPart, path: str | Path) -> None:
     """Writes a part as one safetensors file, atomically."""
     state = {name: tensor.contiguous() for name, tensor in part.state.items()}
-    header = {"settings": json.dumps(part.settings), "base": json.dumps(part.base)}
+    header = {"settings": json.dumps(part.network_config), "base": json.dumps(part.base)}
     with atomic_write(Path(path)) as partial:
         save_file(state, partial, header)
 
@@ -105,21 +103,21 @@ def load_part(path: str | Path) -> TrainedPart:
 def load_checkpoint(path: Path) -> TrainedPart:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings, base, state = checkpoint["settings"], checkpoint["base"], checkpoint["state_dict"]
+        network_config, base, state = checkpoint["settings"], checkpoint["base"], checkpoint["state_dict"]
     except (RuntimeError, EOFError, KeyError, UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: truncated or not a checkpoint of ours ({reason}); use an earlier one") from None
-    return TrainedPart(settings, base, {name.split(".", 1)[1]: tensor for name, tensor in state.items()})
+    return TrainedPart(network_config, base, {name.split(".", 1)[1]: tensor for name, tensor in state.items()})
 
 
-def check_settings(net: nn.Module, settings: dict, source: str | Path) -> None:
-    """Variants B and FULL have the same weights by name: only the settings tell them apart.
+def check_network_config(net: nn.Module, network_config: dict, source: str | Path) -> None:
+    """Variants B and FULL have the same weights by name: only the config tells them apart.
 
     Raises:
-        ValueError: the network was made with other settings.
+        ValueError: the network was made with another config.
     """
-    if settings != net.settings():
-        raise ValueError(f"{source}: trained as {settings}; this network is {net.settings()}")
+    if network_config != net.network_config():
+        raise ValueError(f"{source}: trained as {network_config}; this network is {net.network_config()}")
 
 
 def fit_part(net: nn.Module, part: TrainedPart, source: str | Path) -> None:
@@ -129,7 +127,7 @@ def fit_part(net: nn.Module, part: TrainedPart, source: str | Path) -> None:
         ValueError: another base model, or keys or shapes that differ, with the first few of them.
     """
     check_base(net.base, part.base, source)
-    fit_state(getattr(net, net.part), part.state, source)
+    fit_state(net.trained, part.state, source)
 
 
 def check_base(base: SD3Transformer2DModel, trained_over: dict[str, str], source: str | Path) -> None:

@@ -23,7 +23,7 @@ class DiT4SRTransformer(nn.Module):
         lr_stream: a trained one, which brings its variant; without it a new one is made.
     """
 
-    part = "lr_stream"
+    trained_name = "lr_stream"  # attribute of what is trained, and its file's name
 
     def __init__(
         self,
@@ -66,7 +66,13 @@ class DiT4SRTransformer(nn.Module):
         net.lr_stream.load_state_dict(lr_state)
         return net
 
-    def settings(self) -> dict:
+    @property
+    def trained(self) -> LRStream:
+        """The module that is trained and saved."""
+        return self.lr_stream
+
+    def network_config(self) -> dict:
+        """Returns what a file of trained weights keeps of this network: its kind and its variant."""
         return {"network": "dit4sr", "variant": self.variant.as_dict()}
 
     @property

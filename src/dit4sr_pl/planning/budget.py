@@ -67,13 +67,13 @@ class Budget:
 
     @property
     def trained_part(self) -> nn.Module:
-        return getattr(self.network, self.network.part)
+        return self.network.trained
 
     def parameters(self) -> dict[str, int]:
         trained = count(trainable(self.network))
         everything = count(self.network.parameters())
         counts = {
-            f"saved ({self.network.part})": count(self.trained_part.parameters()),
+            f"saved ({self.network.trained_name})": count(self.trained_part.parameters()),
             "trained": trained,
             "frozen": everything - trained,
             "network": everything,

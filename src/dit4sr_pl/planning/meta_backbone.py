@@ -37,7 +37,7 @@ class Skeleton:
         """`make`'s network over the frozen transformer; what is trained is in float32."""
         with torch.device("meta"):
             network = make(nn.Module.to(SD3Transformer2DModel.from_config(self.config("transformer")), self.dtype))
-        getattr(network, network.part).float()
+        network.trained.float()
         return network
 
     def coder(self) -> LatentCoder:

@@ -45,7 +45,7 @@ class Restorer:
         """
         path = checkpoint_file(checkpoint)
         part = load_part(path)
-        net = build_network(backbone.transformer, part.settings)
+        net = build_network(backbone.transformer, part.network_config)
         fit_part(net, part, path)
         backbone.to(device, offload)
         net.to(device)
@@ -84,8 +84,8 @@ def checkpoint_file(checkpoint: str | Path) -> Path:
     return shipped if shipped.is_file() else Path(checkpoint)
 
 
-def build_network(base: SD3Transformer2DModel, settings: dict) -> nn.Module:
-    """The network that a trained part's settings describe, over `base`."""
-    if settings["network"] == "sd3_controlnet":
-        return SD3ControlNet(base, settings["num_layers"])
-    return DiT4SRTransformer(base, Variant(**settings["variant"]))
+def build_network(base: SD3Transformer2DModel, network_config: dict) -> nn.Module:
+    """The network that a trained part's network config describes, over `base`."""
+    if network_config["network"] == "sd3_controlnet":
+        return SD3ControlNet(base, network_config["num_layers"])
+    return DiT4SRTransformer(base, Variant(**network_config["variant"]))

@@ -41,7 +41,7 @@ class Result:
         dataset: by its name in `conf/dataset/`.
         seed: of the sampler's noise, or of the training whose validation this is.
         pictures: folder of the scored images, seen from the result's folder; empty if they were not kept.
-        config: hash of the settings that count. checkpoint: hash of the weights; empty without any.
+        identity_hash: hash of the settings that scores depend on. weights_hash: hash of the weights; empty without any.
         versions: of the packages that scores depend on.
         scores: by image and metric; `nan` where a metric was not measured.
     """
@@ -52,8 +52,8 @@ class Result:
     dataset: str
     seed: int
     pictures: str
-    config: str
-    checkpoint: str
+    identity_hash: str
+    weights_hash: str
     versions: dict[str, str]
     scores: dict[str, dict[str, float]]
 
@@ -68,7 +68,8 @@ class Result:
         return {metric: math.fsum(values) / len(values) for metric, values in columns.items()}
 
 
-FIELDS = ("run", "method", "variant", "dataset", "seed", "pictures", "config", "checkpoint")
+FIELDS = ("run", "method", "variant", "dataset", "seed", "pictures", "identity_hash", "weights_hash")
+FORMER_NAMES = {"identity_hash": "config", "weights_hash": "checkpoint"}  # columns of results written before 0.2
 
 
 def write_result(result: Result, folder: Path) -> None:
@@ -150,7 +151,8 @@ def read_result(folder: Path) -> Result:
         raise FileNotFoundError(f"{folder}: no {ROW}.parquet in it; `evaluate` and finished trainings write it")
     try:
         row = pyarrow.parquet.read_table(path).to_pylist()[0]
-        described = {name: row[name] for name in FIELDS} | {"versions": json.loads(row["versions"])}
+        described = {name: row[name if name in row else FORMER_NAMES[name]] for name in FIELDS}
+        described["versions"] = json.loads(row["versions"])
     except (pa.ArrowException, OSError, KeyError, IndexError) as error:
         raise ValueError(f"{path}: not a result ({error}); score it again") from None
     return Result(**described, scores=read_scores(folder / SCORES))

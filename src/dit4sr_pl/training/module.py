@@ -16,7 +16,7 @@ from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import TrainedPart, load_part
-from dit4sr_pl.model.trained_part import base_of, check_settings, fit_part
+from dit4sr_pl.model.trained_part import base_of, check_network_config, fit_part
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
 
@@ -30,7 +30,7 @@ class SuperResolutionModule(LightningModule):
     Args:
         backbone: the frozen pipeline.
         network: makes the network over the backbone's transformer.
-        checkpoint: trained part to start from, for fine-tuning; its settings must be the network's.
+        checkpoint: trained part to start from, for fine-tuning; its network config must be this network's.
         weighting: of the loss, see `RectifiedFlow`.
         optimizer: from parameters to an optimizer.
         sampler: how validation restores.
@@ -58,7 +58,7 @@ class SuperResolutionModule(LightningModule):
         if checkpoint is not None:
             start_from_checkpoint(net, checkpoint)
         self.base = base_of(net, backbone.name)  # read before weights are sharded
-        self.add_module(net.part, getattr(net, net.part).float())  # trained in float32 under autocast
+        self.add_module(net.trained_name, net.trained.float())  # trained in float32 under autocast
         object.__setattr__(self, "net", net)  # not a submodule: see above
         self.velocity = torch.compile(net.__call__) if compile else net.__call__  # with FSDP's hooks, unlike forward
         self.restorer = Restorer(net, backbone, sampler)
@@ -103,12 +103,12 @@ class SuperResolutionModule(LightningModule):
         return self.restorer(batch["lr"], batch["hr"].shape[-2:], batch["prompt"], batch["name"], self.seed)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["settings"] = self.net.settings()
+        checkpoint["settings"] = self.net.network_config()
         checkpoint["base"] = self.base
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        check_settings(self.net, checkpoint["settings"], self.trainer.ckpt_path)
-        prefix = f"{self.net.part}."
+        check_network_config(self.net, checkpoint["settings"], self.trainer.ckpt_path)
+        prefix = f"{self.net.trained_name}."
         state = {name.removeprefix(prefix): weight for name, weight in checkpoint["state_dict"].items()}
         fit_part(self.net, TrainedPart(checkpoint["settings"], checkpoint["base"], state), self.trainer.ckpt_path)
 
@@ -121,7 +121,7 @@ class SuperResolutionModule(LightningModule):
 
 
 def start_from_checkpoint(net: nn.Module, checkpoint: str) -> None:
-    """Gives a network the weights of a trained part of the same settings over the same base; errors name the file."""
+    """Gives a network the weights of a trained part of the same config over the same base; errors name the file."""
     part = load_part(checkpoint)
-    check_settings(net, part.settings, checkpoint)
+    check_network_config(net, part.network_config, checkpoint)
     fit_part(net, part, checkpoint)

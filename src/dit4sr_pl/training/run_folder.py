@@ -20,8 +20,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.common.files import atomic_write, exclusive_lock
+from dit4sr_pl.common.run_identity import differences, resume_identity
 from dit4sr_pl.training.provenance import record_code
-from dit4sr_pl.training.run_identity import settings
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +66,8 @@ def check_same_run(cfg: DictConfig, folder: Path) -> None:
     """Raises ValueError if the folder holds a run that this config would not continue, and names what differs."""
     if not (folder / CONFIG).is_file() or not (checkpoints_in(folder) or (folder / FINISHED).is_file()):
         return
-    ours, theirs = settings(cfg), settings(OmegaConf.load(folder / CONFIG))
-    differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    if differing:
+    ours, theirs = resume_identity(cfg), resume_identity(OmegaConf.load(folder / CONFIG))
+    if differing := differences(ours, theirs):
         named = ", ".join(f"{key}={ours.get(key)} (there {theirs.get(key)})" for key in differing[:3])
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError(

@@ -19,13 +19,13 @@ class Method(Protocol):
 
     Attributes:
         label: the row's name as the paper spells it. variant: by its name in `conf/ablation/`, or empty.
-        checkpoint: hash of the weights; empty without any. settings: all that the restored images depend on.
+        weights_hash: hash of the weights; empty without any. identity: all that the restored images depend on.
     """
 
     label: str
     variant: str
-    checkpoint: str
-    settings: dict
+    weights_hash: str
+    identity: dict
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
         """Names and restored images `(3, 4h, 4w)` in 0..1, one after the other or at the end."""
@@ -35,10 +35,10 @@ class Method(Protocol):
 class Finished:
     """Images that are there already."""
 
-    variant = checkpoint = ""
+    variant = weights_hash = ""
 
     def __init__(self, label: str):
-        self.label, self.settings = label, {}
+        self.label, self.identity = label, {}
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
         return iter(())

@@ -10,10 +10,10 @@ from dit4sr_pl.images.resize import enlarge
 
 
 class Bicubic:
-    variant = checkpoint = ""
+    variant = weights_hash = ""
 
     def __init__(self, label: str):
-        self.label, self.settings = label, {}
+        self.label, self.identity = label, {}
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
         for image in lr_images:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dit4sr_pl.common.hashing import file_hash, settings_hash
+from dit4sr_pl.common.hashing import file_hash, values_hash
 from dit4sr_pl.evaluation.benchmark_sets import SCALE, by_name, read
 from dit4sr_pl.evaluation.methods import LRImage
 from dit4sr_pl.images.files import image_size, write_image
@@ -61,8 +61,8 @@ class Command:
             raise ValueError(f"method.arguments: {{{error.args[0]}}} stands for nothing there") from None
         self.command = [os.path.abspath(interpreter), *filled]  # the command runs elsewhere
         hashes = {key: file_hash(path) for key, path in weights.items()}
-        self.checkpoint = settings_hash(hashes) if hashes else ""
-        self.settings = {"arguments": list(arguments), "weights": hashes, "seed": seed}
+        self.weights_hash = values_hash(hashes) if hashes else ""
+        self.identity = {"arguments": list(arguments), "weights": hashes, "seed": seed}
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
         for folder in ("lr", "sr", "prompts"):

@@ -31,14 +31,14 @@ class DiT4SR:
     ):
         self.given, self.backbone, self.sampler, self.seed, self.device = checkpoint, backbone, sampler, seed, device
         part = load_part(checkpoint_file(checkpoint))
-        row, self.variant = method_and_variant(part.settings)
+        row, self.variant = method_and_variant(part.network_config)
         self.label = label or row
-        self.checkpoint = weights_hash(part.state)
+        self.weights_hash = weights_hash(part.state)
         base = {"name": backbone.name, "dtype": str(backbone.dtype), "t5_tokens": backbone.t5_tokens}
         solver, _ = sampler.schedule(backbone.scheduler)
         sampled = asdict(sampler) | {"solver": [type(solver).__name__, dict(solver.config)]}
         del sampled["tile_memory"]  # what may be lowered to go on
-        self.settings = {"checkpoint": self.checkpoint, "base": base, "sampler": sampled, "seed": seed}
+        self.identity = {"weights_hash": self.weights_hash, "base": base, "sampler": sampled, "seed": seed}
 
     @cached_property
     def restorer(self) -> Restorer:

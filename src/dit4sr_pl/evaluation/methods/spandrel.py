@@ -33,8 +33,8 @@ class SpandrelNet:
         self.net = load(Path(weights)).to(torch.device(device)).eval()
         self.tile, self.margin, self.device = tile, margin, device
         self.label = label or self.net.architecture.name
-        self.checkpoint = file_hash(weights)
-        self.settings = {"weights": self.checkpoint, "tile": tile, "margin": margin}
+        self.weights_hash = file_hash(weights)
+        self.identity = {"weights": self.weights_hash, "tile": tile, "margin": margin}
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
         for image in lr_images:

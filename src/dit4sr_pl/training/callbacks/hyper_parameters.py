@@ -21,8 +21,8 @@ class HyperParameters(Callback):
         self.columns = dict(columns)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        settings = dict(pl_module.net.settings())
-        variant = settings.pop("variant", {})  # which a baseline has not
-        row = {name: value for name, value in {**settings, **variant, **self.columns}.items() if value is not None}
+        config = dict(pl_module.net.network_config())
+        variant = config.pop("variant", {})  # which a baseline has not
+        row = {name: value for name, value in {**config, **variant, **self.columns}.items() if value is not None}
         for writer in tensorboards(trainer):
             writer._get_file_writer().add_summary(hparams_pb(row, trial_id=""))  # "": a row of its own for every run

@@ -1,0 +1,122 @@
+"""What identifies a training run and an evaluation: one answer for the resume check and for the result's hash.
+
+    resume_identity(cfg)      settings that a resumed training must share with the run that it continues
+    result_identity(cfg)      settings that a training's scores depend on, except the seed
+    evaluation_identity(...)  the same for an evaluation: `settings.json` in its folder
+
+An identity is a dict of plain values. Two runs are the same where their identities are equal. This module lies in
+`common` because training and evaluation, which do not import each other, both ask it.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+# Settings that never change a result: paths, what is shown or saved, how fast it goes.
+NO_EFFECT = ("output", "ckpt_path", "overwrite", "logger", "callbacks", "metric_weights", "ablation_name")
+NO_EFFECT += ("data.num_workers", "data.photos_in_memory", "data.batch_size", "model.compile")
+NO_EFFECT += ("model.network.gradient_checkpointing", "model._target_")  # `_target_`: sharded or not
+NO_EFFECT += ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches", "trainer.strategy")
+NO_EFFECT += ("trainer.accelerator", "trainer.plugins", "trainer.enable_progress_bar", "trainer.log_every_n_steps")
+# Copies of settings that have a key of their own.
+NO_EFFECT += ("model.optimizer", "model.seed", "model.sampler", "data.seed", "data.degradation")
+
+# Settings that a resumed run may have another value of, though its scores depend on them; docs/resume.md says why.
+MAY_CHANGE = ("trainer", "sampler", "metrics")
+MAY_CHANGE += ("data.validation_folders", "data.validation_crop", "data.validation_limit")
+
+# Settings within the two lists above that a resumed run must share all the same.
+MUST_MATCH = ("callbacks.ema", "trainer.precision", "trainer.gradient_clip_val")
+
+
+def resume_identity(cfg: DictConfig) -> dict[str, Any]:
+    """Returns the settings that must not change within a training run, by dotted key."""
+    settings = flat_settings(cfg)
+    free = (*NO_EFFECT, *MAY_CHANGE)
+    return {key: value for key, value in settings.items() if within(key, MUST_MATCH) or not within(key, free)}
+
+
+def result_identity(cfg: DictConfig) -> dict[str, Any]:
+    """Returns the settings that a training's scores depend on, by dotted key, without the seed.
+
+    Runs that repeat one another with other seeds have one result identity.
+    """
+    settings = flat_settings(cfg)
+    free = (*NO_EFFECT, "seed")
+    return {key: value for key, value in settings.items() if within(key, MUST_MATCH) or not within(key, free)}
+
+
+def evaluation_identity(
+    dataset: str,
+    files: str,
+    metrics: Mapping[str, Mapping[str, Any]],
+    method: Mapping[str, Any],
+    name: str | None,
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """Returns everything that the scores of an evaluation depend on.
+
+    Args:
+        dataset: the set's name in `conf/dataset/`.
+        files: hash of the set's images and captions.
+        metrics: options of every metric by its name, with `measured`, which is False where its weights are missing.
+        method: the method's label and what its restored images depend on.
+        name: the row's name in tables; None for the method's label.
+        versions: versions of the packages that scores depend on.
+    """
+    return {
+        "dataset": dataset,
+        "files": files,
+        "metrics": {metric: without_modules(options) for metric, options in metrics.items()},
+        "method": dict(method),
+        "name": name,
+        "versions": dict(versions),
+    }
+
+
+def hashed_part(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the part of an evaluation's identity that its hash covers: versions and the row's name stay out."""
+    return {key: value for key, value in identity.items() if key not in ("versions", "name")}
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Returns the keys, sorted, in which two identities differ."""
+    return sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+
+
+def flat_settings(cfg: DictConfig) -> dict[str, Any]:
+    """Returns a config's settings by dotted key, as they are read back from `config.yaml`.
+
+    Adds `images per step`, the product of batch size, devices, nodes and accumulated batches.
+    """
+    written = OmegaConf.create(OmegaConf.to_yaml(cfg, resolve=True))
+    settings = without_modules(dict(flatten(OmegaConf.to_container(written))))
+    trainer = written.trainer
+    counts = [written.data.batch_size, trainer.devices, trainer.num_nodes, trainer.accumulate_grad_batches]
+    known = all(isinstance(count, int) for count in counts)
+    settings["images per step"] = math.prod(counts) if known else " x ".join(map(str, counts))
+    return settings
+
+
+def without_modules(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings with every `_target_` cut to the name of its class: a class may move to another module."""
+    return {
+        key: value.rpartition(".")[2] if key.split(".")[-1] == "_target_" and isinstance(value, str) else value
+        for key, value in settings.items()
+    }
+
+
+def within(key: str, sections: tuple[str, ...]) -> bool:
+    """Returns whether a dotted key is one of the sections or lies in one."""
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the leaves of nested dicts with their dotted keys; an empty dict is a leaf."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
