@@ -27,7 +27,7 @@ SD35_MEDIUM = dict(
 
 
 # diffusers computes the frequencies of the time embedding with float32 `exp`, whose last bit depends on the processor.
-# At timestep 960 that bit moves the phase by 6e-5 and the output by 1.5e-5, so the tests take the reference's own table.
+# At timestep 960 that bit moves the phase by 6e-5 and the output by 1.5e-5: the tests take the reference's own table.
 FREQUENCIES = load_file(GOLDEN / "time_frequencies.safetensors")["frequencies"]
 
 
