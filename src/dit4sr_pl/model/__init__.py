@@ -1,6 +1,15 @@
-"""The network, from the outside in: transformer <- block <- lr_stream <- variant; the controlnet baseline beside it.
+"""The network, from the outside in: transformer <- block <- lr_stream <- variant, with the controlnet baseline next to
+it.
 
-Both networks have `base`, which is frozen, and under the name `part` the module that is trained and saved.
+Words that the whole project uses:
+
+    base            SD3's transformer, frozen
+    backbone        the whole frozen pipeline: base, autoencoder, text encoders, scheduler
+    frozen          a block's frozen half, a diffusers module
+    trained part    the module that is trained and saved, `net.trained`: an LR stream or a ControlNet
+    network_config  how a network was made: its kind and its variant
+    noise, lr, text the three streams of tokens: noisy latent (X in the paper), LR latent (L), prompt (C)
+    image           pixels; a picture is a file with its metadata, a photo is an HR training image
 """
 
 from dit4sr_pl.model.controlnet import SD3ControlNet

@@ -1,4 +1,4 @@
-"""What the streams of a block attend to (paper Figure 4), and the LR tokens that leave it (supplement Figure 2)."""
+"""Attention maps between the streams of a block (paper Figure 4) and the LR tokens that leave it (supplement Figure 2)."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,13 +17,15 @@ Maps = dict[tuple[str, str], Tensor]
 
 @dataclass
 class Record:
-    """Of one block, from the last evaluation of its network.
+    """The maps and LR tokens of one block, from the last evaluation of its network.
 
     Args:
-        attn, attn2: attention maps by the streams of queries and keys, float32, means over heads: X -> L is
-            `attn["noise", "lr"]` `(B, K, K)`, a row per query. A stream's rows over all the keys that it sees sum to 1.
-            A map is missing where a stream does not see the other (variant A), or has no queries (the last block).
-        lr: LR tokens after the block `(B, K, D)`; after the last one they are unfinished, as nothing reads them.
+        attn: maps of the joint attention by the streams of queries and keys, float32, means over heads. X -> L is
+            `attn["noise", "lr"]`, `(B, K, K)`, one row per query. The rows of a stream over all the keys that it sees
+            sum to 1. A map is missing where a stream does not see the other one (variant A), or has no queries (the
+            last block).
+        attn2: the same maps of SD3.5's second attention; empty in blocks without it.
+        lr: LR tokens after the block, `(B, K, D)`. After the last block they are unfinished, since nothing reads them.
     """
 
     attn: Maps = field(default_factory=dict)
@@ -33,14 +35,14 @@ class Record:
 
 @contextmanager
 def record(net: DiT4SRTransformer, blocks: Iterable[int]) -> Iterator[dict[int, Record]]:
-    """Records these blocks while it is open, one at a time; what the network returns stays the same.
+    """Records these blocks while the context is open, one at a time; what the network returns stays the same.
 
         with record(net, blocks=[3, 6]) as records:
             net(noisy_latent, lr_latent, timestep, prompt_embeds, pooled_prompt_embeds)
         records[6].attn["noise", "lr"]
 
     Raises:
-        ValueError: no such block.
+        ValueError: the network has no such block.
     """
     records = {index: Record() for index in blocks}
     if absent := records.keys() - set(range(len(net.blocks))):
@@ -53,7 +55,7 @@ def record(net: DiT4SRTransformer, blocks: Iterable[int]) -> Iterator[dict[int, 
 
 @contextmanager
 def recorded(block: MMDiTControlBlock, kept: Record) -> Iterator[None]:
-    """Hides a method of the block behind one that looks on: closed, nothing of it is left to be asked for."""
+    """Replaces the block's `projections` by a method that records them; the block is unchanged after the context."""
     project = block.projections
 
     def recording(*tokens) -> list[QKV]:
@@ -72,7 +74,7 @@ def recorded(block: MMDiTControlBlock, kept: Record) -> Iterator[None]:
 
 
 def maps_of(streams: Mapping[str, QKV], joint: bool) -> Maps:
-    """As the block attends: in one softmax, or in variant A in two, the LR stream's own apart."""
+    """Returns the maps as the block attends: from one softmax, or in variant A from two, the LR stream's own apart."""
     if joint:
         return attention_maps(streams)
     others = {name: qkv for name, qkv in streams.items() if name != "lr"}
@@ -81,7 +83,7 @@ def maps_of(streams: Mapping[str, QKV], joint: bool) -> Maps:
 
 @torch.no_grad()
 def attention_maps(streams: Mapping[str, QKV]) -> Maps:
-    """One softmax over the keys of all streams, its mean over heads cut by the streams of queries and of keys."""
+    """Returns one softmax over the keys of all streams, averaged over heads, cut by the streams of queries and keys."""
     queries = {name: q.float() for name, (q, _, _) in streams.items() if q is not None}
     keys = {name: k.float() for name, (_, k, _) in streams.items()}
     every_query, every_key = torch.cat([*queries.values()], dim=2), torch.cat([*keys.values()], dim=2)

@@ -24,7 +24,9 @@ class MMDiTControlBlock(nn.Module):
     Gates and outer residuals are SD3's own. In variant A the attention runs over `[noise, text]` and `[lr]` apart.
 
     Args:
-        frozen: diffusers' block. lr: its trainable share. variant: which parts are in.
+        frozen: diffusers' block.
+        lr: the block's trainable share of the LR stream.
+        variant: which parts of the LR stream are in.
     """
 
     def __init__(self, frozen: JointTransformerBlock, lr: LRBlock, variant: Variant):
@@ -37,10 +39,18 @@ class MMDiTControlBlock(nn.Module):
     def forward(
         self, noise: Tensor, lr: Tensor, text: Tensor, time: Tensor, grid: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise and LR tokens `(B, h*w, D)`, text tokens `(B, T, D)`, embedding of time and prompt `(B, D)`.
+        """Runs the three streams through the block.
 
-        Returns the streams after the block. The last block returns text, and LR tokens where they are not
-        needed, as they came.
+        Args:
+            noise: noise tokens, `(B, h*w, D)`.
+            lr: LR tokens, `(B, h*w, D)`.
+            text: text tokens, `(B, T, D)`.
+            time: embedding of timestep and prompt, `(B, D)`.
+            grid: `(h, w)`, the sides of the token grid.
+
+        Returns:
+            The three streams after the block. The last block returns the text unchanged, and so the LR tokens that nothing
+            needs.
         """
         frozen = self.frozen
 
@@ -89,7 +99,10 @@ class MMDiTControlBlock(nn.Module):
         return noise, lr, text
 
     def attend(self, noise: Tensor, lr: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """`attn` over `[noise, lr, text]`, or without text `attn2` over `[noise, lr]`; all after `to_out`."""
+        """Returns the output of `attn` over `[noise, lr, text]` or, if `text` is None, of `attn2` over `[noise, lr]`.
+
+        Each stream has passed its output projection; a stream without queries is None.
+        """
         frozen, ours = (self.frozen.attn2, self.lr.attn2) if text is None else (self.frozen.attn, self.lr.attn)
         noise_qkv, lr_qkv, *text_qkv = self.projections(frozen, ours, noise, lr, text)
 
@@ -107,20 +120,20 @@ class MMDiTControlBlock(nn.Module):
     def projections(
         self, frozen: Attention, ours: LRAttention, noise: Tensor, lr: Tensor, text: Tensor | None
     ) -> list[QKV]:
-        """Of noise, LR and, where there is one, text."""
+        """Returns (query, key, value) of the noise stream, the LR stream and, if given, the text stream."""
         noise_qkv = noise_projections(frozen, noise)
         lr_qkv = ours.queries(frozen, lr), ours.keys(frozen, lr, noise_qkv[1]), ours.values(frozen, lr)
         return [noise_qkv, lr_qkv] if text is None else [noise_qkv, lr_qkv, text_projections(frozen, text)]
 
 
 def joint_attention(*streams: QKV) -> tuple[Tensor | None, ...]:
-    """One softmax over the keys of all streams; a stream without queries gets None.
+    """Attends in one softmax over the keys of all streams.
 
     Args:
-        streams: `(queries, keys, values)`, each `(B, heads, tokens, D/heads)`.
+        streams: (query, key, value) per stream, each `(B, heads, tokens, D/heads)`; the query may be None.
 
     Returns:
-        `(B, tokens, D)` per stream.
+        `(B, tokens, D)` per stream; None for a stream without queries.
     """
     queries = torch.cat([q for q, _, _ in streams if q is not None], dim=2)
     keys = torch.cat([k for _, k, _ in streams], dim=2)
@@ -131,7 +144,7 @@ def joint_attention(*streams: QKV) -> tuple[Tensor | None, ...]:
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Softmax attention, each `(B, heads, tokens, D/heads)`."""
+    """Returns softmax attention; all arguments are `(B, heads, tokens, D/heads)`."""
     # In bfloat16 on a CPU the fused kernel's backward pass takes up to five times as long as plain products.
     if values.requires_grad and values.dtype == torch.bfloat16 and values.device.type == "cpu":
         scores = queries * queries.shape[-1] ** -0.5 @ keys.transpose(-1, -2)
@@ -140,35 +153,38 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def noise_projections(frozen: Attention, tokens: Tensor) -> QKV:
+    """Returns (query, key, value) of the noise stream by the frozen weights."""
     queries, keys = heads(frozen, frozen.to_q(tokens)), heads(frozen, frozen.to_k(tokens))
     return normed(frozen.norm_q, queries), normed(frozen.norm_k, keys), heads(frozen, frozen.to_v(tokens))
 
 
 def text_projections(frozen: Attention, tokens: Tensor) -> QKV:
-    """The last block asks nothing for the text: its queries are None there."""
+    """Returns (query, key, value) of the text stream by the frozen weights; in the last block the query is None."""
     keys, values = heads(frozen, frozen.add_k_proj(tokens)), heads(frozen, frozen.add_v_proj(tokens))
     queries = None if frozen.context_pre_only else heads(frozen, frozen.add_q_proj(tokens))
     return normed(frozen.norm_added_q, queries), normed(frozen.norm_added_k, keys), values
 
 
 def modulation(linear: nn.Linear, time: Tensor) -> tuple[Tensor, ...]:
-    """`(B, D)` -> `(B, 1, D)` each: shift, scale, gate of the attention, of the MLP, of the second attention."""
+    """Returns shift, scale and gate of the attention, of the MLP and of the second attention, each `(B, 1, D)`."""
     return linear(time).unsqueeze(1).chunk(linear.out_features // linear.in_features, dim=-1)
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Returns AdaLN's `shift + tokens * (1 + scale)`."""
     return torch.addcmul(shift, tokens, 1 + scale)
 
 
 def gated(tokens: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """Outer residual, `tokens + gate * update` in one pass over memory."""
+    """Returns the outer residual `tokens + gate * update`, in one pass over memory."""
     return torch.addcmul(tokens, gate, update)
 
 
 def mlp_in(ff: FeedForward, tokens: Tensor) -> Tensor:
-    """First linear layer and GELU: the 4D-wide activations that LR Injection adds to."""
+    """Returns the 4D-wide activations after the first linear layer and GELU, which LR Injection adds to."""
     return ff.net[0](tokens)
 
 
 def mlp_out(ff: FeedForward, activations: Tensor) -> Tensor:
+    """Returns the MLP's output from its 4D-wide activations."""
     return ff.net[2](activations)

@@ -1,10 +1,10 @@
-"""SD3-ControlNet, the paper's own baseline (Section 5.1): a trainable copy of SD3's first blocks beside them.
+"""SD3-ControlNet, the paper's own baseline (Section 5.1): a trainable copy of SD3's first blocks next to them.
 
     noisy latent ──────────────┬── frozen blocks 1..N ─────(+)── velocity
                                │                            │ zero layers
     LR latent ── zero layer ──(+)─ copied blocks 1..L ──────┘
 
-Every copied block's output is added after the frozen blocks that it stands for.
+The output of every copied block is added after the frozen blocks that it stands for.
 """
 
 from diffusers import SD3ControlNetModel, SD3Transformer2DModel
@@ -16,12 +16,12 @@ class SD3ControlNet(nn.Module):
 
     Args:
         base: diffusers' SD3 or SD3.5 transformer with its pretrained weights; frozen here.
-        num_layers: copied blocks, a divisor of the base's number of blocks; each one's output goes to as many frozen
-            blocks one after another.
-        gradient_checkpointing: recompute every block in the backward pass instead of keeping its activations.
+        num_layers: number of copied blocks, a divisor of the base's number of blocks. The output of each is added after
+            as many frozen blocks in a row as the quotient says.
+        gradient_checkpointing: whether every block is recomputed in the backward pass instead of keeping its activations.
 
     Raises:
-        ValueError: for a number of layers that does not divide the base's.
+        ValueError: the number of layers does not divide the base's.
     """
 
     trained_name = "controlnet"  # attribute of what is trained, and its file's name
@@ -41,11 +41,12 @@ class SD3ControlNet(nn.Module):
 
     @property
     def units(self) -> list[nn.Module]:
-        """What FSDP gathers one after another: modules that are called as a whole."""
+        """The modules that FSDP gathers one after another; each is called as a whole."""
         return [*self.controlnet.transformer_blocks, *self.base.transformer_blocks]
 
     @property
     def patch_size(self) -> int:
+        """Latents per token along one side."""
         return self.base.config.patch_size
 
     @property
@@ -65,7 +66,7 @@ class SD3ControlNet(nn.Module):
         prompt_embeds: Tensor,
         pooled_prompt_embeds: Tensor,
     ) -> Tensor:
-        """Velocity at `noisy_latent`; arguments and result as of `DiT4SRTransformer`."""
+        """Returns the velocity at `noisy_latent`; arguments and result are those of `DiT4SRTransformer`."""
         conditions = {
             "encoder_hidden_states": prompt_embeds,
             "pooled_projections": pooled_prompt_embeds,
@@ -78,7 +79,10 @@ class SD3ControlNet(nn.Module):
 
 
 def copy_of(base: SD3Transformer2DModel, num_layers: int) -> SD3ControlNetModel:
-    """Embeddings and first blocks of the base, zero layers in and out; every trainable weight gets a gradient."""
+    """Returns a copy of the base's embeddings and first blocks with zero layers in and out.
+
+    Every trainable weight of the copy gets a gradient.
+    """
     config = dict(base.config) | {"num_layers": num_layers, "extra_conditioning_channels": 0}
     controlnet = SD3ControlNetModel.from_config(config)
     for name in ("pos_embed", "time_text_embed", "context_embedder", "transformer_blocks"):

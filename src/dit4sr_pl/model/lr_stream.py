@@ -22,8 +22,11 @@ from dit4sr_pl.model.variant import Variant
 class LRAttention(nn.Module):
     """LR Integration's projections, each on top of its frozen one: `Q_L = W_q^L (W_q L)`, likewise K and V.
 
-    `needs_output` is False where only the keys and values matter: in the last block of a variant without LR
-    Injection the LR stream's own output goes nowhere, and a weight without a gradient would stop DDP.
+    Args:
+        dim: width D of a token.
+        variant: which parts of the LR stream are in.
+        needs_output: False where only keys and values matter. In the last block of a variant without LR Injection the
+            LR stream's own output goes nowhere, and a weight without a gradient would stop DDP.
     """
 
     def __init__(self, dim: int, variant: Variant, needs_output: bool):
@@ -38,32 +41,37 @@ class LRAttention(nn.Module):
             self.q = zero_linear(dim)
             self.out = nn.Linear(dim, dim)
         if self.legacy_keys:
-            self.k.requires_grad_(False)  # kept for the released layout, read by nothing
+            self.k.requires_grad_(False)  # kept for the released layout; nothing reads it
 
     def queries(self, frozen: Attention, lr: Tensor) -> Tensor | None:
-        """`(B, K, D) -> (B, heads, K, D/heads)`"""
+        """Returns LR queries from LR tokens, `(B, K, D) -> (B, heads, K, D/heads)`; None where no output is needed."""
         return normed(frozen.norm_q, self.project("q", frozen, lr)) if self.needs_output else None
 
     def keys(self, frozen: Attention, lr: Tensor, noise_keys: Tensor) -> Tensor:
+        """Returns LR keys; `noise_keys`, which are normalised already, stand in for them in releases with legacy keys."""
         if self.legacy_keys:
             return normed(frozen.norm_k, noise_keys)  # noise keys come normalised: this is the second time
         return normed(frozen.norm_k, self.project("k", frozen, lr))
 
     def values(self, frozen: Attention, lr: Tensor) -> Tensor:
+        """Returns LR values."""
         return self.project("v", frozen, lr)
 
     def output(self, attended: Tensor, lr: Tensor) -> Tensor:
-        """LR Residual: `L_out = W_out^L (Attention_L + L_in)`, `L_in` normed and modulated."""
+        """Returns LR Residual, `L_out = W_out^L (Attention_L + L_in)`, with `L_in` normed and modulated."""
         return self.out(attended + lr if self.residual else attended)
 
     def project(self, name: str, frozen: Attention, lr: Tensor) -> Tensor:
+        """Returns the tokens through the product of the trainable and the frozen projection, cut into heads."""
         ours = getattr(self, name)
         projected = ours(lr) if self.merged else F.linear(lr, *product(ours, getattr(frozen, f"to_{name}")))
         return heads(frozen, projected)
 
     @torch.no_grad()
     def merge(self, frozen: Attention) -> None:
-        """Puts each product in its own weights' place, computed in float32 and kept in the frozen weights' dtype."""
+        """Replaces each weight by its product with the frozen one, computed in float32, kept in the frozen weight's
+        dtype.
+        """
         for name in ("q", "k", "v") if self.needs_output else ("k", "v"):
             ours, theirs = getattr(self, name).float(), getattr(frozen, f"to_{name}")
             for kind, value in zip(("weight", "bias"), product(ours, copy.deepcopy(theirs).float()), strict=True):
@@ -72,10 +80,10 @@ class LRAttention(nn.Module):
 
 
 def product(ours: nn.Linear, frozen: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias of `W^L (W x) = (W^L W) x`.
+    """Returns weight and bias of `W^L (W x) = (W^L W) x`.
 
-    The product of the two matrices costs as much as D tokens, forward and backward, and every token then passes one
-    matrix instead of two.
+    The product of the two matrices costs as much as D tokens, forward and backward; every token then passes one matrix
+    instead of two.
     """
     return ours.weight @ frozen.weight, F.linear(frozen.bias, ours.weight, ours.bias)
 
@@ -85,29 +93,37 @@ class ConvInjection(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        # Tokens come channels last; so does then the weight's gradient, and DDP warns if the weight does not.
+        # Tokens are channels last, hence the weight's gradient too; DDP warns if the weight itself is not.
         conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
         self.conv = zeroed(conv).to(memory_format=torch.channels_last)
 
     def forward(self, eta: Tensor, grid: tuple[int, int]) -> Tensor:
-        """`(B, h*w, 4D) -> (B, h*w, 4D)`, tokens in rows of the grid `(h, w)`."""
+        """Returns `(B, h*w, 4D)` from `(B, h*w, 4D)`, tokens in rows of the grid `(h, w)`."""
         image = eta.transpose(1, 2).unflatten(2, grid)
         return self.conv(image).flatten(2).transpose(1, 2)
 
 
 class LinearInjection(nn.Module):
-    """Variant D: the same place, but every token for itself."""
+    """Variant D's LR Injection: a linear layer per token in place of the convolution."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.linear = zero_linear(dim)
 
     def forward(self, eta: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Returns `(B, h*w, 4D)` from `(B, h*w, 4D)`; the grid does not matter."""
         return self.linear(eta)
 
 
 class LRBlock(nn.Module):
-    """One block's share of the LR stream."""
+    """One block's share of the LR stream.
+
+    Args:
+        dim: width D of a token.
+        variant: which parts of the LR stream are in.
+        dual_attention: whether the frozen block has SD3.5's second attention.
+        last: whether it is the last block, whose LR tokens matter through its injection alone.
+    """
 
     def __init__(self, dim: int, variant: Variant, dual_attention: bool, last: bool):
         super().__init__()
@@ -122,11 +138,12 @@ class LRBlock(nn.Module):
 
 
 class LRStream(nn.Module):
-    """All that is trained and all that is saved: 350,877,696 parameters over SD3.5-medium.
+    """All weights that are trained and saved: 350,877,696 parameters over SD3.5-medium.
 
     Args:
-        dim: of a token. dual_attention: of every block, whether it has SD3.5's second attention.
-        variant: which parts are in.
+        dim: width D of a token.
+        dual_attention: for every block, whether it has SD3.5's second attention.
+        variant: which parts of the LR stream are in.
     """
 
     def __init__(self, dim: int, dual_attention: list[bool], variant: Variant):
@@ -139,19 +156,19 @@ class LRStream(nn.Module):
 
     @classmethod
     def over(cls, base: SD3Transformer2DModel, variant: Variant) -> "LRStream":
-        """One that fits an SD3 transformer; only its shape is read here."""
+        """Returns a new LR stream that fits an SD3 transformer, of which only the shape is read."""
         return cls(base.inner_dim, [frozen.attn2 is not None for frozen in base.transformer_blocks], variant)
 
     @torch.no_grad()
     def copy_output_projections_from(self, base: SD3Transformer2DModel) -> None:
-        """Copies the pretrained `to_out` into every `W_out^L`: call it after the base's weights are loaded."""
+        """Copies the pretrained `to_out` into every `W_out^L`; call it after the base's weights are loaded."""
         for frozen, block in zip(base.transformer_blocks, self.blocks, strict=True):
             for theirs, ours in ((frozen.attn, block.attn), (frozen.attn2, block.attn2)):
                 if ours is not None and ours.needs_output:
                     ours.out.load_state_dict(theirs.to_out[0].state_dict())
 
     def merge(self, base: SD3Transformer2DModel) -> None:
-        """For inference, once: every `W^L W` becomes one matrix. What is merged cannot be trained or saved."""
+        """Merges every `W^L W` into one matrix, once, for inference. A merged stream cannot be trained or saved."""
         for frozen, block in zip(base.transformer_blocks, self.blocks, strict=True):
             block.attn.merge(frozen.attn)
             if block.attn2 is not None:
@@ -159,20 +176,22 @@ class LRStream(nn.Module):
 
 
 def heads(frozen: Attention, tokens: Tensor) -> Tensor:
-    """`(B, K, D) -> (B, heads, K, D/heads)`"""
+    """Cuts tokens into heads, `(B, K, D) -> (B, heads, K, D/heads)`."""
     return tokens.unflatten(-1, (frozen.heads, -1)).transpose(1, 2)
 
 
 def normed(norm: nn.Module | None, tokens: Tensor | None) -> Tensor | None:
-    """SD3.5 normalises queries and keys, SD3 does not."""
+    """Returns normalised queries or keys; SD3.5 has the norms, SD3 has none."""
     return tokens if norm is None or tokens is None else norm(tokens)
 
 
 def zeroed(module: nn.Module) -> nn.Module:
+    """Sets all parameters of a module to zero and returns it."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def zero_linear(dim: int) -> nn.Linear:
+    """Returns a square linear layer whose weight and bias are zero."""
     return zeroed(nn.Linear(dim, dim))

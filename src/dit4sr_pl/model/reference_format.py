@@ -1,4 +1,4 @@
-"""The reference implementation's layout: a diffusers folder that holds the base and the LR stream together."""
+"""The layout of the reference implementation: a diffusers folder that holds the base and the LR stream together."""
 
 import json
 import re
@@ -24,8 +24,8 @@ def read_released(folder: Path) -> tuple[SD3Transformer2DModel, dict[str, Tensor
     """Splits a released folder into the frozen SD3 transformer and the LR stream's weights by our names.
 
     Raises:
-        FileNotFoundError: no `config.json` or no weights there.
-        ValueError: truncated, or weights that do not fit; the keys are listed.
+        FileNotFoundError: the folder has no `config.json` or no weights.
+        ValueError: a file is truncated, or the weights do not fit; the message lists the keys.
     """
     folder = next((f for f in (folder, folder / "transformer") if (f / "config.json").is_file()), None) or folder
     if not (folder / "config.json").is_file():
@@ -47,13 +47,13 @@ def read_released(folder: Path) -> tuple[SD3Transformer2DModel, dict[str, Tensor
 
 
 def write_released(base: SD3Transformer2DModel, lr_stream: LRStream, folder: Path) -> None:
-    """Writes `transformer/` of a released folder, for the reference implementation to run.
+    """Writes `transformer/` of a released folder, which the reference implementation can run.
 
-    It has no place for `legacy_lr_keys` and `injection_scale`, which the reference keeps in its source. The text
-    projections that it expects in `attn2` and never reads are written as zeros.
+    The layout has no place for `legacy_lr_keys` and `injection_scale`, which the reference keeps in its source. The text
+    projections that it expects in `attn2`, but never reads, are written as zeros.
 
     Raises:
-        ValueError: a variant that the reference implementation cannot run.
+        ValueError: the reference implementation cannot run this variant.
     """
     variant = lr_stream.variant
     if (variant.lr_integration, variant.lr_residual, variant.lr_injection) != ("joint", True, "conv"):
@@ -68,7 +68,7 @@ def write_released(base: SD3Transformer2DModel, lr_stream: LRStream, folder: Pat
 
 
 def dead_weights(base: SD3Transformer2DModel) -> dict[str, Tensor]:
-    """Zeros in place of `attn2`'s text projections, which have the shapes of its own."""
+    """Returns zeros in place of `attn2`'s text projections, which have the shapes of its image projections."""
     dead = {}
     for index, block in enumerate(base.transformer_blocks):
         if block.attn2 is not None:
@@ -81,18 +81,20 @@ def dead_weights(base: SD3Transformer2DModel) -> dict[str, Tensor]:
 
 
 def our_name(match: re.Match) -> str:
+    """Returns our name of a released weight from the match of its name."""
     block, attention, projection, kind = match.groups()
     return f"blocks.{block}.{attention}.{projection}.{kind}" if attention else f"blocks.{block}.injection.conv.{kind}"
 
 
 def released_name(name: str) -> str:
-    _, block, part, projection, kind = name.split(".")
-    inner = "ff.control_conv" if part == "injection" else f"{part}.to_{projection}_control"
+    """Returns the released name of one of our weights."""
+    _, block, layer, projection, kind = name.split(".")
+    inner = "ff.control_conv" if layer == "injection" else f"{layer}.to_{projection}_control"
     return f"transformer_blocks.{block}.{inner}.{kind}"
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a diffusers model folder, one file or shards with an index."""
+    """Returns all tensors of a diffusers model folder, from one file or from shards with an index."""
     index = folder / f"{WEIGHTS}.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -110,6 +112,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def check_keys(folder: Path, wanted: set[str], found: set[str]) -> None:
+    """Raises ValueError, which lists the keys, unless exactly the wanted keys were found."""
     if wanted != found:
         missing, unknown = ", ".join(sorted(wanted - found)), ", ".join(sorted(found - wanted))
         raise ValueError(f"{folder}: not a DiT4SR release; missing: {missing or 'none'}; unknown: {unknown or 'none'}")

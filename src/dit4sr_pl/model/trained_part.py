@@ -1,4 +1,4 @@
-"""Trained parts in and out: one safetensors file that knows its network and the base model it was trained over."""
+"""Trained parts in and out: one safetensors file that names its network and the base that it was trained over."""
 
 import hashlib
 import json
@@ -16,17 +16,17 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.model.variant import Variant
 
-SAMPLES = 64  # of every weight, in a base model's fingerprint
+SAMPLES = 64  # values per weight that a base's fingerprint covers
 
 
 @dataclass(frozen=True)
 class TrainedPart:
-    """What a training made: an LR stream or a ControlNet.
+    """The weights that a training made: an LR stream or a ControlNet.
 
     Args:
-        network_config: of its network: `network`, and the switches it was made with.
+        network_config: kind of the network (`network`) and the switches that it was made with.
         base: `name` and `fingerprint` of the frozen transformer below it.
-        state: its weights by name.
+        state: weights by name.
     """
 
     network_config: dict
@@ -35,40 +35,42 @@ class TrainedPart:
 
 
 def method_and_variant(network_config: dict) -> tuple[str, str]:
-    """A network's row in the paper's Table 1, and in Table 3 by its name in `conf/ablation/`, from its config."""
+    """Returns the network's row in the paper's Table 1 and, for Table 3, its name in `conf/ablation/`."""
     if network_config["network"] == "sd3_controlnet":
         return "SD3-ControlNet", ""
     return "DiT4SR", Variant(**network_config["variant"]).name
 
 
 def fingerprint(base: SD3Transformer2DModel) -> str:
-    """Hash of a base transformer, the same in float32, bfloat16 and float16, and read from a few values per weight."""
+    """Returns a hash of a base transformer from a few values per weight; float32, bfloat16 and float16 give the same."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(base.state_dict().items()):
         values = weight.flatten()[:: max(1, weight.numel() // SAMPLES)][:SAMPLES]
-        # Steps of 1/1024: what float16 makes of bfloat16's smallest values must not count.
+        # Steps of 1/1024, since float16 rounds bfloat16's smallest values.
         levels = (values.bfloat16().float() * 1024).round().int().cpu()
         digest.update(f"{name} {tuple(weight.shape)}".encode() + levels.numpy().tobytes())
     return digest.hexdigest()
 
 
 def base_of(net: nn.Module, name: str) -> dict[str, str]:
-    """What a trained part keeps of the frozen transformer that it was trained over."""
+    """Returns what a trained part keeps of the frozen transformer that it was trained over."""
     return {"name": name, "fingerprint": fingerprint(net.base)}
 
 
 def part_of(net: nn.Module, base: dict[str, str]) -> TrainedPart:
-    """The trained part of a network, its weights on the CPU in float32.
+    """Returns the trained part of a network, with its weights on the CPU in float32.
 
-    From a network that is sharded over devices all of them must call this; only the first gets weights.
+    All devices must call this if the network is sharded over them; only the first gets weights.
     """
     state = get_model_state_dict(net.trained, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return TrainedPart(net.network_config(), base, {name: tensor.float() for name, tensor in state.items()})
 
 
 def save_part(part: TrainedPart, path: str | Path) -> None:
-    """Writes a part as one safetensors file, atomically."""
+    """Writes a trained part as one safetensors file, atomically."""
     state = {name: tensor.contiguous() for name, tensor in part.state.items()}
+    # The key `settings`, here and in checkpoints, is the name that files have had from the start.
+    # The key `settings`, here and in checkpoints, is the name that files have had from the start.
     header = {"settings": json.dumps(part.network_config), "base": json.dumps(part.base)}
     with atomic_write(Path(path)) as partial:
         save_file(state, partial, header)
@@ -78,12 +80,12 @@ def load_part(path: str | Path) -> TrainedPart:
     """Reads what `save_part` wrote, or the averaged weights of a training checkpoint (`.ckpt`).
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: truncated, or something else.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or something else.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give an LR stream (.safetensors) or a training checkpoint")
+        raise FileNotFoundError(f"{path}: no such file; give an LR-stream file or a training checkpoint (.ckpt)")
     if path.suffix == ".ckpt":
         return load_checkpoint(path)
     try:
@@ -94,13 +96,14 @@ def load_part(path: str | Path) -> TrainedPart:
         raise ValueError(f"{path}: truncated or not safetensors ({error}); copy or train it again") from None
     if not {"settings", "base"} <= header.keys():
         raise ValueError(
-            f"{path}: safetensors, but not a trained part (its header names no network); released folders are read "
-            "by python -m dit4sr_pl.convert"
+            f"{path}: safetensors, but not a trained part (its header names no network); "
+            "python -m dit4sr_pl.convert reads released folders"
         )
     return TrainedPart(json.loads(header["settings"]), json.loads(header["base"]), state)
 
 
 def load_checkpoint(path: Path) -> TrainedPart:
+    """Reads the averaged weights of a training checkpoint; errors are those of `load_part`."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         network_config, base, state = checkpoint["settings"], checkpoint["base"], checkpoint["state_dict"]
@@ -111,7 +114,9 @@ def load_checkpoint(path: Path) -> TrainedPart:
 
 
 def check_network_config(net: nn.Module, network_config: dict, source: str | Path) -> None:
-    """Variants B and FULL have the same weights by name: only the config tells them apart.
+    """Checks that a network was made as a trained part's was.
+
+    Variants B and FULL have the same weights by name: only the config tells them apart.
 
     Raises:
         ValueError: the network was made with another config.
@@ -121,10 +126,10 @@ def check_network_config(net: nn.Module, network_config: dict, source: str | Pat
 
 
 def fit_part(net: nn.Module, part: TrainedPart, source: str | Path) -> None:
-    """Copies a part's weights into a network over the same base model.
+    """Copies a trained part's weights into a network over the same base.
 
     Raises:
-        ValueError: another base model, or keys or shapes that differ, with the first few of them.
+        ValueError: the base is another one, or keys or shapes differ; the message names the first few.
     """
     check_base(net.base, part.base, source)
     fit_state(net.trained, part.state, source)
@@ -140,11 +145,11 @@ def check_base(base: SD3Transformer2DModel, trained_over: dict[str, str], source
 
 
 def fit_state(trained: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copies weights; raises ValueError for keys or shapes that differ, with the first few of them."""
+    """Copies weights into a module; raises ValueError for keys or shapes that differ, with the first few of them."""
     ours = {name: tuple(tensor.shape) for name, tensor in trained.state_dict().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if ours != theirs:
         different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         listed = ", ".join(f"{name} {theirs.get(name)} (wanted {ours.get(name)})" for name in different[:3])
-        raise ValueError(f"{source}: of another architecture: {len(different)} weights differ, such as {listed}")
+        raise ValueError(f"{source}: another architecture: {len(different)} weights differ, such as {listed}")
     trained.load_state_dict(state)

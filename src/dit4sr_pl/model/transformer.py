@@ -14,13 +14,13 @@ from dit4sr_pl.model.variant import Variant
 
 
 class DiT4SRTransformer(nn.Module):
-    """Predicts the rectified flow's velocity `v = eps - z_0` from a noisy latent and the LR image's latent.
+    """The network that predicts the velocity `v = eps - z_0` from a noisy latent and the LR image's latent.
 
     Args:
         base: diffusers' SD3 or SD3.5 transformer with its pretrained weights; frozen here.
         variant: which parts of the LR stream are in.
-        gradient_checkpointing: recompute every block in the backward pass instead of keeping its activations.
-        lr_stream: a trained one, which brings its variant; without it a new one is made.
+        gradient_checkpointing: whether every block is recomputed in the backward pass instead of keeping its activations.
+        lr_stream: a trained LR stream, which brings its variant; None: a new one.
     """
 
     trained_name = "lr_stream"  # attribute of what is trained, and its file's name
@@ -40,7 +40,7 @@ class DiT4SRTransformer(nn.Module):
         self.lr_stream = lr_stream
         self.variant = lr_stream.variant
         self.gradient_checkpointing = gradient_checkpointing
-        # base and lr_stream own the weights, the blocks only pair them; FSDP finds its units among the submodules.
+        # base and lr_stream own the weights and the blocks pair them; FSDP finds its units among the submodules.
         self.blocks = nn.ModuleList(
             MMDiTControlBlock(frozen, lr, self.variant)
             for frozen, lr in zip(base.transformer_blocks, self.lr_stream.blocks, strict=True)
@@ -50,7 +50,8 @@ class DiT4SRTransformer(nn.Module):
     def from_reference(
         cls, folder: str | Path, legacy_lr_keys: bool = False, injection_scale: float = 1.2
     ) -> "DiT4SRTransformer":
-        """Loads a released DiT4SR: a diffusers folder with `config.json` and safetensors, `transformer/` or above.
+        """Loads a released DiT4SR: a diffusers folder with `config.json` and safetensors, `transformer/` or the one
+        above.
 
         Args:
             folder: the released folder.
@@ -58,8 +59,8 @@ class DiT4SRTransformer(nn.Module):
             injection_scale: 1.2 in all releases.
 
         Raises:
-            FileNotFoundError: no `config.json` or no weights there.
-            ValueError: weights that do not fit; the keys are listed.
+            FileNotFoundError: the folder has no `config.json` or no weights.
+            ValueError: the weights do not fit; the message lists the keys.
         """
         base, lr_state = read_released(Path(folder))
         net = cls(base, Variant(legacy_lr_keys=legacy_lr_keys, injection_scale=injection_scale))
@@ -77,11 +78,12 @@ class DiT4SRTransformer(nn.Module):
 
     @property
     def units(self) -> list[nn.Module]:
-        """What FSDP gathers one after another: modules that are called as a whole."""
+        """The modules that FSDP gathers one after another; each is called as a whole."""
         return list(self.blocks)
 
     @property
     def patch_size(self) -> int:
+        """Latents per token along one side."""
         return self.base.config.patch_size
 
     def forward(
@@ -92,19 +94,17 @@ class DiT4SRTransformer(nn.Module):
         prompt_embeds: Tensor,
         pooled_prompt_embeds: Tensor,
     ) -> Tensor:
-        """Velocity at `noisy_latent`.
+        """Returns the velocity at `noisy_latent`, `(B, C, H, W)`.
 
         Args:
-            noisy_latent: `(B, C, H, W)`, scaled VAE latents; H and W multiples of the patch size.
-            lr_latent: the same shape: latent of the LR image enlarged to the target size.
-            timestep: `(B,)` in [0, 1000], 1000 is pure noise.
-            prompt_embeds: `(B, T, joint_attention_dim)`. pooled_prompt_embeds: `(B, pooled_projection_dim)`.
-
-        Returns:
-            `(B, C, H, W)`.
+            noisy_latent: scaled VAE latents, `(B, C, H, W)`; H and W are multiples of the patch size.
+            lr_latent: latent of the LR image enlarged to the target size, of the same shape.
+            timestep: `(B,)` in [0, 1000]; 1000 is pure noise.
+            prompt_embeds: `(B, T, joint_attention_dim)`.
+            pooled_prompt_embeds: `(B, pooled_projection_dim)`.
 
         Raises:
-            ValueError: for shapes that do not fit each other or the patch size.
+            ValueError: the shapes do not fit each other or the patch size.
         """
         grid = self.token_grid(noisy_latent, lr_latent)
         noise = self.base.pos_embed(noisy_latent)
@@ -122,6 +122,7 @@ class DiT4SRTransformer(nn.Module):
         return self.unpatchify(noise, grid)
 
     def token_grid(self, noisy_latent: Tensor, lr_latent: Tensor) -> tuple[int, int]:
+        """Returns the sides `(h, w)` of the token grid; raises ValueError for latents that do not fit."""
         height, width = noisy_latent.shape[-2:]
         if noisy_latent.shape != lr_latent.shape:
             shapes = f"{tuple(noisy_latent.shape)} and {tuple(lr_latent.shape)}"
@@ -131,7 +132,7 @@ class DiT4SRTransformer(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def unpatchify(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """`(B, h*w, p*p*C) -> (B, C, h*p, w*p)`"""
+        """Puts tokens back into a latent, `(B, h*w, p*p*C) -> (B, C, h*p, w*p)`."""
         height, width = grid
         patches = tokens.unflatten(2, (self.patch_size, self.patch_size, -1)).unflatten(1, (height, width))
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

@@ -1,4 +1,4 @@
-"""Which parts of the LR stream are in: the paper's Section 5 and supplement Figure 3, as data."""
+"""The parts of the LR stream that are in: the paper's Section 5 and supplement Figure 3, as data."""
 
 from dataclasses import asdict, dataclass
 
@@ -8,19 +8,20 @@ INJECTIONS = ("conv", "linear", "none")
 
 @dataclass(frozen=True)
 class Variant:
-    """Three switches and a scale. The paper's FULL is all defaults; A-D change one switch each.
+    """Three switches and a scale. The paper's FULL is all defaults; A to D change one switch each.
 
     Args:
-        lr_integration: `"joint"`: one attention over noise, LR and text tokens; `"none"` (A): the LR stream
-            attends to itself only.
-        lr_residual: whether the LR attention's input is added to its output (B: not).
-        lr_injection: `"conv"`: depth-wise 3x3 convolution between the MLPs; `"linear"` (D): per token; `"none"` (C).
+        lr_integration: `"joint"`: one attention over noise, LR and text tokens; `"none"` (A): the LR stream attends to
+            itself only.
+        lr_residual: whether the LR attention's input is added to its output; False is B.
+        lr_injection: `"conv"`: a depth-wise 3x3 convolution between the MLPs; `"linear"` (D): a linear layer per token;
+            `"none"` (C).
         injection_scale: factor of the injection; 1.0 to train, 1.2 in all of the paper's releases.
-        legacy_lr_keys: LR keys are the twice normalised noise keys, the slip that `dit4sr_q` and `dit4sr_f`
+        legacy_lr_keys: whether LR keys are the twice normalised noise keys, the slip that `dit4sr_q` and `dit4sr_f`
             were trained with.
 
     Raises:
-        ValueError: for an unknown switch, or when nothing would lead from the LR stream to the noise stream.
+        ValueError: a switch is unknown, or nothing leads from the LR stream to the noise stream.
     """
 
     lr_integration: str = "joint"
@@ -40,7 +41,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """As in `conf/ablation/`, which do not set the scale and the keys; several changes are joined by `+`."""
+        """The variant's name in `conf/ablation/`, which do not set scale and keys; several changes are joined by `+`."""
         changes = {
             "no_lr_integration": self.lr_integration == "none",
             "no_lr_residual": not self.lr_residual,
@@ -50,4 +51,5 @@ class Variant:
         return "+".join(name for name, changed in changes.items() if changed) or "full"
 
     def as_dict(self) -> dict:
+        """Returns the fields as plain values."""
         return asdict(self)
