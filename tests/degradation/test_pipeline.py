@@ -252,3 +252,17 @@ def test_parameters_of_another_batch_are_refused(seesr, photos):
         seesr(photos, seesr.draw([1, 2], (128, 128)))
     with pytest.raises(ValueError, match="no seeds"):
         seesr.draw([], (128, 128))
+
+
+def test_the_draw_of_a_seed_stays_what_it_is(seesr):
+    """The order of draws is the random stream: runs that are resumed by a later version depend on these values."""
+    drawn = seesr.draw([7], (512, 512))
+    values = {name: value.item() for name, value in drawn.scalars().items()}
+    expected = {"blur/size": 11, "blur/sigma_x": 2.03873, "blur/cutoff": 1.66444, "resize/factor": 0.957383}
+    expected |= {"noise/poisson": 1, "noise/sigma": 26.0909, "noise/poisson_scale": 1.9979, "quality": 88.1685}
+    expected = {f"first/{name}": value for name, value in expected.items()}
+    expected |= {"second/blur/kind": 4, "second/blur/size": 17, "second/blur/sigma_x": 0.380859, "second/noise/grey": 1}
+    expected |= {"second/resize/factor": 0.547876, "second/resize/mode": 1, "second/quality": 82.745}
+    expected |= {"final/mode": 0, "final/jpeg_first": 1, "final/sinc/size": 21, "final/sinc/cutoff": 2.48498}
+    assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert drawn.first.noise.seed.item() == 894481085146036775

@@ -41,7 +41,7 @@ def test_bad_files_are_told_apart(base, tmp_path):
 def test_a_part_of_another_network_or_base_is_refused(base, tmp_path):
     net = DiT4SRTransformer(base)
     part = toy_part(net)
-    with pytest.raises(ValueError, match=r"file: of another architecture.*blocks\.0"):
+    with pytest.raises(ValueError, match=r"file: another architecture.*blocks\.0"):
         fit_part(SD3ControlNet(base, num_layers=1), part, "file")
     with pytest.raises(ValueError, match="file: trained as .*; this network is .*'lr_residual': False"):
         check_network_config(DiT4SRTransformer(base, Variant(lr_residual=False)), part.network_config, "file")

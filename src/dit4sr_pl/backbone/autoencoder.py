@@ -1,4 +1,4 @@
-"""Images to latents and back: SD3's `AutoencoderKL`, and tiny-sd3's `AutoencoderDC`, which has no posterior."""
+"""Images to latents and back: SD3's `AutoencoderKL`, or tiny-sd3's `AutoencoderDC`, which has no posterior."""
 
 from collections.abc import Callable, Iterator
 
@@ -13,7 +13,7 @@ class LatentCoder:
     """Frozen autoencoder with SD3's scaling `(z - shift) * scale`.
 
     Args:
-        vae: diffusers' autoencoder, 8x down.
+        vae: diffusers' autoencoder.
     """
 
     def __init__(self, vae: AutoencoderKL | AutoencoderDC):
@@ -30,9 +30,12 @@ class LatentCoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
-        """`(B, 3, H, W)` in 0..1 to scaled latents `(B, C, H/8, W/8)`, float32.
+        """Returns scaled latents `(B, C, H/8, W/8)`, float32.
 
-        With one CPU generator per image a sample of the posterior (HR), without the posterior's mode (LR).
+        Args:
+            images: `(B, 3, H, W)` in 0..1.
+            generators: one CPU generator per image draws a sample of the posterior (HR); None: the posterior's mode
+                (LR).
         """
         encoded = self.vae.encode(images.mul(2).sub_(1).to(self.vae.dtype))
         if isinstance(self.vae, AutoencoderDC):
@@ -46,17 +49,17 @@ class LatentCoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents to images `(B, 3, H, W)` in 0..1, float32, clamped."""
+        """Returns images `(B, 3, H, W)` in 0..1, float32, clamped, from scaled latents."""
         return to_images(self._decode(latents))
 
     def encode_tiled(self, image: Tensor | LazyEnlargement, side: int) -> Tensor:
-        """As `encode` of one image `(1, 3, H, W)`, in tiles where it is larger than `side` latents, a multiple of 4."""
+        """Encodes one image `(1, 3, H, W)`, in tiles if it is larger than `side` latents, a multiple of 4."""
         encode = lambda *window: self.encode(image[..., *window])  # noqa: E731
         return torch.cat(list(self._bands(encode, image.shape[-2:], side * self.factor, side)), dim=2)
 
     @torch.no_grad()
     def decode_tiled(self, latent: Tensor, side: int) -> Iterator[Tensor]:
-        """As `decode` of one latent `(1, C, h, w)`, in tiles: the image from top to bottom, in bands `(1, 3, n, W)`."""
+        """Decodes one latent `(1, C, h, w)` in tiles; yields the image from top to bottom in bands `(1, 3, n, W)`."""
         decode = lambda *window: self._decode(latent[..., *window])  # noqa: E731
         yield from map(to_images, self._bands(decode, latent.shape[-2:], side, side * self.factor))
 
@@ -64,12 +67,15 @@ class LatentCoder:
         return self.vae.decode((latents / self.scale + self.shift).to(self.vae.dtype)).sample
 
     def _bands(self, code: Callable[..., Tensor], size: tuple[int, int], side: int, coded: int) -> Iterator[Tensor]:
-        """Tiles and blending of diffusers' `tiled_encode` and `tiled_decode`, which hold all tiles until the end; here
-        two rows of them are held.
+        """Codes in tiles with the blending of diffusers' `tiled_encode` and `tiled_decode`.
+
+        diffusers keeps all tiles until the end; this keeps two rows of them.
 
         Args:
-            code: from rows and columns of what is coded to that tile's result. size: of what is coded.
-            side, coded: of a tile before and after; neighbours overlap by a quarter.
+            code: function from rows and columns of the input to that tile's result.
+            size: height and width of the input.
+            side: side of a tile before coding; neighbours overlap by a quarter.
+            coded: side of a tile after coding.
         """
         if max(size) <= side:
             yield code(slice(0, size[0]), slice(0, size[1]))
@@ -87,10 +93,11 @@ class LatentCoder:
 
 
 def draw_noise(like: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """Standard normal noise, one CPU generator per image: the same on every device and in every batch."""
+    """Returns standard normal noise, one CPU generator per image: the same on every device and in every batch."""
     noise = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
     return torch.stack(noise).to(like.device)
 
 
 def to_images(decoded: Tensor) -> Tensor:
+    """Returns images in 0..1, float32, from the autoencoder's -1..1; works in place if it can."""
     return decoded.float().div_(2).add_(0.5).clamp_(0, 1)

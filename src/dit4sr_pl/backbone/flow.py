@@ -12,11 +12,11 @@ class RectifiedFlow:
 
     Args:
         scheduler: its shifted table of sigmas (shift 3.0 for SD3) is the one trained on.
-        weighting: `"released"`: mean of `(z_t - sigma v - z_0)^2`, the released script's preconditioning, which
-            weighs the plain loss by sigma squared; `"velocity"`: mean of `(v - (eps - z_0))^2`.
+        weighting: `"released"`: mean of `(z_t - sigma v - z_0)^2`, the released script's preconditioning, which weighs
+            the plain loss by sigma squared; `"velocity"`: mean of `(v - (eps - z_0))^2`.
 
     Raises:
-        ValueError: for another weighting.
+        ValueError: the weighting is another word.
     """
 
     def __init__(self, scheduler: FlowMatchEulerDiscreteScheduler, weighting: str):
@@ -27,13 +27,22 @@ class RectifiedFlow:
         self.weighting = weighting
 
     def draw_timesteps(self, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """One timestep in [0, 1000] and its sigma in [0, 1] per generator: `floor(1000 u)`, `u` logit-normal(0, 1)."""
+        """Draws a timestep in [0, 1000] and its sigma in [0, 1] per generator: index `floor(1000 u)`, `u` logit-
+        normal(0, 1).
+        """
         normal = torch.cat([torch.randn(1, generator=generator) for generator in generators])
         index = (normal.sigmoid() * len(self.timesteps)).long().clamp(max=len(self.timesteps) - 1)
         return self.timesteps[index], self.sigmas[index]
 
     def loss(self, velocity: Tensor, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """Loss per image `(B,)` of the predicted velocity `(B, C, H, W)` at `interpolate(clean, noise, sigma)`."""
+        """Returns the loss per image, `(B,)`.
+
+        Args:
+            velocity: predicted velocity `(B, C, H, W)` at `interpolate(clean, noise, sigma)`.
+            clean: latents `(B, C, H, W)`.
+            noise: `(B, C, H, W)`.
+            sigma: `(B,)` in [0, 1].
+        """
         velocity = velocity.float()
         if self.weighting == "velocity":
             error = velocity - (noise - clean)
@@ -43,10 +52,11 @@ class RectifiedFlow:
 
 
 def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """`z_t`, from latent and noise `(B, C, H, W)` and sigma `(B,)`."""
+    """Returns `z_t` from latent and noise `(B, C, H, W)` and sigma `(B,)`."""
     sigma = per_image(sigma)
     return (1 - sigma) * clean + sigma * noise
 
 
 def per_image(values: Tensor) -> Tensor:
+    """Returns values `(B,)` as `(B, 1, 1, 1)`."""
     return values.view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Prompt embeddings on disk: encoded once, read in training without a text encoder.
+"""Prompt embeddings on disk, the reading half: training needs no text encoder.
 
 A cache is a folder of safetensors files and their index:
 
@@ -6,8 +6,8 @@ A cache is a folder of safetensors files and their index:
     <key>.safetensors        per prompt <key>.embeds (T, D_text) and <key>.pooled (D_pooled), bfloat16;
                              its header holds backbone, t5_tokens and the prompts' texts by key
 
-A prompt's key is the hash of its text. A file is named by its first key and complete once it has its name: the files
-are the truth, the index is made from their headers.
+A prompt's key is the hash of its text. A file is named by its first key and is complete once it has its name. The
+index is made from the headers of the files.
 """
 
 import hashlib
@@ -22,16 +22,18 @@ INDEX = "index.json"
 
 
 class PromptCache:
-    """Reads what `write_embeddings` wrote, in the place of a `PromptEncoder`; tensors are mapped from the files.
+    """Prompt embeddings that `write_embeddings` wrote, in place of a `PromptEncoder`; tensors are mapped from the
+    files.
 
     Args:
-        folder: of the cache.
-        backbone, t5_tokens: of the run that reads; the cache must have been made with the same.
-        dtype: of the tensors given.
+        folder: folder of the cache.
+        backbone: name of the run's backbone; the cache must have been made with the same.
+        t5_tokens: number of the run's T5 tokens; the cache must have been made with the same.
+        dtype: dtype of the returned tensors.
 
     Raises:
-        FileNotFoundError: no cache there.
-        ValueError: made with another backbone or number of T5 tokens.
+        FileNotFoundError: there is no cache.
+        ValueError: the cache was made with another backbone or number of T5 tokens.
     """
 
     def __init__(self, folder: str | Path, backbone: str, t5_tokens: int, dtype: torch.dtype):
@@ -48,15 +50,17 @@ class PromptCache:
         self.opened: dict[str, tuple[safe_open, dict[str, str]]] = {}
 
     def __call__(self, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Prompt embeddings `(B, 77 + t5_tokens, D_text)` and pooled ones `(B, D_pooled)` for SD3's tokenizers.
+        """Returns prompt embeddings `(B, 77 + t5_tokens, D_text)` and pooled ones `(B, D_pooled)`, for SD3's
+        tokenizers.
 
         Raises:
-            ValueError: a prompt that is not in the cache, a truncated file.
+            ValueError: a prompt is not in the cache, or a file is truncated.
         """
         embeds, pooled = zip(*map(self.read, prompts), strict=True)
         return torch.stack(embeds).to(device, self.dtype), torch.stack(pooled).to(device, self.dtype)
 
     def read(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Returns the embeddings `(T, D_text)` and `(D_pooled)` of one prompt."""
         key = prompt_key(prompt)
         if key not in self.files:
             raise ValueError(
@@ -67,6 +71,7 @@ class PromptCache:
         return file.get_tensor(f"{key}.embeds"), file.get_tensor(f"{key}.pooled")
 
     def open(self, name: str) -> tuple[safe_open, dict[str, str]]:
+        """Returns a file of the cache, mapped once, and the texts of its prompts by key."""
         if name not in self.opened:
             file, header = open_file(self.folder / name)
             self.opened[name] = file, header["prompts"]
@@ -74,7 +79,7 @@ class PromptCache:
 
 
 def open_file(path: Path) -> tuple[safe_open, dict]:
-    """A file, mapped, and its header."""
+    """Returns a mapped file and its header; raises ValueError if it is missing or no file of embeddings."""
     try:
         file = safe_open(path, "pt")
         return file, json.loads((file.metadata() or {})["embeddings"])
@@ -84,6 +89,7 @@ def open_file(path: Path) -> tuple[safe_open, dict]:
 
 
 def check_origin(path: Path, header: dict, backbone: str, t5_tokens: int) -> None:
+    """Raises ValueError unless a header names this backbone and this number of T5 tokens."""
     theirs = {"model.backbone.name": header["backbone"], "model.backbone.t5_tokens": header["t5_tokens"]}
     ours = {"model.backbone.name": backbone, "model.backbone.t5_tokens": t5_tokens}
     for name in ours:
@@ -95,9 +101,11 @@ def check_origin(path: Path, header: dict, backbone: str, t5_tokens: int) -> Non
 
 
 def check_same_text(folder: Path, stored: str, prompt: str) -> None:
+    """Raises ValueError if two prompts have one key."""
     if stored != prompt:
         raise ValueError(f"{folder}: {stored!r} and {prompt!r} have the same key; change one of them by a word")
 
 
 def prompt_key(prompt: str) -> str:
+    """Returns the key of a prompt: the hash of its text."""
     return hashlib.blake2b(prompt.encode(), digest_size=16).hexdigest()

@@ -1,5 +1,7 @@
-"""A frozen SD3 pipeline by its parts: each read from disk when a run first asks for it, through diffusers."""
+"""A frozen SD3 pipeline by its components, each read from disk through diffusers when a run first asks for it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import diffusers
@@ -21,28 +23,26 @@ from dit4sr_pl.backbone.prompt_cache import PromptCache
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.common.files import ASSETS
 
-for library in (diffusers, transformers):
-    library.utils.logging.disable_progress_bar()  # a bar per part and file, for milliseconds each
-
 
 class TextEncoders(StableDiffusion3Pipeline):
-    """SD3's, of which T5 may be left out."""
+    """SD3's pipeline with T5 as an optional component."""
 
     _optional_components = [*StableDiffusion3Pipeline._optional_components, "text_encoder_3", "tokenizer_3"]
 
 
 class Backbone:
-    """SD3, SD3.5 or tiny-sd3.
+    """The frozen pipeline: SD3, SD3.5 or tiny-sd3.
 
     Args:
         name: a folder in diffusers' layout, a hub id, or `tiny-sd3`, which is in this package.
-        dtype: of the frozen weights: `float32`, `bfloat16` or `float16`.
-        t5_tokens: tokens of T5 in the text stream.
+        dtype: dtype of the frozen weights: `float32`, `bfloat16` or `float16`.
+        t5_tokens: number of T5's tokens in the text stream.
         embeddings: folder of prompt embeddings (`prepare stage=embeddings`), with which text encoders and tokenizers
-            are never read; None encodes prompts when they come.
+            are
+            never read; None: prompts are encoded when they come.
 
-    Raises (when a part is read):
-        FileNotFoundError: nothing there, with what to do.
+    Raises:
+        FileNotFoundError: a component that a run asks for is not there; the message says what to do.
     """
 
     def __init__(self, name: str, dtype: str, t5_tokens: int, embeddings: str | None = None):
@@ -54,22 +54,26 @@ class Backbone:
 
     @property
     def location(self) -> str:
+        """Folder or hub id that diffusers reads."""
         shipped = ASSETS / self.name
         return str(shipped) if shipped.is_dir() else self.name
 
     @cached_property
     def transformer(self) -> SD3Transformer2DModel:
+        """The base, on the device."""
         return self.read(SD3Transformer2DModel, subfolder="transformer", dtype=self.dtype).to(self.device)
 
     @cached_property
     def vae(self) -> AutoencoderKL | AutoencoderDC:
+        """The autoencoder's weights."""
         return self.place(self.read(AutoModel, subfolder="vae", dtype=self.dtype))
 
     @cached_property
     def text_encoders(self) -> StableDiffusion3Pipeline:
+        """A pipeline that holds the text encoders and tokenizers alone."""
         pipeline = self.read(TextEncoders, transformer=None, vae=None, dtype=self.dtype)
         pipeline.set_progress_bar_config(disable=True)
-        if pipeline.text_encoder_3 is None:  # then diffusers puts zeros in T5's place, as wide as the transformer reads
+        if pipeline.text_encoder_3 is None:  # diffusers fills T5's place with zeros as wide as the transformer reads
             pipeline.register_modules(transformer=self.transformer)
         for encoder in encoders_of(pipeline):
             self.place(encoder)
@@ -77,21 +81,26 @@ class Backbone:
 
     @cached_property
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """The base's scheduler, whose shifted table of sigmas training and sampling use."""
         return self.read(FlowMatchEulerDiscreteScheduler, subfolder="scheduler")
 
     @cached_property
     def coder(self) -> LatentCoder:
+        """The autoencoder with SD3's scaling."""
         return LatentCoder(self.vae)
 
     @cached_property
     def prompts(self) -> PromptEncoder | PromptCache:
+        """Encodes prompts, or reads their embeddings if the backbone was given some."""
         if self.embeddings is not None:
             return PromptCache(self.embeddings, self.name, self.t5_tokens, self.dtype)
         return PromptEncoder(self.text_encoders, self.t5_tokens)
 
     def read(self, kind: type, **arguments):
+        """Reads one component; raises FileNotFoundError, with what to do, if that fails."""
         try:
-            return kind.from_pretrained(self.location, **arguments)
+            with no_progress_bars():
+                return kind.from_pretrained(self.location, **arguments)
         except (OSError, ValueError) as error:
             part = arguments.get("subfolder", "text encoders")
             reason = str(error).strip().splitlines()[0]
@@ -101,12 +110,16 @@ class Backbone:
             ) from None
 
     def to(self, device: torch.device, offload: bool = False) -> None:
-        """Moves what has been read, and later what is read; call it when the training device is known.
+        """Moves the components that have been read, and later ones when they are read, to a device.
 
-        With `offload` layers of the autoencoder and the text encoders are on the device only while they run.
+        Call it when the training device is known.
+
+        Args:
+            device: where the components work.
+            offload: whether the autoencoder's and the text encoders' layers are on the device only while they run.
         """
         self.device, self.offload = device, offload
-        read = vars(self)  # a cached property is there once it has been asked for
+        read = vars(self)  # a cached property appears here after its first use
         if "transformer" in read:
             self.transformer.to(device)
         if "vae" in read:
@@ -115,12 +128,27 @@ class Backbone:
             self.place(encoder)
 
     def place(self, model: nn.Module) -> nn.Module:
+        """Moves a component to the device, or hooks its layers if they are offloaded."""
         return cpu_offload(model, self.device) if self.offload else model.to(self.device)
 
     def __deepcopy__(self, memo: dict) -> "Backbone":
-        return self  # Lightning's weight averaging copies the module around it: frozen weights exist once
+        return self  # Lightning's weight averaging copies the module around it; frozen weights exist once
 
 
 def encoders_of(pipeline: StableDiffusion3Pipeline) -> list[nn.Module]:
+    """Returns the text encoders that a pipeline has; T5 may be left out."""
     encoders = pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3
     return [encoder for encoder in encoders if encoder is not None]  # T5 may be left out
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Hides the libraries' progress bars, which would show one per component and file, while a component is read."""
+    shown = [each.utils.logging for each in (diffusers, transformers) if each.utils.logging.is_progress_bar_enabled()]
+    for logging in shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging in shown:
+            logging.enable_progress_bar()

@@ -16,10 +16,12 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
-    """A hidden name beside `path` to write to; it becomes `path` when the block ends without an error.
+    """Yields a hidden name next to `path` to write to; the file becomes `path` when the block ends without an error.
 
-    What a killed process left is overwritten by the next one of the same `writer`, which must be given where several
-    processes may write one file.
+    Args:
+        path: the file to write; missing folders are made.
+        writer: suffix of the hidden name, which must differ between processes that may write one file. A file that a
+            killed process left is overwritten by the next process with the same suffix.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}{writer}.partial")
@@ -32,22 +34,23 @@ def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
 
 @contextmanager
 def exclusive_lock(path: Path) -> Iterator[None]:
-    """Holds a lock file, and with it what it stands for; the kernel lets go of it when this process ends, however that
-    is, so that a file that is left over means nothing.
+    """Holds an exclusive lock on `path`.
+
+    The kernel releases it when the process ends, even after SIGKILL, so a leftover file does no harm.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds the lock; the message names it.
     """
     with path.open("a+") as file:
         try:
-            # Not flock: that one lives on in DataLoader workers, which outlast a killed process by seconds.
+            # Not flock: DataLoader workers would keep it, and they outlast a killed process by seconds.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise ValueError(f"{path.parent}: {holder} writes here; wait for it or give another output") from None
-        except OSError as error:  # no locks on this file system
-            log.warning("%s: cannot be locked (%s); nothing keeps a second run out", path, error.strerror)
+        except OSError as error:  # this file system has no locks
+            log.warning("%s: cannot be locked (%s); a second run would not be refused", path, error.strerror)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} (since {time.strftime('%F %T')})\n")
         file.flush()

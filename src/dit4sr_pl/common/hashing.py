@@ -1,4 +1,4 @@
-"""Hashes of files, settings and weights."""
+"""Hashes of files, plain values and weights: BLAKE2b, 16 bytes, hexadecimal."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 
 def file_hash(path: Path | str) -> str:
-    """BLAKE2b (16 bytes, hexadecimal) of a file's bytes; of a folder, of its files' names and sizes, hidden ones left
-    out: folders of weights may hold tens of gigabytes."""
+    """Returns the hash of a file's bytes, or of the names and sizes of a folder's files.
+
+    Hidden files do not count. The bytes of a folder are not read: folders of weights may hold tens of gigabytes.
+    """
     path = Path(path)
     if path.is_dir():
         files = {file.relative_to(path): file.stat().st_size for file in path.rglob("*") if file.is_file()}
@@ -25,12 +27,12 @@ def file_hash(path: Path | str) -> str:
 
 
 def values_hash(settings: Mapping) -> str:
-    """Of plain values, whatever the order of their keys."""
+    """Returns the hash of plain values, whatever the order of their keys."""
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """Of weights by name, the same wherever they lie and in whatever file they came."""
+    """Returns the hash of weights by name: the same on every device and in every file."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(state.items()):
         digest.update(f"{name} {tuple(weight.shape)}".encode())

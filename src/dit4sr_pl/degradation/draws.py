@@ -1,4 +1,4 @@
-"""One draw of the degradation: dice with a generator per image, and the values they give, tensors `(B,)` on the CPU."""
+"""One draw of the degradation: a generator per image and the values that it gives, tensors `(B,)` on the CPU."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -11,7 +11,7 @@ from dit4sr_pl.degradation.kernels import blur_kernels, sinc_kernels
 
 
 class Range(NamedTuple):
-    """An interval, both ends included."""
+    """An interval that includes both ends."""
 
     low: float
     high: float
@@ -24,33 +24,36 @@ class Dice:
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def uniform(self, low: float | Tensor, high: float | Tensor) -> Tensor:
+        """Returns float64 `(B,)`, uniform in low..high."""
         draws = [torch.rand((), generator=generator, dtype=torch.float64) for generator in self.generators]
         return low + (high - low) * torch.stack(draws)
 
     def happens(self, probability: float) -> Tensor:
+        """Returns bool `(B,)`, True with the given probability."""
         return self.uniform(0, 1) < probability
 
     def pick(self, probabilities: Sequence[float]) -> Tensor:
-        """Indices into `probabilities`, which sum to 1."""
+        """Returns indices `(B,)` into `probabilities`, which sum to 1."""
         edges = torch.tensor(probabilities, dtype=torch.float64).cumsum(0)[:-1]
         return torch.searchsorted(edges, self.uniform(0, 1), right=True)
 
     def odd(self, sizes: Range) -> Tensor:
-        """Odd integers, uniform over the range."""
+        """Returns odd integers `(B,)`, uniform over the range."""
         halves = self.uniform(sizes.low // 2, sizes.high // 2 + 1).floor().long()
         return 2 * halves + 1
 
     def around_one(self, limits: Range) -> Tensor:
-        """Half of the time uniform in low..1, half of the time in 1..high."""
+        """Returns `(B,)`: half of the time uniform in low..1, half of the time uniform in 1..high."""
         below = self.happens(0.5)
         return torch.where(below, self.uniform(limits.low, 1), self.uniform(1, limits.high))
 
     def seeds(self) -> Tensor:
+        """Returns int64 seeds `(B,)` for generators of noise."""
         return torch.stack([torch.randint(2**63 - 1, (), generator=generator) for generator in self.generators])
 
 
 class Drawn:
-    """Base of the drawn values: each field is a tensor `(B,)` or a further set. Indexed, it gives one image's."""
+    """Base of the drawn values: each field is a tensor `(B,)` or a further set. An index selects one image's values."""
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
@@ -59,9 +62,9 @@ class Drawn:
         return type(self)(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def scalars(self) -> dict[str, Tensor]:
-        """Everything drawn but the noise seeds, flat: `{"first/blur/sigma_x": (B,) float32, ...}`.
+        """Returns all drawn values except noise seeds, flat: `{"first/blur/sigma_x": (B,) float32, ...}`.
 
-        A value is there also where the switch beside it leaves it unused, as `sigma` where `poisson` is 1.
+        A value is there even if a switch next to it leaves it unused, such as `sigma` where `poisson` is 1.
         """
         flat = {}
         for field in fields(self):
@@ -75,6 +78,10 @@ class Drawn:
 
 @dataclass(frozen=True)
 class DrawnBlur(Drawn):
+    """The drawn values of a blur: whether it happens, and its kernel's kind, size (pixels), sigmas (pixels), angle,
+    shape.
+    """
+
     on: Tensor
     kind: Tensor
     size: Tensor
@@ -85,7 +92,7 @@ class DrawnBlur(Drawn):
     cutoff: Tensor
 
     def kernels(self, canvas: int) -> Tensor:
-        """Kernels `(B, canvas, canvas)`, float64."""
+        """Returns kernels `(B, canvas, canvas)`, float64."""
         return blur_kernels(
             self.kind, self.size, self.sigma_x, self.sigma_y, self.angle, self.beta, self.cutoff, canvas
         )
@@ -93,23 +100,29 @@ class DrawnBlur(Drawn):
 
 @dataclass(frozen=True)
 class DrawnSinc(Drawn):
+    """The drawn values of the final sinc filter: whether it happens, size in pixels, cut-off in radians per pixel."""
+
     on: Tensor
     size: Tensor
     cutoff: Tensor
 
     def kernels(self, canvas: int) -> Tensor:
-        """Kernels `(B, canvas, canvas)`, float64."""
+        """Returns kernels `(B, canvas, canvas)`, float64."""
         return sinc_kernels(self.size, self.cutoff, canvas)
 
 
 @dataclass(frozen=True)
 class DrawnResize(Drawn):
+    """The drawn values of a resize: factor, and index into `ops.MODES`."""
+
     factor: Tensor
     mode: Tensor
 
 
 @dataclass(frozen=True)
 class DrawnNoise(Drawn):
+    """The drawn values of the noise: its kind, whether it is grey, its strengths, and the seed of its field."""
+
     poisson: Tensor
     grey: Tensor
     sigma: Tensor
@@ -119,6 +132,8 @@ class DrawnNoise(Drawn):
 
 @dataclass(frozen=True)
 class DrawnStage(Drawn):
+    """The drawn values of one pass; `quality` is JPEG's, 1..100."""
+
     blur: DrawnBlur
     resize: DrawnResize
     noise: DrawnNoise
@@ -127,6 +142,8 @@ class DrawnStage(Drawn):
 
 @dataclass(frozen=True)
 class DrawnFinal(Drawn):
+    """The drawn values of the last steps: mode of the resize, whether JPEG comes first, and the sinc filter."""
+
     mode: Tensor
     jpeg_first: Tensor
     sinc: DrawnSinc
@@ -134,7 +151,7 @@ class DrawnFinal(Drawn):
 
 @dataclass(frozen=True)
 class DrawnDegradation(Drawn):
-    """All that one batch draws; with the images it decides the outcome, so it can be logged and replayed."""
+    """All values that one batch draws. With the images they decide the result, so they can be logged and replayed."""
 
     first: DrawnStage
     second: DrawnStage

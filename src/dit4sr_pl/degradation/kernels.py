@@ -1,7 +1,7 @@
 """The blur kernels of Real-ESRGAN (Wang et al. 2021, Sections 3.2 and 3.4): six Gaussian families and sinc.
 
-All functions are vectorised over the batch. A parameter is a tensor `(B,)`, kernels are `(B, canvas, canvas)`, sum
-to 1 and are zero beyond their own odd size, so that kernels of several sizes share one canvas.
+All functions are vectorised over the batch. A parameter is a tensor `(B,)`. Kernels are `(B, canvas, canvas)`, sum to
+1 and are zero beyond their own odd size, so that kernels of several sizes share one canvas.
 """
 
 import math
@@ -26,10 +26,17 @@ def blur_kernels(
     cutoff: Tensor,
     canvas: int,
 ) -> Tensor:
-    """Kernels `(B, canvas, canvas)`, each of the family `KINDS[kind]` and of its own odd `size` in pixels.
+    """Returns kernels `(B, canvas, canvas)`.
 
-    `sigma_x`, `sigma_y` are in pixels, `angle` and `cutoff` in radians (per pixel). The Gaussian families read the
-    sigmas, the angle and `beta` (1 for a plain Gaussian); sinc reads `cutoff`.
+    Args:
+        kind: index of each kernel's family in `KINDS`.
+        size: each kernel's own odd size in pixels.
+        sigma_x: standard deviation along the first axis, pixels; read by the Gaussian families.
+        sigma_y: standard deviation along the second axis, pixels; read by the Gaussian families.
+        angle: rotation of the axes, radians; read by the Gaussian families.
+        beta: exponent of the Gaussian families; 1 gives a plain Gaussian.
+        cutoff: cut-off of sinc, radians per pixel.
+        canvas: side of the returned kernels, pixels.
     """
     distance = mahalanobis(sigma_x, sigma_y, angle, canvas)
     beta = beta[:, None, None]
@@ -39,12 +46,14 @@ def blur_kernels(
 
 
 def sinc_kernels(size: Tensor, cutoff: Tensor, canvas: int) -> Tensor:
-    """Sinc kernels `(B, canvas, canvas)` of the given odd sizes in pixels and cut-offs in radians per pixel."""
+    """Returns sinc kernels `(B, canvas, canvas)` of odd sizes in pixels and cut-offs in radians per pixel."""
     return _fit(low_pass(cutoff, canvas), size)
 
 
 def mahalanobis(sigma_x: Tensor, sigma_y: Tensor, angle: Tensor, canvas: int) -> Tensor:
-    """Squared distance `x^T S^-1 x` from the centre, `S = R(angle) diag(sigma_x^2, sigma_y^2) R(angle)^T`."""
+    """Returns the squared distance `x^T S^-1 x` from the centre, `S = R(angle) diag(sigma_x^2, sigma_y^2)
+    R(angle)^T`.
+    """
     y, x = _grid(canvas)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
     along, across = cos * x + sin * y, cos * y - sin * x
@@ -52,17 +61,17 @@ def mahalanobis(sigma_x: Tensor, sigma_y: Tensor, angle: Tensor, canvas: int) ->
 
 
 def generalized(distance: Tensor, beta: Tensor) -> Tensor:
-    """Generalised Gaussian `exp(-d^beta / 2)`, not normalised; the plain Gaussian at `beta = 1`."""
+    """Returns the generalised Gaussian `exp(-d^beta / 2)`, not normalised; `beta = 1` gives the plain Gaussian."""
     return torch.exp(-0.5 * distance.pow(beta))
 
 
 def plateau(distance: Tensor, beta: Tensor) -> Tensor:
-    """Plateau-shaped `1 / (1 + d^beta)`, not normalised."""
+    """Returns the plateau-shaped kernel `1 / (1 + d^beta)`, not normalised."""
     return 1 / (1 + distance.pow(beta))
 
 
 def low_pass(cutoff: Tensor, canvas: int) -> Tensor:
-    """The 2-D sinc filter `w J1(w r) / (2 pi r)` of cut-off `w`, its limit `w^2 / (4 pi)` at the centre."""
+    """Returns the 2-D sinc filter `w J1(w r) / (2 pi r)` of cut-off `w`; its limit at the centre is `w^2 / (4 pi)`."""
     y, x = _grid(canvas)
     radius = torch.hypot(x, y)
     cutoff = cutoff[:, None, None]
@@ -71,7 +80,7 @@ def low_pass(cutoff: Tensor, canvas: int) -> Tensor:
 
 
 def _fit(kernel: Tensor, size: Tensor) -> Tensor:
-    """Cut each kernel to its own size and normalise what is left."""
+    """Cuts each kernel to its own size and normalises the rest."""
     y, x = _grid(kernel.shape[-1])
     inside = torch.maximum(x.abs(), y.abs()) <= (size // 2)[:, None, None]
     kernel = torch.where(inside, kernel, 0)
@@ -79,6 +88,6 @@ def _fit(kernel: Tensor, size: Tensor) -> Tensor:
 
 
 def _grid(canvas: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns `(canvas, canvas)`, 0 at the centre."""
+    """Returns rows and columns `(canvas, canvas)`, 0 at the centre."""
     steps = torch.arange(canvas, dtype=torch.float64) - canvas // 2
     return torch.meshgrid(steps, steps, indexing="ij")

@@ -1,7 +1,7 @@
-"""The operations of the degradation, pure functions of an image `(1, 3, H, W)` in 0..1 and of drawn parameters.
+"""The operations of the degradation: pure functions of an image `(1, 3, H, W)` in 0..1 and of drawn parameters.
 
-Images have sizes of their own after the first random resize, and on a CPU even equal ones are faster one by one,
-within the cache, than stacked: so an operation takes one image, and nothing depends on the rest of the batch.
+After the first random resize every image has a size of its own, and on a CPU even equal sizes are faster one by one,
+within the cache, than stacked. So an operation takes one image, and nothing depends on the rest of the batch.
 """
 
 import math
@@ -16,11 +16,17 @@ MODES = ("area", "bilinear", "bicubic")
 
 
 def sharpen(image: Tensor, kernel_size: int, weight: float, threshold: float) -> Tensor:
-    """Unsharp masking of what stands out from its surroundings by more than `threshold` (of 255), in 0..1.
+    """Returns the image after unsharp masking of what differs from its surroundings by more than `threshold`.
 
-    The mask is blurred as the image is, for a soft transition. `kernel_size` is odd, in pixels.
+    The mask is blurred as the image is, for a soft transition.
+
+    Args:
+        image: `(1, 3, H, W)` in 0..1.
+        kernel_size: side of the blur kernel, odd, pixels.
+        weight: share of the difference that is added.
+        threshold: smallest difference that is sharpened, of 255.
     """
-    # OpenCV's rule, by which the reference turns the size into a sigma: 8 pixels for 51.
+    # The reference turns the size into a sigma by OpenCV's rule: 8 pixels for 51.
     sigma = 0.3 * ((kernel_size - 1) * 0.5 - 1) + 0.8
 
     def smooth(x: Tensor) -> Tensor:
@@ -32,7 +38,9 @@ def sharpen(image: Tensor, kernel_size: int, weight: float, threshold: float) ->
 
 
 def blur(image: Tensor, kernel: Tensor) -> Tensor:
-    """Correlation with `kernel` `(K, K)`, K odd, borders reflected; a product of spectra."""
+    """Returns the correlation with `kernel` `(K, K)`, K odd, with reflected borders; computed as a product of
+    spectra.
+    """
     pad = kernel.shape[-1] // 2
     padded = F.pad(image, (pad, pad, pad, pad), mode="reflect")
     # Lengths with large prime factors are up to four times slower; the zeros added here wrap into the cropped part.
@@ -42,25 +50,40 @@ def blur(image: Tensor, kernel: Tensor) -> Tensor:
 
 
 def resize(image: Tensor, size: tuple[int, int], mode: int) -> Tensor:
-    """Resize to `size` by `MODES[mode]`, without antialiasing: aliasing is one of the degradations wanted.
+    """Resizes an image by `MODES[mode]` without antialiasing, since aliasing is one of the wanted degradations.
 
-    The whole picture maps onto the whole result, where the reference's scale factor would lose up to one pixel of
-    the result at the right and the bottom, and shift the image against its ground truth.
+    The whole picture maps onto the whole result. The reference's scale factor would lose up to one pixel of the result
+    at
+    the right and the bottom, and shift the image relative to its ground truth.
     """
     return F.interpolate(image, size=size, mode=MODES[mode])
 
 
 def add_gaussian_noise(image: Tensor, sigma: float, grey: bool, seed: int) -> Tensor:
-    """White noise of standard deviation `sigma` (of 255), one field for all colours if `grey`; clamped to 0..1."""
+    """Adds white noise and clamps to 0..1.
+
+    Args:
+        image: `(1, 3, H, W)` in 0..1.
+        sigma: standard deviation, of 255.
+        grey: whether all colours share one field.
+        seed: seed of the field.
+    """
     noise = torch.randn(_noise_shape(image, grey), generator=_generator(image, seed), device=image.device)
     return (image + noise * (sigma / 255)).clamp(0, 1)
 
 
 def add_poisson_noise(image: Tensor, scale: float, grey: bool, seed: int) -> Tensor:
-    """Shot noise times `scale`, of the luma if `grey`; clamped to 0..1.
+    """Adds shot noise and clamps to 0..1.
 
     A value x of the 8-bit image is counted as Poisson(x n) / n, where n is the number of its distinct values, rounded
-    up to a power of two.
+    up
+    to a power of two.
+
+    Args:
+        image: `(1, 3, H, W)` in 0..1.
+        scale: factor of the noise.
+        grey: whether the luma is counted instead of the colours.
+        seed: seed of the field.
     """
     levels = ((rgb_to_grayscale(image) if grey else image).clamp(0, 1) * 255).round().long()
     distinct = int(torch.bincount(levels.flatten(), minlength=256).count_nonzero())
@@ -71,22 +94,27 @@ def add_poisson_noise(image: Tensor, scale: float, grey: bool, seed: int) -> Ten
 
 
 def poisson_counts(levels: Tensor, uniform: Tensor, peak: int) -> Tensor:
-    """The Poisson quantile of `uniform` (float64, 0..1) at the rates `levels / 255 * peak`; `levels` are 0..255.
+    """Returns the Poisson quantile of `uniform` at the rates `levels / 255 * peak`.
 
-    torch.poisson takes as many random numbers as it happens to need, so that on a CPU one value rounded differently
-    would change the noise of all pixels after it. Here every pixel has its own.
+    `torch.poisson` consumes a varying number of random numbers: on a CPU one value that is rounded differently would
+    change the noise of all pixels after it. Here every pixel has its own number.
+
+    Args:
+        levels: int64 values in 0..255.
+        uniform: float64 values in 0..1, of the same shape.
+        peak: the count at level 255.
     """
     rate = torch.arange(256, dtype=torch.float64, device=levels.device)[:, None] / 255 * peak
     counts = torch.arange(peak + math.ceil(10 * math.sqrt(peak)) + 10, dtype=torch.float64, device=levels.device)
     log_density = torch.xlogy(counts, rate) - rate - torch.lgamma(counts + 1)
     cumulative = log_density.exp().cumsum(dim=1).clamp(max=1)
-    # All 256 distributions end to end, level k in k..k+1: one sorted list serves every pixel.
-    ladder = (cumulative + torch.arange(256, device=levels.device)[:, None]).flatten()
-    return torch.searchsorted(ladder, (levels + uniform).contiguous(), right=True) - levels * len(counts)
+    # All 256 distributions stand end to end, level k in k..k+1, so that one sorted list serves every pixel.
+    quantiles = (cumulative + torch.arange(256, device=levels.device)[:, None]).flatten()
+    return torch.searchsorted(quantiles, (levels + uniform).contiguous(), right=True) - levels * len(counts)
 
 
 def to_8_bits(image: Tensor) -> Tensor:
-    """Clamp to 0..1 and round to multiples of 1/255, as an image file does."""
+    """Clamps to 0..1 and rounds to multiples of 1/255, as an image file does."""
     return (image.clamp(0, 1) * 255).round() / 255
 
 

@@ -23,14 +23,15 @@ Step = tuple[str, Callable[[Tensor], Tensor]]  # with its name
 
 
 class Degradation:
-    """Makes low-resolution images of photos; what is random is drawn first, and apart from the images.
+    """Makes low-resolution images of photos. Random values are drawn first, apart from the images.
 
     Args:
         scale: how many times smaller the LR image is.
-        sharpen: settings of the unsharp masking of the target (`Sharpen`), None to leave it as it is.
+        sharpen: settings of the unsharp masking of the target (`Sharpen`); None: no masking.
         first: settings of the first pass (`Stage`); its resize factor is relative to the HR size.
         second: settings of the second pass (`Stage`); its resize factor is relative to the LR size.
         final: settings of the last resize, sinc filter and JPEG (`Final`).
+
     Raises:
         ValueError: a setting is missing, unknown or out of its range.
     """
@@ -50,10 +51,14 @@ class Degradation:
         self.final = read_settings(Final, final, "degradation.final")
 
     def draw(self, seeds: Sequence[int], size: tuple[int, int]) -> DrawnDegradation:
-        """Draw for one image per seed, of the HR size `(H, W)`; an image's values depend on its own seed alone.
+        """Draws the values of one image per seed; an image's values depend on its own seed alone.
+
+        Args:
+            seeds: one per image.
+            size: height and width of the HR images, pixels.
 
         Raises:
-            ValueError: no seeds, or images of this size cannot be degraded.
+            ValueError: there are no seeds, or images of this size cannot be degraded.
         """
         if not seeds:
             raise ValueError("degradation: no seeds to draw with; give one per image")
@@ -63,10 +68,17 @@ class Degradation:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, params: DrawnDegradation) -> tuple[Tensor, Tensor]:
-        """Degrade images `(B, 3, H, W)` in 0..1 on their own device; the same arguments give the same result.
+        """Degrades images on their own device; the same arguments give the same result.
+
+        Args:
+            images: `(B, 3, H, W)` in 0..1.
+            params: what `draw` returned for them.
 
         Returns:
-            LR `(B, 3, H/scale, W/scale)`, multiples of 1/255 in 0..1, and its target `(B, 3, H, W)` in 0..1, float32.
+            LR images `(B, 3, H/scale, W/scale)`, multiples of 1/255 in 0..1, and their targets `(B, 3, H, W)` in 0..1,
+            both
+            float32.
+
         Raises:
             ValueError: `params` were drawn for another number of images, or the size cannot be degraded.
         """
@@ -85,9 +97,13 @@ class Degradation:
 
     @torch.no_grad()
     def stages(self, image: Tensor, params: DrawnDegradation) -> Iterator[tuple[str, Tensor]]:
-        """One image `(1, 3, H, W)` in 0..1 after every step that was drawn for it: from its target `hr` to `lr`.
+        """Yields name and image after every step that was drawn for one image, from its target `hr` to `lr`.
 
-        Yields name and image; sizes and ranges are those in between.
+        Sizes and ranges are those between the steps.
+
+        Args:
+            image: `(1, 3, H, W)` in 0..1.
+            params: what `draw` returned for it.
 
         Raises:
             ValueError: `params` were drawn for several images, or the size cannot be degraded.
@@ -102,7 +118,7 @@ class Degradation:
             yield name, image
 
     def _kernels(self, params: DrawnDegradation, device: torch.device) -> list[Tensor]:
-        """Of the first blur, the second blur and the sinc filter, each `(B, K, K)`."""
+        """Returns the kernels of the first blur, the second blur and the sinc filter, each `(B, K, K)`."""
         filters = (
             (params.first.blur, self.first.blur.size),
             (params.second.blur, self.second.blur.size),
@@ -113,7 +129,7 @@ class Degradation:
     def _degrade(
         self, image: Tensor, first_kernel: Tensor, second_kernel: Tensor, sinc_kernel: Tensor, drawn: DrawnDegradation
     ) -> tuple[Tensor, Tensor]:
-        """One image `(1, 3, H, W)` -> its LR image and its target."""
+        """Returns the LR image and the target of one image `(1, 3, H, W)`."""
         lr = hr = self._target(image)
         for _, step in self._steps(first_kernel, second_kernel, sinc_kernel, drawn, tuple(image.shape[-2:])):
             lr = step(lr)
@@ -130,7 +146,7 @@ class Degradation:
         drawn: DrawnDegradation,
         size: tuple[int, int],
     ) -> Iterator[Step]:
-        """From the target of this size to its LR image."""
+        """Yields the steps from the target of this size to its LR image."""
         lr_size = (size[0] // self.scale, size[1] // self.scale)
         yield from _blur_resize_noise("first", first_kernel, drawn.first, size)
         yield "first JPEG", partial(jpeg, quality=float(drawn.first.quality))
@@ -147,7 +163,7 @@ class Degradation:
         yield "lr", ops.to_8_bits
 
     def _check_size(self, size: tuple[int, int]) -> None:
-        """Reflection needs more pixels than it adds: the sharpening's and the blurs' kernels bound the size below."""
+        """Checks that the kernels' reflected borders fit: reflection needs more pixels than it adds."""
         if any(side % self.scale for side in size):
             raise ValueError(f"degradation: {size[0]}x{size[1]} images are not multiples of the scale {self.scale}")
         second_pass = (self.second.blur.size.high // 2 + 1) / self.first.resize.factor.low
@@ -162,7 +178,7 @@ class Degradation:
 
 
 def _blur_resize_noise(stage: str, kernel: Tensor, drawn: DrawnStage, base: tuple[int, int]) -> Iterator[Step]:
-    """What both passes have in common; the drawn factor is relative to the size `base`."""
+    """Yields the steps that both passes share; the drawn factor is relative to the size `base`."""
     if drawn.blur.on:
         yield f"{stage} blur", partial(ops.blur, kernel=kernel)
     factor = float(drawn.resize.factor)

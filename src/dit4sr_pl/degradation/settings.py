@@ -1,4 +1,4 @@
-"""The settings of the degradation, checked as they are read; each class draws what it describes."""
+"""The settings of the degradation, checked when they are read; each class draws the values that it describes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,8 @@ Settings = TypeVar("Settings")
 
 @dataclass(frozen=True)
 class Sharpen:
+    """Unsharp masking: `kernel_size` in pixels, odd; `threshold` of 255."""
+
     kernel_size: int
     weight: float
     threshold: float
@@ -34,12 +36,13 @@ class Sharpen:
         _require(self.kernel_size % 2 == 1, f"kernel_size must be odd, not {self.kernel_size}")
 
     def apply(self, image: Tensor) -> Tensor:
+        """Returns the sharpened image; see `ops.sharpen`."""
         return sharpen(image, self.kernel_size, self.weight, self.threshold)
 
 
 @dataclass(frozen=True)
 class BlurSinc:
-    """Sinc in place of a Gaussian family; cut-offs in units of pi, one range for sizes under `small`, one above."""
+    """Sinc in place of a Gaussian family. Cut-offs are in units of pi: one range for sizes under `small`, one above."""
 
     probability: float
     small: int
@@ -54,6 +57,10 @@ class BlurSinc:
 
 @dataclass(frozen=True)
 class Blur:
+    """Settings of a blur: its probability, sizes (odd, pixels), families with their probabilities, and their
+    parameters.
+    """
+
     probability: float
     size: Range
     kinds: dict[str, float]
@@ -72,6 +79,7 @@ class Blur:
         _require_around_one("beta_plateau", self.beta_plateau)
 
     def draw(self, dice: Dice) -> DrawnBlur:
+        """Draws one blur per image."""
         size, family = dice.odd(self.size), dice.pick([self.kinds[kind] for kind in KINDS[:SINC]])
         kind = torch.where(dice.happens(self.sinc.probability), SINC, family)
         isotropic, sigma_x, sigma_y = ISOTROPIC[kind], dice.uniform(*self.sigma), dice.uniform(*self.sigma)
@@ -108,6 +116,7 @@ class Resize:
         _require(self.factor.low > 0, f"factor must be positive, not from {self.factor.low:g}")
 
     def draw(self, dice: Dice) -> DrawnResize:
+        """Draws one factor and one mode per image."""
         direction = dice.pick((self.up, self.down, self.keep))
         up, down = dice.uniform(1, self.factor.high), dice.uniform(self.factor.low, 1)
         factor = torch.where(direction == 0, up, torch.where(direction == 1, down, 1))
@@ -116,7 +125,7 @@ class Resize:
 
 @dataclass(frozen=True)
 class Noise:
-    """`gaussian` and `grey` are probabilities, `sigma` is of 255; what is not Gaussian is Poisson."""
+    """Settings of the noise: `gaussian` and `grey` are probabilities, `sigma` is of 255; the rest is Poisson noise."""
 
     gaussian: float
     sigma: Range
@@ -129,6 +138,7 @@ class Noise:
         _require(min(self.sigma.low, self.poisson_scale.low) >= 0, "sigma and poisson_scale must not be negative")
 
     def draw(self, dice: Dice) -> DrawnNoise:
+        """Draws kind, strength and seed of one noise per image."""
         return DrawnNoise(
             poisson=~dice.happens(self.gaussian),
             grey=dice.happens(self.grey),
@@ -151,12 +161,13 @@ class Stage:
         _require(self.jpeg.low >= 1 and self.jpeg.high <= 100, f"jpeg must lie in 1..100, not {list(self.jpeg)}")
 
     def draw(self, dice: Dice) -> DrawnStage:
+        """Draws one pass per image."""
         return DrawnStage(self.blur.draw(dice), self.resize.draw(dice), self.noise.draw(dice), dice.uniform(*self.jpeg))
 
 
 @dataclass(frozen=True)
 class FinalSinc:
-    """The sinc filter at the end; `cutoff` in units of pi."""
+    """The sinc filter at the end; `cutoff` is in units of pi."""
 
     probability: float
     size: Range
@@ -168,6 +179,7 @@ class FinalSinc:
         _require_cutoff("cutoff", self.cutoff)
 
     def draw(self, dice: Dice) -> DrawnSinc:
+        """Draws one filter per image."""
         return DrawnSinc(
             on=dice.happens(self.probability), size=dice.odd(self.size), cutoff=math.pi * dice.uniform(*self.cutoff)
         )
@@ -175,7 +187,9 @@ class FinalSinc:
 
 @dataclass(frozen=True)
 class Final:
-    """How often the second JPEG comes before the resize to the LR size and the sinc filter, not after them."""
+    """The last steps; `jpeg_first` is the probability that JPEG comes before the resize to the LR size and the sinc
+    filter.
+    """
 
     jpeg_first: float
     sinc: FinalSinc
@@ -184,16 +198,26 @@ class Final:
         _require_probability("jpeg_first", self.jpeg_first)
 
     def draw(self, dice: Dice) -> DrawnFinal:
+        """Draws the last steps per image."""
         return DrawnFinal(mode=draw_mode(dice), jpeg_first=dice.happens(self.jpeg_first), sinc=self.sinc.draw(dice))
 
 
 def draw_mode(dice: Dice) -> Tensor:
-    """Indices into `MODES`, all equally likely."""
+    """Draws indices into `MODES`, all equally likely."""
     return dice.pick([1 / len(MODES)] * len(MODES))
 
 
 def read_settings(kind: type[Settings], settings: Mapping[str, Any], where: str) -> Settings:
-    """Build the settings class `kind` from nested mappings; `where` names them in a `ValueError`."""
+    """Builds the settings class `kind` from nested mappings.
+
+    Args:
+        kind: one of the classes above.
+        settings: a mapping with the class's fields as keys.
+        where: name of the mapping, for errors.
+
+    Raises:
+        ValueError: a key is missing or unknown, or a value is out of its range.
+    """
     hints = get_type_hints(kind)
     _require(isinstance(settings, Mapping), f"{where}: expected a mapping, got {settings!r}")
     _require(

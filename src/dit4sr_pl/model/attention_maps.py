@@ -1,4 +1,6 @@
-"""Attention maps between the streams of a block (paper Figure 4) and the LR tokens that leave it (supplement Figure 2)."""
+"""Attention maps between the streams of a block (paper Figure 4) and the LR tokens that leave it (supplement Figure
+2).
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager

@@ -49,7 +49,8 @@ class MMDiTControlBlock(nn.Module):
             grid: `(h, w)`, the sides of the token grid.
 
         Returns:
-            The three streams after the block. The last block returns the text unchanged, and so the LR tokens that nothing
+            The three streams after the block. The last block returns the text unchanged, and so the LR tokens that
+            nothing
             needs.
         """
         frozen = self.frozen

@@ -18,7 +18,8 @@ class SD3ControlNet(nn.Module):
         base: diffusers' SD3 or SD3.5 transformer with its pretrained weights; frozen here.
         num_layers: number of copied blocks, a divisor of the base's number of blocks. The output of each is added after
             as many frozen blocks in a row as the quotient says.
-        gradient_checkpointing: whether every block is recomputed in the backward pass instead of keeping its activations.
+        gradient_checkpointing: whether every block is recomputed in the backward pass instead of keeping its
+            activations.
 
     Raises:
         ValueError: the number of layers does not divide the base's.

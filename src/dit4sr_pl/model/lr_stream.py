@@ -48,7 +48,9 @@ class LRAttention(nn.Module):
         return normed(frozen.norm_q, self.project("q", frozen, lr)) if self.needs_output else None
 
     def keys(self, frozen: Attention, lr: Tensor, noise_keys: Tensor) -> Tensor:
-        """Returns LR keys; `noise_keys`, which are normalised already, stand in for them in releases with legacy keys."""
+        """Returns LR keys; `noise_keys`, which are normalised already, stand in for them in releases with legacy
+        keys.
+        """
         if self.legacy_keys:
             return normed(frozen.norm_k, noise_keys)  # noise keys come normalised: this is the second time
         return normed(frozen.norm_k, self.project("k", frozen, lr))

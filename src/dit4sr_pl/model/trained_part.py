@@ -42,7 +42,9 @@ def method_and_variant(network_config: dict) -> tuple[str, str]:
 
 
 def fingerprint(base: SD3Transformer2DModel) -> str:
-    """Returns a hash of a base transformer from a few values per weight; float32, bfloat16 and float16 give the same."""
+    """Returns a hash of a base transformer from a few values per weight; float32, bfloat16 and float16 give the
+    same.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(base.state_dict().items()):
         values = weight.flatten()[:: max(1, weight.numel() // SAMPLES)][:SAMPLES]
@@ -69,6 +71,8 @@ def part_of(net: nn.Module, base: dict[str, str]) -> TrainedPart:
 def save_part(part: TrainedPart, path: str | Path) -> None:
     """Writes a trained part as one safetensors file, atomically."""
     state = {name: tensor.contiguous() for name, tensor in part.state.items()}
+    # The key `settings`, here and in checkpoints, is the name that files have had from the start.
+    # The key `settings`, here and in checkpoints, is the name that files have had from the start.
     # The key `settings`, here and in checkpoints, is the name that files have had from the start.
     # The key `settings`, here and in checkpoints, is the name that files have had from the start.
     header = {"settings": json.dumps(part.network_config), "base": json.dumps(part.base)}

@@ -19,7 +19,8 @@ class DiT4SRTransformer(nn.Module):
     Args:
         base: diffusers' SD3 or SD3.5 transformer with its pretrained weights; frozen here.
         variant: which parts of the LR stream are in.
-        gradient_checkpointing: whether every block is recomputed in the backward pass instead of keeping its activations.
+        gradient_checkpointing: whether every block is recomputed in the backward pass instead of keeping its
+            activations.
         lr_stream: a trained LR stream, which brings its variant; None: a new one.
     """
 

@@ -41,7 +41,9 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The variant's name in `conf/ablation/`, which do not set scale and keys; several changes are joined by `+`."""
+        """The variant's name in `conf/ablation/`, which do not set scale and keys; several changes are joined by
+        `+`.
+        """
         changes = {
             "no_lr_integration": self.lr_integration == "none",
             "no_lr_residual": not self.lr_residual,
