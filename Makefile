@@ -1,26 +1,32 @@
 # make demo: set up, train DiT4SR on this machine for a few minutes, restore photos it never saw.
 # make ablation: the paper's Table 3 in miniature, hours.  make tiny: how the weights in the package were made.
-# make test, make lint: as CI runs them.
+# make quick: the tests of the inner loop.  make test, make lint: as CI runs them.  make lock: newer dependencies.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo ablation test lint format tiny
+.PHONY: demo ablation test quick lint format lock tiny
 
 demo: $(VENV)/.done
 	$(BIN)/python -m dit4sr_pl.train experiment=demo
 	$(BIN)/python -m dit4sr_pl.demo
 
-# Given again, it goes on where it was stopped.
+# Given again, it resumes where it was stopped.
 VARIANTS := full,no_lr_integration,no_lr_residual,no_lr_injection,linear_lr_injection
 ablation: $(VENV)/.done
 	$(BIN)/python -m dit4sr_pl.train -m experiment=ablation +ablation=$(VARIANTS) seed=0,1,2
 	$(BIN)/python -m dit4sr_pl.train -m experiment=ablation model=tiny_sd3_controlnet seed=0,1,2
 	$(BIN)/python -m dit4sr_pl.compare outputs/ablation output=outputs/ablation/compare strip.hr=outputs/demo/photos/crops
 
-# One thread in each of several processes: two threads that wait for one another cost more than they give.
+# One thread in each of several processes: two threads that wait for one another cost more than they give. The files
+# keep the order of tests/conftest.py, long ones first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile \
+	--no-loadscope-reorder
 test: $(VENV)/.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+	$(PYTEST)
+
+quick: $(VENV)/.done
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
@@ -31,13 +37,23 @@ format: $(VENV)/.done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/.done: pyproject.toml
+# Every package in the version of requirements.lock, with which the tests have passed.
+$(VENV)/.done: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[dev]"
 	touch $@
 
-# The weights in src/dit4sr_pl/assets, from nothing; hours. Scripts go on where they were stopped. See docs/tiny.md.
+# The newest versions that pyproject.toml allows, installed in a new environment and written down; then run the tests.
+lock:
+	rm -rf $(VENV)-lock
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-lock/bin/python -m pip install --quiet --editable ".[dev]"
+	$(VENV)-lock/bin/python -m pip freeze --exclude-editable > requirements.lock
+	rm -rf $(VENV)-lock
+
+# The weights in src/dit4sr_pl/assets, from nothing; takes hours. Scripts resume where they were stopped. See docs/tiny.md.
 TINY := outputs/tiny
 SHIPPED := src/dit4sr_pl/assets
 tiny: $(VENV)/.done

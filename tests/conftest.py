@@ -1,3 +1,4 @@
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def browser(tmp_path, request) -> Iterator[Chrome]:
 
 
 PAGE = pytest.StashKey()
+WEIGHTS = {"slow": 1, "browser": 2, "slurm": 20}  # about how long a test with this marker takes next to the others
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts files by the weights of their tests' markers, longest first, so that no process is left with a long file."""
+    weight = Counter()
+    for item in items:
+        weight[item.path] += sum(WEIGHTS.get(marker.name, 0) for marker in item.iter_markers())
+    items.sort(key=lambda item: -weight[item.path])
 
 
 @pytest.hookimpl(wrapper=True)
