@@ -59,7 +59,7 @@ WEIGHTS = {"slow": 1, "browser": 2, "slurm": 20}  # about how long a test with t
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts files by the weights of their tests' markers, longest first, so that no process is left with a long file."""
+    """Sorts files by the weights of their tests' markers, longest first: no process is left alone with a long file."""
     weight = Counter()
     for item in items:
         weight[item.path] += sum(WEIGHTS.get(marker.name, 0) for marker in item.iter_markers())
