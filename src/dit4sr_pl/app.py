@@ -31,6 +31,7 @@ FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # Gra
 
 @command("app")
 def main(cfg: DictConfig) -> None:
+    """Serves the page until it is interrupted."""
     check(cfg)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
@@ -60,6 +61,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
+    """Checks everything that a user can get wrong before a model is read."""
     if find_spec("gradio") is None:
         raise ValueError('the page needs Gradio; install it with pip install "dit4sr_pl[app]"')
     check_scale(cfg.scale)
@@ -72,7 +74,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def page(restorer: Restorer, cfg: DictConfig) -> gr.Blocks:
-    """The page: a photo and its settings on the left, the enlarged and the restored image on the right."""
+    """Builds the page: a photo and its settings on the left, the enlarged and the restored image on the right."""
     import gradio as gr
 
     from dit4sr_pl.images.picture import PICTURE_SUFFIXES
@@ -100,7 +102,9 @@ def page(restorer: Restorer, cfg: DictConfig) -> gr.Blocks:
 
 
 def answer(restorer: Restorer, cfg: DictConfig, folder: str) -> Callable:
-    """What the button calls: `restored`, written below `folder`, with progress and mistakes as messages on the page."""
+    """Returns what the button calls: it restores, writes below `folder`, and shows progress and mistakes on the
+    page.
+    """
     import gradio as gr
 
     from dit4sr_pl.images.picture import write_picture
@@ -141,11 +145,20 @@ def restored(
     sampler_options: dict,
     show: Callable[[tuple[int, int]], None],
 ) -> tuple[Picture, Picture]:
-    """The bicubically enlarged and the restored picture; `show` is told how many network evaluations are done, of how
-    many.
+    """Returns the bicubically enlarged and the restored picture.
+
+    Args:
+        restorer: the network with its sampler.
+        cfg: the page's config.
+        file: the visitor's picture.
+        scale: factor of the sides.
+        prompt: caption, may be empty.
+        seed: seed of the noise.
+        sampler_options: fields of `Sampler` that the visitor chose.
+        show: called with the number of network evaluations that are done and the number of all.
 
     Raises:
-        ValueError: no readable image, a result of more than `cfg.max_pixels`, settings that cannot be.
+        ValueError: the picture cannot be read, the result would exceed `cfg.max_pixels`, or a setting is out of range.
     """
     from dit4sr_pl.images.picture import read_header, read_picture
     from dit4sr_pl.images.resize import enlarge
@@ -167,6 +180,7 @@ def restored(
 
 
 def check_steps(steps: int, most: int) -> None:
+    """Raises ValueError unless a visitor may ask for this number of steps."""
     if not isinstance(steps, int) or not 1 <= steps <= most:
         raise ValueError(f"steps={steps}: must be a whole number from 1 to {most}, the page's max_steps")
 

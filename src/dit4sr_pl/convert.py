@@ -10,6 +10,7 @@ from dit4sr_pl.cli.command import command
 
 @command("convert")
 def main(cfg: DictConfig) -> None:
+    """Converts in the direction that the input decides."""
     check(cfg)
     if Path(cfg.input).is_dir():
         read_release(cfg)
@@ -19,6 +20,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def read_release(cfg: DictConfig) -> None:
+    """Writes the LR stream of a released folder as one LR-stream file."""
     from dit4sr_pl.model import DiT4SRTransformer, save_part
     from dit4sr_pl.model.trained_part import base_of, part_of
 
@@ -27,6 +29,7 @@ def read_release(cfg: DictConfig) -> None:
 
 
 def write_release(cfg: DictConfig) -> None:
+    """Writes an LR-stream file as a folder in the released layout."""
     from hydra.utils import instantiate
 
     from dit4sr_pl.model import load_part
@@ -45,6 +48,7 @@ def write_release(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
+    """Checks everything that a user can get wrong and that shows without PyTorch."""
     for key in ("input", "output"):
         if OmegaConf.is_missing(cfg, key):
             raise ValueError(f"no value for {key}; give it as {key}=PATH")

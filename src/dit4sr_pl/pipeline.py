@@ -36,10 +36,12 @@ TEXT_PARTS = tuple(f"{part}{number}" for part in ("tokenizer", "text_encoder") f
 
 
 class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
-    """The LR stream as diffusers keeps a model: a folder of `config.json` and safetensors.
+    """The LR stream in the form in which diffusers keeps a model: a folder of `config.json` and safetensors.
 
     Args:
-        dim, dual_attention: as of `LRStream`. variant: fields of `Variant`.
+        dim: width of a token, see `LRStream`.
+        dual_attention: see `LRStream`.
+        variant: fields of `Variant`.
         base: name and fingerprint of the transformer that it was trained over.
     """
 
@@ -51,10 +53,11 @@ class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
 
     @classmethod
     def from_file(cls, path: str | Path) -> "LRStreamModel":
-        """From an LR-stream file (`lr_stream.safetensors`) or a training checkpoint (`.ckpt`).
+        """Reads an LR-stream file (`lr_stream.safetensors`) or a training checkpoint (`.ckpt`).
 
         Raises:
-            FileNotFoundError, ValueError: missing, truncated, or a ControlNet.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, or holds a ControlNet.
         """
         part = load_part(path)
         if part.network_config["network"] != "dit4sr":
@@ -72,13 +75,14 @@ class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
 
 
 class DiT4SRPipeline(DiffusionPipeline):
-    """Restores LR images: an SD3 pipeline's components and an LR stream.
+    """A pipeline that restores LR images: the components of an SD3 pipeline and an LR stream.
 
     Args:
-        transformer, vae, tokenizers and text encoders: as of diffusers' `StableDiffusion3Pipeline`.
-        lr_stream: trained over this transformer.
+        transformer: the base; this, the autoencoder, tokenizers and text encoders are those of diffusers'
+            `StableDiffusion3Pipeline`.
+        lr_stream: an LR stream that was trained over this transformer.
         scheduler: its class is the solver, whatever the base came with.
-        sampler: fields of `Sampler` but the solver, the call's defaults; without it `conf/sampler/paper.yaml`.
+        sampler: the call's defaults, fields of `Sampler` except the solver; None: `conf/sampler/paper.yaml`.
 
     Raises:
         ValueError: the LR stream was trained over other weights.
@@ -124,14 +128,16 @@ class DiT4SRPipeline(DiffusionPipeline):
     def from_pretrained(
         cls, name: str | Path, lr_stream: str | Path | LRStreamModel | None = None, **arguments
     ) -> "DiT4SRPipeline":
-        """Loads a pipeline, or puts one together.
+        """Loads a pipeline, or builds one from an SD3 pipeline and an LR stream.
 
         Args:
-            name: a folder that `save_pretrained` wrote, or `tiny-dit4sr`, which is in this package. With `lr_stream`
-                the folder or hub id of the SD3 pipeline below it, or `tiny-sd3`.
+            name: a folder that `save_pretrained` wrote, or `tiny-dit4sr`, which is in this package. With `lr_stream`:
+                the
+                folder or hub id of the SD3 pipeline below it, or `tiny-sd3`.
             lr_stream: an LR-stream file or a training checkpoint.
-            arguments: diffusers' own (`dtype`, `revision`, components) and those of the class. With `lr_stream` the
-                rest is as in `conf/model/` and `conf/sampler/`.
+            arguments: diffusers' own (`dtype`, `revision`, components) and those of the class. With `lr_stream`, the
+                others
+                are taken from `conf/model/` and `conf/sampler/`.
         """
         if (ASSETS / name / "lr_stream.safetensors").is_file():
             name, lr_stream = "tiny-sd3", ASSETS / name / "lr_stream.safetensors"
@@ -167,18 +173,17 @@ class DiT4SRPipeline(DiffusionPipeline):
         Args:
             image: Pillow images, or `(B, 3, h, w)` in 0..1.
             prompt: captions, one for all or one per image; the sampler's added prompt follows each.
-            scale: of the sides, 1 or more.
-            num_inference_steps, guidance_scale: the model's own if None.
+            scale: factor of the sides, 1 or more.
+            num_inference_steps: number of steps; None: the model's own.
+            guidance_scale: scale of guidance; None: the model's own.
             seed: an image's noise depends on it and on the image's place in the list.
-            generator: CPU generators, one for all or one per image, instead of the seed.
+            generator: CPU generators, one for all or one per image, in place of the seed.
             output_type: `pil`, `pt` (`(B, 3, H, W)` in 0..1) or `np` (`(B, H, W, 3)`).
+            return_dict: whether the result is an `ImagePipelineOutput`, else a tuple.
             sampler_options: other fields of `Sampler`, such as `negative_prompt`, `color`, `tile`.
 
-        Returns:
-            `ImagePipelineOutput` with `images`, or a tuple of them.
-
         Raises:
-            ValueError: images of several sizes, numbers that do not fit each other or cannot be.
+            ValueError: the images have several sizes, or numbers do not fit each other or are out of range.
         """
         lr = to_batch(image)
         captions = [prompt] * len(lr) if isinstance(prompt, str) else prompt
@@ -198,7 +203,9 @@ class DiT4SRPipeline(DiffusionPipeline):
     def restore(
         self, sampler: Sampler, lr: Tensor, scale: float, captions: list[str], generators: list[torch.Generator]
     ) -> Tensor:
-        """`(B, 3, h, w)` to `(B, 3, scale * h, scale * w)`, both in 0..1, with a bar of the network's evaluations."""
+        """Restores `(B, 3, h, w)` to `(B, 3, scale * h, scale * w)`, both in 0..1, with a bar of the network's
+        evaluations.
+        """
         text = {name: getattr(self, name) for name in TEXT_PARTS}
         prompts = PromptEncoder(
             StableDiffusion3Pipeline(self.transformer, self.scheduler, None, **text), sampler.t5_tokens
@@ -212,14 +219,14 @@ class DiT4SRPipeline(DiffusionPipeline):
         return sr
 
     def network(self) -> DiT4SRTransformer:
-        """The transformer and a second LR stream, which is merged; of its other weights none is a copy."""
+        """Returns the transformer with a second, merged LR stream; its other weights are not copied."""
         with torch.device("meta"):
             merged = LRStream.over(self.transformer, self.lr_stream.variant)
         net = DiT4SRTransformer(self.transformer, lr_stream=merged).eval()
 
         def ready(*_) -> None:
             onload(self.transformer, self.lr_stream)
-            if next(merged.parameters()).is_meta:  # the first time, where the weights are about to work
+            if next(merged.parameters()).is_meta:  # the first call, when the weights are on their device
                 merged.load_state_dict(self.lr_stream.state_dict(), assign=True)
                 merged.merge(self.transformer)
 
@@ -227,13 +234,14 @@ class DiT4SRPipeline(DiffusionPipeline):
         return net
 
     def enable_sequential_cpu_offload(self, *_, **__):
+        """Raises NotImplementedError: this pipeline cannot offload layer by layer."""
         raise NotImplementedError("DiT4SRPipeline reads weights beside their layers; use enable_model_cpu_offload()")
 
     enable_group_offload = enable_sequential_cpu_offload
 
 
 def conf_defaults(**choices: str) -> dict:
-    """What `from_pretrained` is given by `conf/`: fields of `Sampler`, and the weights' type."""
+    """Returns what `from_pretrained` takes from `conf/`: fields of `Sampler`, and the weights' dtype."""
     cfg = read_conf("restore", **choices)
     # Without the solver: a folder from elsewhere must not name what is called.
     sampler = {name: value for name, value in cfg.sampler.items() if name not in ("_target_", "solver")}
@@ -241,10 +249,10 @@ def conf_defaults(**choices: str) -> dict:
 
 
 def to_batch(image: Image.Image | list[Image.Image] | Tensor) -> Tensor:
-    """`(B, 3, h, w)` in 0..1.
+    """Returns images as `(B, 3, h, w)` in 0..1.
 
     Raises:
-        ValueError: for tensors of another shape or range, and for images of several sizes.
+        ValueError: a tensor has another shape or range, or images have several sizes.
     """
     if isinstance(image, Tensor):
         if image.ndim != 4 or image.shape[1] != 3 or image.min() < 0 or image.max() > 1:
@@ -258,7 +266,7 @@ def to_batch(image: Image.Image | list[Image.Image] | Tensor) -> Tensor:
 
 
 def onload(*parts: nn.Module) -> None:
-    """Tells diffusers' offloading, which waits for their `forward`, that parts of a network are about to work."""
+    """Tells diffusers' offloading, which waits for a component's `forward`, that these components are about to work."""
     for part in parts:
         if hasattr(part, "_hf_hook"):
             part._hf_hook.pre_forward(part)

@@ -21,6 +21,7 @@ ALPHA = ("bicubic", "network")
 
 @command("restore")
 def main(cfg: DictConfig) -> None:
+    """Restores pictures and reports how many."""
     check(cfg)
 
     from dit4sr_pl.restoration.worklist import make_worklist
@@ -45,7 +46,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def restore(worklist: "Worklist", cfg: DictConfig) -> None:
-    """Leaves in `worklist.entries` what is restored, and adds the rest to its failures."""
+    """Restores the worklist's entries; keeps the restored ones in it and moves the others to its failures."""
     import torch
     from hydra.utils import instantiate
 
@@ -77,7 +78,7 @@ def restore(worklist: "Worklist", cfg: DictConfig) -> None:
                     bar.console.print(f"note: {entry.source}: {note}", markup=False, highlight=False, soft_wrap=True)
         except (KeyboardInterrupt, OSError) as error:
             state = (
-                f"{len(worklist.entries)} of {len(waiting)} images restored into {cfg.output}; the same command goes on"
+                f"{len(worklist.entries)} of {len(waiting)} images restored into {cfg.output}; the same command resumes"
             )
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(f"interrupted: {state}") from None
@@ -85,8 +86,11 @@ def restore(worklist: "Worklist", cfg: DictConfig) -> None:
 
 
 def caption(worklist: "Worklist", cfg: DictConfig) -> None:
-    """Gives the pictures without a prompt one, written beside the result, where the same command finds it again; what
-    cannot be read joins the failures. The model is gone afterwards."""
+    """Gives every picture without a prompt a caption, written next to its result, where the same command finds it
+    again.
+
+    Pictures that cannot be read join the failures. The captioning model is freed afterwards.
+    """
     from hydra.utils import instantiate
     from rich.progress import track
 
@@ -107,7 +111,9 @@ def caption(worklist: "Worklist", cfg: DictConfig) -> None:
 
 
 def progress_bar() -> "Progress":
-    """Moves with every step; the time left goes by the LR pixels that went through the network."""
+    """Returns a bar that moves with every step; the remaining time follows from the LR pixels that passed the
+    network.
+    """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     count = TextColumn("{task.description} {task.fields[done]}/{task.fields[count]}")
@@ -115,7 +121,7 @@ def progress_bar() -> "Progress":
 
 
 def report(failures: list[str], pictures: int) -> None:
-    """Raises ValueError if there are failures: one in the error's line, more of them in a line each before it."""
+    """Raises ValueError if there are failures: a single one is the error, several are printed first, a line each."""
     lines = [f"not restored: {' '.join(failure.split())}" for failure in sorted(failures)]
     if len(lines) == 1:
         raise ValueError(lines[0])
@@ -125,7 +131,7 @@ def report(failures: list[str], pictures: int) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Everything that a user can get wrong and that needs no PyTorch to be seen."""
+    """Checks everything that a user can get wrong and that shows without PyTorch."""
     if OmegaConf.is_missing(cfg, "input"):
         raise ValueError("no value for input; give an image or a folder of images as input=PATH")
     check_readable(cfg.input, "input")
@@ -137,7 +143,7 @@ def check(cfg: DictConfig) -> None:
     if cfg.alpha not in ALPHA:
         raise ValueError(f"alpha={cfg.alpha}: choose one of {', '.join(ALPHA)}")
     if Path(cfg.output).resolve() == Path(cfg.input).resolve():
-        raise ValueError(f"output={cfg.output}: is the input folder; choose another, which may be in it")
+        raise ValueError(f"output={cfg.output}: is the input folder; choose another, which may lie in it")
     check_backbone(cfg.model.backbone)
     check_writable(cfg.output, "output")
 

@@ -51,7 +51,7 @@ def test_no_result_replaces_an_input_or_is_restored_again(tmp_path):
     assert [entry.name for entry in worklist.entries] == ["a"]
     worklist = make_worklist(tmp_path / "in/a.png", tmp_path / "in", overwrite=True)
     assert not worklist.entries and "would replace an input" in worklist.failures[0]
-    with pytest.raises(ValueError, match="no images in this folder or below it, but in the output folder"):
+    with pytest.raises(ValueError, match="no images in this folder or below it, except in the output folder"):
         make_worklist(tmp_path / "in/out", tmp_path / "in/out")
     save(tmp_path / "x/x/a.png")
     save(tmp_path / "x/a.png")

@@ -1,4 +1,4 @@
-"""Captions of photos, by name (path below the photos' folder, without suffix): `.txt` files, or one table per set."""
+"""Captions of photos by name (path below the photos' folder, without suffix): `.txt` files, or one table per set."""
 
 import json
 import os
@@ -10,13 +10,17 @@ TABLES = (".parquet", ".jsonl")
 
 
 class CaptionFiles:
-    """One file `folder/NAME.txt` for the photo NAME, read when it is asked for."""
+    """Captions as files: the photo NAME has `folder/NAME.txt`, which is read when it is needed."""
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
 
     def __getitem__(self, name: str) -> str:
-        """The caption on one line; empty if there is none. `ValueError` unless the file is UTF-8."""
+        """Returns the caption on one line, empty if there is none.
+
+        Raises:
+            ValueError: the file is not UTF-8.
+        """
         path = self.folder / f"{name}.txt"
         try:
             return " ".join(path.read_text(encoding="utf-8").split())
@@ -26,7 +30,7 @@ class CaptionFiles:
             raise ValueError(f"{path}: the caption is not UTF-8 text; convert it or remove it") from None
 
     def names(self) -> set[str]:
-        """Photos that have a file: by listing the folders, without a look at any file."""
+        """Returns the photos that have a caption file, by listing the folders; no file is opened."""
         found = set()
         for parent, _, files in os.walk(self.folder, followlinks=True):
             below = Path(parent).relative_to(self.folder)
@@ -35,9 +39,10 @@ class CaptionFiles:
 
 
 class CaptionTable:
-    """A parquet or jsonl table with the columns `image` (the photo's name) and `caption`, held in memory.
+    """Captions as a parquet or jsonl table with the columns `image` (the photo's name) and `caption`, kept in memory.
 
-    Raises `ValueError` for a table that cannot be read, lacks a column, or has two captions for one photo.
+    Raises:
+        ValueError: the table cannot be read, lacks a column, or has two captions for one photo.
     """
 
     def __init__(self, path: Path | str):
@@ -48,16 +53,21 @@ class CaptionTable:
             self.captions[image] = " ".join(caption.split())
 
     def __getitem__(self, name: str) -> str:
-        """The caption on one line; empty if there is none."""
+        """Returns the caption on one line, empty if there is none."""
         return self.captions.get(name, "")
 
     def names(self) -> set[str]:
-        """Photos that have a caption, an empty one not counted."""
+        """Returns the photos that have a caption; an empty one does not count."""
         return {name for name, caption in self.captions.items() if caption}
 
 
 def open_captions(source: Path | str) -> CaptionFiles | CaptionTable:
-    """Captions in a folder of `.txt` files or in a table; `FileNotFoundError` or `ValueError` if it is neither."""
+    """Opens captions in a folder of `.txt` files or in a table.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: it is neither a folder nor a table.
+    """
     path = Path(source)
     if path.is_dir():
         return CaptionFiles(path)

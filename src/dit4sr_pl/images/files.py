@@ -1,4 +1,4 @@
-"""Image files: finding, reading and writing them. One place decides what the pixels of a file are."""
+"""Image files: finding, reading and writing them. This module alone decides what the pixels of a file are."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 UNKNOWN_RANGE = "32-bit pixels; save it with 8 or 16 bits per channel"
-ROWS = 256  # of a large image, in hand at once
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")  # of the others some start programs
+ROWS = 256  # rows of a large image that are processed at once
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")  # some of Pillow's others start programs
 
 
 def find_images(folder: Path | str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
-    """All images under `folder`, sorted by path, in any letter case of `suffixes`.
+    """Returns all images under `folder`, sorted by path, in any letter case of `suffixes`.
 
-    Linked folders are entered, unless they lead back up; what is hidden in `folder` is passed over: files (unfinished
-    writes, macOS's `._photo.jpg`) and folders (`.thumbnails`).
+    Linked folders are entered unless they lead back up. Hidden files (unfinished writes, macOS's `._photo.jpg`) and
+    hidden folders (`.thumbnails`) are skipped.
 
-    Raises `FileNotFoundError` if there is no such folder, `ValueError` if it holds no image.
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the folder holds no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -45,56 +47,61 @@ def find_images(folder: Path | str, suffixes: Sequence[str] = IMAGE_SUFFIXES) ->
 
 
 def read_image(path: Path | str) -> torch.Tensor:
-    """The first picture of a file as uint8 RGB `(3, H, W)`, turned upright as its EXIF orientation says.
+    """Reads the first picture of a file as uint8 RGB `(3, H, W)`, turned upright by its EXIF orientation.
 
     Grey is repeated over the channels; 16-bit grey is scaled to 8 bits; CMYK is converted without its colour profile;
-    whatever is transparent (alpha channel, palette entry, transparent colour) is laid over white.
+    transparent pixels (alpha channel, palette entry, transparent colour) are laid over white.
 
-    Raises `ValueError` for a file that is missing, damaged or no image, and for 32-bit pixels, whose range is unknown.
+    Raises:
+        ValueError: the file is missing, damaged or no image, or has 32-bit pixels, whose range is unknown.
     """
     with open_image(path) as image:
         return rgb_pixels(image)
 
 
 def rgb_pixels(image: Image.Image) -> torch.Tensor:
-    """uint8 RGB `(3, H, W)` of an opened image, by the rules of `read_image`."""
+    """Returns uint8 RGB `(3, H, W)` of an opened image, by the rules of `read_image`."""
     import torch
 
     return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1).contiguous()
 
 
 def open_rgb(path: Path | str) -> Image.Image:
-    """The same as an image of Pillow's, without PyTorch; errors as `read_image`."""
+    """Returns the pixels of `read_image` as a Pillow image, without PyTorch; errors are those of `read_image`."""
     with open_image(path) as image:
         return Image.fromarray(_to_rgb(image))
 
 
 def check_image(path: Path | str) -> tuple[int, int]:
-    """Width and height in pixels of what `read_image` makes of a file, which is decoded whole, without PyTorch.
-
-    Raises `ValueError` where `read_image` does.
-    """
+    """Decodes a whole file without PyTorch and returns width and height in pixels; errors are those of `read_image`."""
     with open_image(path) as image:
         height, width, _ = _to_rgb(image).shape
     return width, height
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """Width and height in pixels, upright, from a file's header alone. `ValueError` for what is no image."""
+    """Returns width and height in pixels, upright, from a file's header; raises ValueError for a file that is no
+    image.
+    """
     with open_image(path) as image:
         width, height = image.size
-        # the class's own, which does not decode a PNG
+        # The base class's method: the PNG class's own would decode the pixels.
         turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5
     return (height, width) if turned else (width, height)
 
 
 def write_image(path: Path | str, image: torch.Tensor, writer: str = "") -> None:
-    """Write an RGB image `(3, H, W)` in 0..1 as an 8-bit PNG, rounded to the nearest level, clamped outside 0..1.
+    """Writes an RGB image `(3, H, W)` as an 8-bit PNG, clamped to 0..1 and rounded to the nearest level.
 
-    The file appears under its name only when it is complete; missing folders are made. Processes that may write it at
-    the same time must each be another `writer`.
+    The file appears under its name only when it is complete; missing folders are made.
 
-    Raises `ValueError` for a name that does not end in `.png`, and for anything but finite floats `(3, H, W)`.
+    Args:
+        path: a name that ends in `.png`.
+        image: finite floats, `(3, H, W)`.
+        writer: must differ between processes that may write the file at the same time.
+
+    Raises:
+        ValueError: the name or the image is another.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
@@ -107,7 +114,7 @@ def write_image(path: Path | str, image: torch.Tensor, writer: str = "") -> None
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Folders with the names of their files; not entered are hidden ones and links to one that is being walked."""
+    """Yields folders with the names of their files; hidden folders and links to a folder above are not entered."""
     above = {str(folder): {os.path.realpath(folder)}}
     for parent, folders, names in os.walk(folder, followlinks=True):
         yield parent, names
@@ -122,11 +129,14 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 @contextmanager
 def open_image(path: Path | str) -> Iterator[Image.Image]:
-    """Pillow's image of a file, not decoded yet. Whatever goes wrong in the block becomes a `ValueError` that names
-    the file and the reason."""
+    """Yields Pillow's image of a file, not decoded yet.
+
+    Raises:
+        ValueError: the file cannot be read, or the block failed; the message names the file and the reason.
+    """
     try:
         if Path(path).exists() and not Path(path).is_file():
-            raise ValueError("not a file")  # a pipe would be waited for
+            raise ValueError("not a file")  # reading a pipe would wait forever
         with Image.open(path, formats=FORMATS) as image:
             yield image
     except Exception as error:  # Pillow's decoders let nearly any exception through on a damaged file
@@ -137,15 +147,15 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    """uint8 `(H, W, 3)`, upright, contiguous and writable."""
+    """Returns uint8 `(H, W, 3)`, upright, contiguous and writable."""
     deep_grey = image.format == "PPM" and image.mode == "I"
     image = ImageOps.exif_transpose(image)
-    if deep_grey:  # 16 bits in a mode of 32
+    if deep_grey:  # 16 bits, which Pillow opens in a mode of 32
         image = image.convert("I;16")
     if image.mode in ("I", "F"):
         raise ValueError(UNKNOWN_RANGE)
     if image.mode.startswith("I;16"):
-        # Pillow's own conversion clips at 255 instead of scaling
+        # Pillow's own conversion clips at 255 instead of scaling.
         grey = np.rint(np.asarray(image, dtype=np.float32) / 257).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.has_transparency_data:

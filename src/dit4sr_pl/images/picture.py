@@ -1,4 +1,4 @@
-"""Pictures as restoring reads and writes them: with alpha, bit depth, colour profile and EXIF; grey stays grey."""
+"""Pictures as restoring reads and writes them: with alpha, bit depth, colour profile and EXIF data; grey stays grey."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PICTURE_SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".gif", ".ppm", ".pgm", ".avif")
 GREY_MODES = ("1", "L", "LA", "La")
 BITS_PER_SAMPLE, ORIENTATION = 258, ExifTags.Base.Orientation
-# Tags of a TIFF that say how its pixels lie in the file, or hold what is carried otherwise.
+# Tags of a TIFF that describe how its pixels are stored, or hold metadata that is carried otherwise.
 STRUCTURE = {*range(254, 260), 262, 263, 266, 273, 277, 278, 279, 280, 281, 284, *range(288, 294), 297, 301, 317}
 STRUCTURE |= {318, 319, 320, *range(322, 328), 330, 332, 334, 336, 338, 339, 340, 341, 347, *range(512, 533)}
 STRUCTURE |= {700, 33723, 34377, 34675, 37724}
@@ -33,15 +33,15 @@ STRUCTURE |= {700, 33723, 34377, 34675, 37724}
 
 @dataclass(frozen=True)
 class Picture:
-    """What a file shows, upright, and what it says about that.
+    """The upright pixels of a file and its metadata.
 
     Args:
-        color: `(1, H, W)` grey or `(3, H, W)` RGB in 0..1, float32, in the space of `icc`, sRGB without.
-        alpha: `(1, H, W)` in 0..1, or None.
-        bits: per channel, 8 or 16.
-        icc: the file's colour profile.
-        exif: its EXIF data, without thumbnail and the orientation set to upright.
-        notes: what of the file could not be kept.
+        color: `(1, H, W)` grey or `(3, H, W)` RGB in 0..1, float32, in the colour space of `icc`.
+        alpha: `(1, H, W)` in 0..1; None: opaque.
+        bits: bits per channel, 8 or 16.
+        icc: the file's colour profile; None: sRGB.
+        exif: the file's EXIF data without thumbnail, its orientation set to upright.
+        notes: what could not be kept, a line each.
     """
 
     color: Tensor
@@ -53,17 +53,22 @@ class Picture:
 
 
 def read_picture(path: Path | str, first_frame: bool = False) -> Picture:
-    """Reads a file whole.
+    """Reads a whole file.
 
-    PNG, TIFF, PGM and PPM keep 16 bits per channel. CMYK becomes 8-bit sRGB through its profile, and is then without
-    one.
+    PNG, TIFF, PGM and PPM keep 16 bits per channel. CMYK becomes 8-bit sRGB through its profile, which is then dropped.
 
-    Raises `ValueError` for a file that is missing, damaged or no image; for 32-bit pixels, whose range is unknown; for
-    more pixels than Pillow thinks safe (89 million); for several frames or pages, unless `first_frame` is wanted.
+    Args:
+        path: the file.
+        first_frame: whether the first of several frames or pages is wanted.
+
+    Raises:
+        ValueError: the file is missing, damaged or no image; it has 32-bit pixels, whose range is unknown, or more
+            pixels
+            than Pillow thinks safe (89 million); it has several frames or pages and `first_frame` is False.
     """
     with _noted() as notes:
         with open_image(path) as image:
-            image.verify()  # a PNG's checksums, over which decoding reads on
+            image.verify()  # a PNG's checksums, which decoding does not check
         with open_image(path) as image:
             _check_frames(image, first_frame)
             deep, exif = _is_deep(image), image.getexif()
@@ -88,9 +93,10 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path | str, first_frame: bool = False) -> Header:
-    """What a file says of itself before anything is decoded.
+    """Reads a file's header; nothing is decoded.
 
-    Raises `ValueError` where `read_picture` would for what the header shows.
+    Raises:
+        ValueError: `read_picture` would refuse the file for something that its header shows.
     """
     with _noted(), open_image(path) as image:
         _check_frames(image, first_frame)
@@ -104,7 +110,8 @@ def write_picture(path: Path, picture: Picture) -> None:
 
     The file appears under its name only when it is complete; missing folders are made.
 
-    Raises `ValueError` for values that are not finite.
+    Raises:
+        ValueError: the picture has values that are not finite.
     """
     import imagecodecs
 
@@ -120,7 +127,7 @@ def write_picture(path: Path, picture: Picture) -> None:
 
 
 def _levels(path: Path, picture: Picture) -> np.ndarray:
-    """uint8 or uint16 `(H, W, C)`, made by bands."""
+    """Returns uint8 or uint16 `(H, W, C)`, made band by band."""
     import torch
 
     planes = [picture.color] if picture.alpha is None else [picture.color, picture.alpha]
@@ -137,11 +144,11 @@ def _levels(path: Path, picture: Picture) -> np.ndarray:
 
 @contextmanager
 def _noted() -> Iterator[list[str]]:
-    """Collects what Pillow warns of in the block; its doubts about a picture's size are errors."""
+    """Collects Pillow's warnings of the block as notes; its doubts about a picture's size become errors."""
     notes = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
-        warnings.simplefilter("always", UserWarning)  # metadata that it passes over
+        warnings.simplefilter("always", UserWarning)  # metadata that Pillow skips
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield notes
     notes += [f"Pillow says: {' '.join(str(warning.message).split())}" for warning in caught]
@@ -155,7 +162,7 @@ def _check_frames(image: Image.Image, first_frame: bool) -> None:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether a file has 16 bits per channel, of which Pillow would mostly keep 8."""
+    """Returns whether a file has 16 bits per channel, of which Pillow would mostly keep 8."""
     if image.mode == "CMYK":
         return False
     if image.format == "TIFF":
@@ -166,7 +173,7 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _deep_levels(path: Path | str, format: str) -> np.ndarray:
-    """uint16 `(H, W)` or `(H, W, C)` of a PNG, TIFF, PGM or PPM, as it lies in the file."""
+    """Returns uint16 `(H, W)` or `(H, W, C)` of a PNG, TIFF, PGM or PPM, as stored in the file."""
     if format == "PPM":
         return _netpbm_levels(path)
     if format == "PNG":
@@ -192,7 +199,7 @@ def _deep_levels(path: Path | str, format: str) -> np.ndarray:
 
 
 def _netpbm_levels(path: Path | str) -> np.ndarray:
-    """Of a PGM or PPM of 9 to 16 bits, scaled to 16; Pillow would keep 8 of colour."""
+    """Returns the levels of a PGM or PPM of 9 to 16 bits, scaled to 16; Pillow would keep 8 bits of colour."""
     with open_image(path) as image:
         shape = image.height, image.width, len(image.getbands())
         codec, _, start, arguments = image.tile[0]
@@ -206,7 +213,7 @@ def _netpbm_levels(path: Path | str) -> np.ndarray:
 
 
 def _turned(levels: np.ndarray, orientation: int) -> np.ndarray:
-    """Upright, as EXIF's orientation says."""
+    """Returns the levels upright, by EXIF's orientation."""
     if orientation in (5, 6, 7, 8):
         levels = levels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -215,7 +222,7 @@ def _turned(levels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _plain(image: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> Image.Image:
-    """An 8-bit image as L, LA, RGB or RGBA."""
+    """Returns an 8-bit image as L, LA, RGB or RGBA."""
     if image.mode[0] in "IF":
         raise ValueError(UNKNOWN_RANGE)
     if image.mode == "CMYK" and profile is not None:
@@ -227,7 +234,7 @@ def _plain(image: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> Imag
 
 
 def _planes(levels: np.ndarray) -> tuple[Tensor, Tensor | None]:
-    """Colour and alpha in 0..1 of uint8 or uint16 `(H, W)` or `(H, W, C)`."""
+    """Returns colour and alpha in 0..1 from uint8 or uint16 `(H, W)` or `(H, W, C)`."""
     import torch
 
     top = np.float32(np.iinfo(levels.dtype).max)
@@ -238,6 +245,7 @@ def _planes(levels: np.ndarray) -> tuple[Tensor, Tensor | None]:
 
 
 def _profile(icc: bytes, notes: list[str]) -> ImageCms.ImageCmsProfile | None:
+    """Returns the parsed colour profile; a profile that cannot be read is noted and left out."""
     try:
         return ImageCms.ImageCmsProfile(BytesIO(icc))
     except OSError:
@@ -246,7 +254,7 @@ def _profile(icc: bytes, notes: list[str]) -> ImageCms.ImageCmsProfile | None:
 
 
 def _carried(exif: Image.Exif, notes: list[str]) -> bytes | None:
-    """EXIF data for an upright picture; the thumbnail, which shows the LR image, stays behind."""
+    """Returns EXIF data for an upright picture, without the thumbnail, which shows the LR image."""
     try:
         for tag in STRUCTURE & exif.keys():
             del exif[tag]
@@ -254,13 +262,13 @@ def _carried(exif: Image.Exif, notes: list[str]) -> bytes | None:
             return None
         exif[ORIENTATION] = 1
         return exif.tobytes()
-    except Exception as error:  # as many kinds as there are ways to be malformed
+    except Exception as error:  # Pillow raises many kinds for malformed data
         notes.append(f"its EXIF data cannot be kept ({error})")
         return None
 
 
 def _resized(exif: bytes, height: int, width: int) -> bytes:
-    """The data with the sizes in it, if it has them, set to a picture's; as a PNG holds it."""
+    """Returns the EXIF data as a PNG stores it, with the sizes that it holds, if any, set to the picture's."""
     tags = Image.Exif()
     tags.load(exif)
     details = tags.get_ifd(ExifTags.IFD.Exif)

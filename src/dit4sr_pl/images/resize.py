@@ -8,16 +8,18 @@ from torch import Tensor
 
 
 def enlarge(lr: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic enlargement `(B, 3, h, w)` to `(B, 3, *size)`, as Pillow's (a = -0.5), clamped to 0..1."""
+    """Enlarges images `(B, 3, h, w)` to `(B, 3, *size)` by Pillow's bicubic kernel (a = -0.5), clamped to 0..1."""
     return F.interpolate(lr, size=size, mode="bicubic", antialias=True).clamp_(0, 1)
 
 
 class LazyEnlargement:
-    """What `enlarge` gives, of which there is only what is asked for: `images[..., rows, columns]`, as of a tensor.
+    """The images that `enlarge` would return, computed window by window: `images[..., rows, columns]`, as for a tensor.
 
     Args:
-        lr: `(B, 3, h, w)` in 0..1. size: of the enlarged images.
-        extent: of these with their reflection at the bottom and the right, as often as it takes; without it, `size`.
+        lr: `(B, 3, h, w)` in 0..1.
+        size: height and width of the enlarged images.
+        extent: height and width including reflections at the bottom and the right, which repeat as needed; None:
+            `size`.
     """
 
     def __init__(self, lr: Tensor, size: tuple[int, int], extent: tuple[int, int] | None = None):
@@ -32,7 +34,7 @@ class LazyEnlargement:
             position = torch.minimum(position % there_and_back, -position % there_and_back)
             index, weights = bicubic_taps(position, self.lr.shape[dim], self.size[dim - 2])
             first, last = int(index.min()), int(index.max())
-            images = images.narrow(dim, first, last - first + 1)  # so that nothing is made as wide as the image
+            images = images.narrow(dim, first, last - first + 1)  # no tensor becomes as wide as the whole image
             mixed.append((dim, index - first, weights))
         for dim, index, weights in mixed:
             images = weighted(images, dim, index.to(images.device), weights.to(images))
@@ -40,9 +42,15 @@ class LazyEnlargement:
 
 
 def bicubic_taps(position: Tensor, count: int, length: int) -> tuple[Tensor, Tensor]:
-    """Which of `count` pixels `enlarge` to `length` mixes at each position, with their weights: `(taps, positions)`."""
+    """Returns the pixels that bicubic resizing mixes and their weights, each `(taps, positions)`.
+
+    Args:
+        position: positions in the resized image.
+        count: number of pixels before resizing.
+        length: number of pixels after resizing.
+    """
     scale = count / length
-    width = max(scale, 1.0)  # of the kernel, which widens where images become smaller
+    width = max(scale, 1.0)  # the kernel widens where images become smaller
     center = (position + 0.5) * scale
     index = (center - 2 * width + 0.5).floor() + torch.arange(ceil(4 * width)).unsqueeze(1)
     x = (index + 0.5 - center).abs() / width
@@ -52,6 +60,6 @@ def bicubic_taps(position: Tensor, count: int, length: int) -> tuple[Tensor, Ten
 
 
 def weighted(images: Tensor, dim: int, index: Tensor, weights: Tensor) -> Tensor:
-    """Sum over taps of the pixels along a dimension."""
+    """Returns the weighted sum of the pixels at `index` along a dimension."""
     shape = [-1 if each == dim else 1 for each in range(images.ndim)]
     return sum(images.index_select(dim, i) * weight.view(shape) for i, weight in zip(index, weights, strict=True))

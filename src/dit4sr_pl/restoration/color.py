@@ -9,15 +9,15 @@ from torch import Tensor
 from dit4sr_pl.images.files import bands
 
 WAVELET_LEVELS = 5
-MARGIN = 2**WAVELET_LEVELS - 1  # rows beside a pixel that its low frequencies are made of
+MARGIN = 2**WAVELET_LEVELS - 1  # rows above and below a pixel that its low frequencies depend on
 
 
 def adain(restored: Tensor, reference: Tensor) -> Tensor:
     """Gives every channel the reference's mean and standard deviation.
 
     Args:
-        restored: `(B, 3, H, W)` in 0..1; the result takes its place.
-        reference: the same; a tensor, or what gives one for `reference[..., rows, :]`.
+        restored: `(B, 3, H, W)` in 0..1; overwritten by the result.
+        reference: images of the same shape: a tensor, or an object that returns one for `reference[..., rows, :]`.
 
     Returns:
         `(B, 3, H, W)`, not clamped.
@@ -28,7 +28,7 @@ def adain(restored: Tensor, reference: Tensor) -> Tensor:
 
 
 def wavelet(restored: Tensor, reference: Tensor) -> Tensor:
-    """Keeps the restored image's detail and takes the reference's low frequencies; arguments as of `adain`."""
+    """Keeps the restored image's detail and takes the reference's low frequencies; arguments are those of `adain`."""
     height, above = restored.shape[2], restored[..., :0, :]
     for rows in bands(height):
         wanted = slice(rows.start - above.shape[2], min(rows.stop + MARGIN, height))
@@ -41,6 +41,7 @@ def wavelet(restored: Tensor, reference: Tensor) -> Tensor:
 
 
 def none(restored: Tensor, reference: Tensor) -> Tensor:
+    """Returns the restored image unchanged."""
     return restored
 
 
@@ -48,7 +49,7 @@ ALIGNMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"adain": adain, "wa
 
 
 def moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `(B, 3, 1, 1)`, in float64 where the device has it."""
+    """Returns mean and standard deviation `(B, 3, 1, 1)`, in float64 where the device has it."""
     total, squares, count = 0, 0, images.shape[2:].numel()
     for rows in bands(images.shape[2]):
         band = images[..., rows, :]
@@ -61,7 +62,9 @@ def moments(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def low_frequencies(images: Tensor) -> Tensor:
-    """À trous wavelet of `(B, 3, H, W)`: a 3x3 binomial blur, its taps 1, 2, 4, 8 and 16 pixels apart."""
+    """Returns the à trous wavelet's low frequencies of `(B, 3, H, W)`: 3x3 binomial blurs of steps 1, 2, 4, 8 and 16
+    pixels.
+    """
     taps = torch.tensor([0.25, 0.5, 0.25], dtype=images.dtype, device=images.device)
     kernel = torch.outer(taps, taps).expand(3, 1, 3, 3)
     for level in range(WAVELET_LEVELS):

@@ -1,4 +1,4 @@
-"""From files to restored files: pictures of one size in batches through a restorer, each with what belongs to it."""
+"""Restores files: pictures of one size go through the restorer in batches, and each keeps its metadata."""
 
 import errno
 from collections.abc import Callable, Iterable, Iterator
@@ -12,12 +12,12 @@ from dit4sr_pl.images.picture import Picture, read_picture, write_picture
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration.worklist import Entry, result_size
 
-FAILURES = (ValueError, MemoryError, RuntimeError)  # PyTorch's lack of memory is a RuntimeError
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other picture will fare better
+FAILURES = (ValueError, MemoryError, RuntimeError)  # PyTorch raises RuntimeError when memory is short
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other picture could be written either
 
 
 class Outcome(NamedTuple):
-    """Of a entry: restored if there is no failure."""
+    """The outcome of an entry: restored if there is no failure."""
 
     entry: Entry
     failure: str | None = None
@@ -29,10 +29,11 @@ class PictureRestorer:
     """Restores pictures.
 
     Args:
-        restorer: `(lr, size, captions, names, seed, on_step=...)` to SR images, such as a `Restorer`.
-        scale: of both sides, see `result_size`.
-        alpha: what enlarges it: `bicubic`, or `network`, which sees it as a grey image without a prompt.
-        seed: of the noise, together with each picture's name.
+        restorer: function `(lr, size, captions, names, seed, on_step=...)` that returns SR images, such as a
+            `Restorer`.
+        scale: factor of both sides, see `result_size`.
+        alpha: how alpha is enlarged: `bicubic`, or `network`, which sees it as a grey image without a prompt.
+        seed: seed of the noise, together with each picture's name.
         first_frame: see `read_picture`.
     """
 
@@ -43,8 +44,11 @@ class PictureRestorer:
     first_frame: bool = False
 
     def run(self, batches: Iterable[list[Entry]], on_step: Callable[[int], None]) -> Iterator[Outcome]:
-        """Restores and writes; every entry has one outcome. `on_step` is told after every evaluation of the network of
-        how many LR pixels it was.
+        """Restores and writes; yields one outcome per entry.
+
+        Args:
+            batches: entries of one size per batch.
+            on_step: called after every network evaluation with the number of LR pixels that it covered.
 
         Raises:
             OSError: nothing more can be written.
@@ -80,7 +84,9 @@ class PictureRestorer:
     def __call__(
         self, pictures: Iterable[Picture], names: list[str], prompts: list[str], on_step: Callable[[int], None]
     ) -> list[Picture]:
-        """Pictures of one size, restored. Grey ones are the mean of the channels that the network makes of them."""
+        """Returns restored pictures of one size; a grey one is the mean of the three channels that the network
+        returns.
+        """
         size = result_size(pictures[0].color.shape[-2:], self.scale)
         sr = self._network([picture.color for picture in pictures], size, prompts, names, on_step)
         restored = []
@@ -102,6 +108,6 @@ class PictureRestorer:
 
 
 def reason(entry: Entry, error: Exception) -> str:
-    """A line that names the file."""
-    text = str(error).partition("\n")[0] or "out of memory"  # of which Python's own error says nothing
+    """Returns a line that names the file."""
+    text = str(error).partition("\n")[0] or "out of memory"  # Python's MemoryError has no text
     return text if text.startswith(str(entry.source)) else f"{entry.source}: {text}"

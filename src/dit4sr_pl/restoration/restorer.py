@@ -1,4 +1,4 @@
-"""A trained network ready to restore: backbone, network and sampler together."""
+"""A trained network that is ready to restore: backbone, network and sampler together."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,9 @@ class Restorer:
     """Restores batches of LR images.
 
     Args:
-        net: the whole network. backbone: its frozen pipeline. sampler: steps, guidance, tiles, colour.
+        net: the whole network.
+        backbone: its frozen pipeline.
+        sampler: steps, guidance, tiles, colour.
     """
 
     def __init__(self, net: nn.Module, backbone: Backbone, sampler: Sampler):
@@ -35,13 +37,20 @@ class Restorer:
         device: torch.device,
         offload: bool = False,
     ) -> "Restorer":
-        """From an LR-stream or ControlNet file, a training checkpoint (`.ckpt`) or the name of a shipped LR stream.
+        """Loads a network from an LR-stream or ControlNet file, a training checkpoint (`.ckpt`) or a shipped LR
+        stream's name.
 
-        With `offload` the autoencoder and the text encoders stay in the CPU's memory; each of their layers is on the
-        device while it runs.
+        Args:
+            backbone: the frozen pipeline that the network was trained over.
+            sampler: how to restore.
+            checkpoint: a path or a shipped name.
+            device: where the network works.
+            offload: whether autoencoder and text encoders stay in the CPU's memory, each layer on the device while it
+                runs.
 
         Raises:
-            FileNotFoundError, ValueError: missing, truncated, or not trained over this backbone.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, or was trained over another base.
         """
         path = checkpoint_file(checkpoint)
         part = load_part(path)
@@ -55,7 +64,7 @@ class Restorer:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations of one call."""
+        """Number of network evaluations per call."""
         return len(self.sampler.schedule(self.backbone.scheduler)[1])
 
     def __call__(
@@ -67,10 +76,15 @@ class Restorer:
         seed: int,
         on_step: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """`(B, 3, h, w)` to `(B, 3, *size)`, both in 0..1 and on one device, which need not be the network's; an
-        image's noise depends on the seed and its name.
+        """Restores LR images `(B, 3, h, w)` to `(B, 3, *size)`, both in 0..1 and on one device.
 
-        `on_step` is called `evaluations` times, after every evaluation of the network.
+        Args:
+            lr: LR images; their device need not be the network's.
+            size: height and width of the result.
+            captions: one per image, may be empty.
+            names: one per image; an image's noise depends on its name and the seed.
+            seed: seed of the noise.
+            on_step: called after every network evaluation, `evaluations` times.
         """
         generators = [generator("cpu", "restore", seed, name) for name in names]
         parts = self.backbone.coder, self.backbone.prompts, self.backbone.scheduler
@@ -79,13 +93,13 @@ class Restorer:
 
 
 def checkpoint_file(checkpoint: str | Path) -> Path:
-    """The file of a trained part, by path or by the name of a shipped one."""
+    """Returns the file of a trained part, from its path or the name of a shipped one."""
     shipped = ASSETS / str(checkpoint) / "lr_stream.safetensors"
     return shipped if shipped.is_file() else Path(checkpoint)
 
 
 def build_network(base: SD3Transformer2DModel, network_config: dict) -> nn.Module:
-    """The network that a trained part's network config describes, over `base`."""
+    """Returns the network that a network config describes, over `base`."""
     if network_config["network"] == "sd3_controlnet":
         return SD3ControlNet(base, network_config["num_layers"])
     return DiT4SRTransformer(base, Variant(**network_config["variant"]))

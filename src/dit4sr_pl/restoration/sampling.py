@@ -18,7 +18,7 @@ from dit4sr_pl.restoration.tiling import TileBatcher, tiled
 
 STARTS = ("noise", "lr")
 CLIP_TOKENS = 77
-ACTIVATIONS = 18  # numbers that a forward pass holds at its peak, per token and unit of width; docs/sampling.md
+ACTIVATIONS = 18  # values in memory at a forward pass's peak, per token and unit of width; docs/verification.md
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,24 @@ class Sampler:
     """How to restore; the paper's numbers are in `conf/sampler/paper.yaml`.
 
     Args:
-        solver: from the base's scheduler config to a diffusers scheduler.
-        steps: of the solver; a network evaluation each, and two with Heun.
-        start: `noise`, or `lr`: the LR latent under as much noise as is left after the first steps, which are skipped.
-        strength: of `start=lr`: share of the steps that is run, in 0..1.
-        guidance_scale: of classifier-free guidance; at 1 the negative prompt is not run.
-        added_prompt: appended to every caption. negative_prompt: what guidance leads away from.
-        t5_tokens: tokens of T5 that commands which restore give to their backbone; training's validation takes its own.
-        tile, overlap: in latents, for images larger than one tile.
-        tile_memory: GiB that one forward pass may take beside the weights; as many tiles, of one image or of several,
-            go through at once, and at least one.
-        smallest: latents per side; smaller images are extended by reflection, and their results cut.
-        vae_tile: side of the autoencoder's tiles in latents, for images larger than one; they overlap by a quarter.
+        solver: function from the base's scheduler config to a diffusers scheduler.
+        steps: number of the solver's steps; a network evaluation each, two with Heun.
+        start: `noise`, or `lr`: the LR latent with the noise that remains after the first steps, which are skipped.
+        strength: share of the steps that is run with `start=lr`, in 0..1.
+        guidance_scale: scale of classifier-free guidance; at 1 the negative prompt is not run.
+        added_prompt: text that is appended to every caption.
+        negative_prompt: prompt that guidance leads away from.
+        t5_tokens: number of T5's tokens in commands that restore; training's validation takes the training's number.
+        tile: side of a tile in latents, for larger images.
+        overlap: overlap of neighbouring tiles in latents.
+        tile_memory: GiB that one forward pass may take next to the weights; as many tiles, of one image or several, go
+            through at once, and at least one.
+        smallest: smallest side in latents; smaller images are extended by reflection, and their results cut.
+        vae_tile: side of the autoencoder's tiles in latents, for larger images; they overlap by a quarter.
         color: alignment to the enlarged LR image: `adain`, `wavelet` or `none`.
 
     Raises:
-        ValueError: for numbers that cannot be.
+        ValueError: a number is out of range.
     """
 
     solver: Callable[..., SchedulerMixin]
@@ -76,13 +78,14 @@ class Sampler:
             raise ValueError(f"sampler: vae_tile={self.vae_tile}; give a multiple of 4")
 
     def prompt(self, caption: str) -> str:
+        """Returns the prompt of a caption."""
         return f"{caption} {self.added_prompt}".strip()
 
     def schedule(self, base: FlowMatchEulerDiscreteScheduler) -> tuple[SchedulerMixin, range]:
-        """A solver with its timesteps, and the network evaluations that are run, numbered as its `sigmas`."""
+        """Returns a solver with its timesteps, and the network evaluations to run, numbered as its `sigmas`."""
         solver = self.solver(base.config)
         given = {**base.config, **getattr(self.solver, "keywords", {})}
-        if "flow_shift" in solver.config and "flow_shift" not in given:  # what some solvers call the base's `shift`
+        if "flow_shift" in solver.config and "flow_shift" not in given:  # some solvers' name of the base's `shift`
             solver.register_to_config(flow_shift=base.config.shift)
         solver.set_timesteps(self.steps)
         run = self.steps if self.start == "noise" else max(1, round(self.strength * self.steps))
@@ -91,7 +94,10 @@ class Sampler:
         return solver, range(first, len(solver.timesteps))
 
     def tile_batcher(self, net: DiT4SRTransformer) -> TileBatcher:
-        """By the memory that a tile takes: its tokens in the noise, LR and text stream, with guidance twice."""
+        """Returns a batcher for the number of tiles that fit into `tile_memory`.
+
+        A tile takes memory for its tokens in the noise, LR and text stream, twice with guidance.
+        """
         config, dtype = net.base.config, net.base.dtype
         tokens = 2 * (self.tile // net.patch_size) ** 2 + CLIP_TOKENS + self.t5_tokens
         width = config.num_attention_heads * config.attention_head_dim
@@ -115,17 +121,24 @@ def restore(
     device: torch.device | None = None,
     batcher: TileBatcher | None = None,
 ) -> Tensor:
-    """Restores a batch of LR images of one size.
+    """Restores a batch of LR images of one size. No second image of the result's size is made.
 
     Args:
-        lr: `(B, 3, h, w)` in 0..1. size: of the result. captions: one per image, may be empty.
-        generators: one CPU generator per image: a result does not depend on the batch around it.
+        net: the whole network.
+        coder: the autoencoder.
+        encode_prompts: the text encoders.
+        scheduler: the base's scheduler.
+        sampler: how to restore.
+        lr: `(B, 3, h, w)` in 0..1.
+        size: height and width of the result.
+        captions: one per image, may be empty.
+        generators: one CPU generator per image, so that a result does not depend on the batch around it.
         on_step: called after every network evaluation.
-        device: where latents and networks are; without it, that of `lr`.
-        batcher: tiles, known from an earlier batch.
+        device: where latents and networks are; None: the device of `lr`.
+        batcher: batcher of an earlier batch, which knows how many tiles fit; None: a new one.
 
     Returns:
-        `(B, 3, *size)` in 0..1, float32, on the device of `lr`. No second image of that size is made.
+        `(B, 3, *size)` in 0..1, float32, on the device of `lr`.
 
     Raises:
         ValueError: a single tile does not fit into the device's memory.
@@ -138,29 +151,30 @@ def restore(
     velocity = guided(net, encode_prompts, sampler, captions, device)
     batcher = batcher or sampler.tile_batcher(net)
     latent = sample(velocity, scheduler, sampler, lr_latent, noise, net.patch_size, batcher, on_step)
-    del lr_latent, noise  # a byte per pixel of the result each
+    del lr_latent, noise  # each takes a byte per pixel of the result
     sr = torch.empty(*lr.shape[:2], *size, device=lr.device)
     for image, each in zip(sr, latent.split(1), strict=True):
         top = 0
         for band in coder.decode_tiled(each, sampler.vae_tile):
-            rows = image[:, top : top + band.shape[2]]  # of the last band fewer
+            rows = image[:, top : top + band.shape[2]]  # the last band may be cut
             rows.copy_(band[0, :, : rows.shape[1], : size[1]])
             top += band.shape[2]
     return ALIGNMENTS[sampler.color](sr, LazyEnlargement(lr, size)).clamp_(0, 1)
 
 
 def extended(length: int, least: int, multiple: int) -> int:
-    """The multiple that a length is extended to, `least` or more."""
+    """Returns the smallest multiple that is at least `length` and `least`."""
     return -(-max(length, least) // multiple) * multiple
 
 
 def guided(
     net: DiT4SRTransformer, encode_prompts: PromptEncoder, sampler: Sampler, captions: list[str], device: torch.device
 ) -> Callable[[Tensor, Tensor, list[int], Tensor], Tensor]:
-    """Velocity under classifier-free guidance, `v(negative) + scale * (v(prompt) - v(negative))`, in float32.
+    """Returns a function for the velocity under classifier-free guidance, `v(negative) + scale * (v(prompt) -
+    v(negative))`.
 
-    Returns:
-        A function of noisy and LR tiles `(N, C, h, w)`, the image that each is of, and the timestep.
+    The function takes noisy and LR tiles `(N, C, h, w)`, the image that each belongs to, and the timestep; it returns
+    float32.
     """
     conditions = [encode_prompts([sampler.prompt(caption) for caption in captions], device)]
     if sampler.guidance_scale != 1:
@@ -186,13 +200,13 @@ def sample(
     batcher: TileBatcher,
     on_step: Callable[[], None],
 ) -> Tensor:
-    """From noise, or the noised LR latent, to the restored image's latent; all `(B, C, H, W)`, float32."""
+    """Returns the restored images' latents from noise or the noised LR latents; all are `(B, C, H, W)`, float32."""
     solver, evaluations = sampler.schedule(scheduler)
     latent = noise
     if sampler.start == "lr":
         latent = interpolate(lr_latent, noise, solver.sigmas[evaluations[0]].to(noise.device))
     for evaluation in evaluations:
-        # Of the sigma: some of diffusers' solvers round their timesteps.
+        # The timestep comes from sigma, since some of diffusers' solvers round their timesteps.
         timestep = solver.sigmas[evaluation].to(noise.device) * solver.config.num_train_timesteps
         predict = lambda *tiles, timestep=timestep: velocity(*tiles, timestep)  # noqa: E731
         v = tiled(predict, latent, lr_latent, sampler.tile, sampler.overlap, patch, batcher)

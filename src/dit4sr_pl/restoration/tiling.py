@@ -6,22 +6,22 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-VARIANCE = 0.01  # of the squared tile size
+VARIANCE = 0.01  # variance of the blending weights, in squared tile sizes
 
 log = logging.getLogger(__name__)
 
 
 class TileBatcher:
-    """How many tiles pass the network at once: `most`, and half as many whenever they do not fit into the memory."""
+    """Number of tiles that pass the network at once: `most`, halved whenever they do not fit into the memory."""
 
     def __init__(self, most: int):
         self.most, self.warned = most, False
 
     def batches(self, predict: Callable[[Sequence], Tensor], places: Sequence) -> Iterator[tuple[Sequence, Tensor]]:
-        """Places, as many as fit, with what `predict` gives for them.
+        """Yields as many places as fit, with the result of `predict` for them.
 
         Raises:
-            ValueError: one tile alone does not fit.
+            ValueError: a single tile does not fit.
         """
         begin = 0
         while begin < len(places):
@@ -35,6 +35,7 @@ class TileBatcher:
                 begin += len(chosen)
 
     def lower(self, tried: int) -> None:
+        """Halves the number after `tried` tiles did not fit; warns once."""
         if tried == 1:
             raise ValueError(
                 "a single tile does not fit into the device's memory; lower sampler.tile, take half precision "
@@ -42,7 +43,7 @@ class TileBatcher:
             ) from None
         if not self.warned:
             log.warning(
-                "%d tiles at once do not fit into the device's memory; fewer go through from now on: lower "
+                "%d tiles at once do not fit into the device's memory; half as many are used from now on; lower "
                 "sampler.tile_memory",
                 tried,
             )
@@ -60,12 +61,16 @@ def tiled(
 ) -> Tensor:
     """Runs `predict` over tiles of `(B, C, H, W)` latents, several at once, and blends the results.
 
-    One tile equals no tile: latents within `tile` go through in one piece.
+    Latents that fit into one tile go through in one piece, exactly as without tiles.
 
     Args:
-        predict: from noisy and LR latents of tiles `(N, C, h, w)`, and the image that each is of, to their velocity.
-        tile: side of a tile in latents. overlap: of neighbours, at least. patch: the transformer's patch size.
-        batcher: tiles in one call, of one image or of several.
+        predict: function from noisy and LR tiles `(N, C, h, w)` and the image that each belongs to, to their velocity.
+        noisy: noisy latents, `(B, C, H, W)`.
+        lr: LR latents of the same shape.
+        tile: side of a tile in latents.
+        overlap: smallest overlap of neighbours in latents.
+        patch: the transformer's patch size.
+        batcher: how many tiles, of one image or several, go through at once.
     """
     rows, columns = (starts(length, tile, overlap, patch) for length in noisy.shape[-2:])
     height, width = (min(tile, length) for length in noisy.shape[-2:])
@@ -91,7 +96,9 @@ def tiled(
 
 
 def starts(length: int, tile: int, overlap: int, patch: int) -> list[int]:
-    """Starts of the fewest tiles that cover `length` and overlap by `overlap` or more, on the patch grid."""
+    """Returns the starts of the fewest tiles that cover `length` and overlap by `overlap` or more, on the patch
+    grid.
+    """
     if length <= tile:
         return [0]
     count = -(-(length - overlap) // (tile - overlap))
@@ -99,6 +106,6 @@ def starts(length: int, tile: int, overlap: int, patch: int) -> list[int]:
 
 
 def gaussian(length: int, like: Tensor) -> Tensor:
-    """Weights of one side, centred on the tile."""
+    """Returns the blending weights along one side, centred on the tile."""
     position = (torch.arange(length, dtype=torch.float32, device=like.device) + 0.5) / length - 0.5
     return torch.exp(-position.square() / (2 * VARIANCE))

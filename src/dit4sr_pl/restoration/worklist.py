@@ -1,4 +1,4 @@
-"""What there is to restore: files, the names of their results, their prompts. Needs no PyTorch."""
+"""The pictures to restore: files, the names of their results, their prompts. Needs no PyTorch."""
 
 import os
 from collections import Counter
@@ -17,9 +17,12 @@ class Entry:
     """A picture to restore.
 
     Args:
-        source, target: its file and its result's.
-        name: the file's path below the input folder without suffix; decides on the noise and the caption's file.
-        size, alpha: of the file's header.
+        source: its file.
+        target: its result's file.
+        name: the file's path below the input folder without suffix; noise and caption file depend on it.
+        size: height and width from the file's header.
+        alpha: whether the file has alpha.
+        prompt: its caption, may be empty.
     """
 
     source: Path
@@ -32,7 +35,7 @@ class Entry:
 
 @dataclass
 class Worklist:
-    """Pictures to restore, how many are restored already, and what is wrong with each of the others."""
+    """Pictures to restore, the number that is restored already, and a message for each that cannot be restored."""
 
     entries: list[Entry] = field(default_factory=list)
     done: int = 0
@@ -40,6 +43,7 @@ class Worklist:
 
     @property
     def pictures(self) -> int:
+        """Number of all pictures."""
         return len(self.entries) + self.done + len(self.failures)
 
 
@@ -51,17 +55,19 @@ def make_worklist(
     keep_suffix: bool = False,
     first_frame: bool = False,
 ) -> Worklist:
-    """Looks at every file's name and header, so that most of what cannot be restored shows before a model is read.
+    """Checks every file's name and header, so that most failures show before a model is read.
 
     Args:
-        source: a picture or a folder, of which all pictures are meant but those in `output`.
-        prompt: of all pictures; without one, of a picture `a/b.jpg` what stands in `a/b.txt`, if anything.
-        overwrite: restores again what is there.
-        keep_suffix: names the result of `b.jpg` `b.jpg.png`, not `b.png`.
-        first_frame: of files with several frames or pages, which are refused without.
+        source: a picture, or a folder whose pictures are all meant except those in `output`.
+        output: folder of the results.
+        prompt: prompt of all pictures; empty: a picture `a/b.jpg` takes the text of `a/b.txt`, if there is one.
+        overwrite: whether existing results are restored again.
+        keep_suffix: whether the result of `b.jpg` is named `b.jpg.png` instead of `b.png`.
+        first_frame: whether files with several frames or pages, which are refused otherwise, restore the first.
 
     Raises:
-        FileNotFoundError, ValueError: no such folder, or no picture in it.
+        FileNotFoundError: there is no such folder.
+        ValueError: the folder holds no picture.
     """
     root, files = _find(source, output)
     texts, worklist = CaptionFiles(root), Worklist()
@@ -84,7 +90,7 @@ def make_worklist(
 
 
 def batches(entries: Sequence[Entry], batch_size: int) -> Iterator[list[Entry]]:
-    """Jobs of one size together, up to `batch_size` of them, sizes in the order of their first picture."""
+    """Yields up to `batch_size` entries of one size; sizes come in the order of their first picture."""
     by_size = {}
     for entry in entries:
         by_size.setdefault(entry.size, []).append(entry)
@@ -93,20 +99,20 @@ def batches(entries: Sequence[Entry], batch_size: int) -> Iterator[list[Entry]]:
 
 
 def result_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """`scale` times the size, of the decimal number as it is written (2.7 x 5 is 13.5), halves upwards."""
+    """Returns `scale` times the size, for the decimal number as it is written (2.7 x 5 is 13.5); halves round up."""
     height, width = (int(Fraction(str(scale)) * length + Fraction(1, 2)) for length in size)
     return height, width
 
 
 def _find(source: Path, output: Path) -> tuple[Path, list[Path]]:
-    """The folder that names are relative to, and the pictures."""
+    """Returns the folder that names are relative to, and the pictures."""
     if not source.is_dir():
         return source.parent, [source]
     files, results = find_images(source, PICTURE_SUFFIXES), Path(os.path.realpath(output))
-    if results.is_relative_to(os.path.realpath(source)):  # what is in there are results
+    if results.is_relative_to(os.path.realpath(source)):  # files in the output folder are results
         files = [file for file in files if not Path(os.path.realpath(file.parent)).is_relative_to(results)]
     if not files:
-        raise ValueError(f"{source}: no images in this folder or below it, but in the output folder")
+        raise ValueError(f"{source}: no images in this folder or below it, except in the output folder")
     return source, files
 
 
