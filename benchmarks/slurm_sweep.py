@@ -65,7 +65,7 @@ def report(folder: Path, environment: dict[str, str]) -> None:
         run = folder / "stopped" / "default" / variant / "seed0"
         whole = folder / "whole" / "default" / variant / "seed0"
         assert (run / "losses.csv").read_text() == (whole / "losses.csv").read_text(), variant
-        stops = (run / "train.log").read_text().count("going on from step")
+        stops = (run / "train.log").read_text().count("resuming from step")
         assert stops == 1, variant
         times = [event.wall_time for event in events(run).Scalars("train/loss")]
         gaps = sorted(after - before for before, after in zip(times, times[1:], strict=False))

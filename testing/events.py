@@ -1,4 +1,4 @@
-"""Callbacks that tests add to a training run: something happens at a given moment."""
+"""Callbacks by which tests disturb a training run at a given step."""
 
 import os
 import signal
@@ -9,18 +9,20 @@ from lightning import Callback, LightningModule, Trainer
 
 
 class Event(Callback):
-    """Does something at a moment of the training.
+    """Sends a signal to its own process, or lets the disk be full, at one step.
 
     Args:
-        what: name of a signal that the process gets, or `full`: the checkpoint after this step goes to a full disk.
-        hook: where, after so many `steps`.
+        what: name of the signal, or `full`: the checkpoint after this step is written to a full disk.
+        hook: name of Lightning's hook in which it happens.
+        steps: optimizer steps done by then.
     """
 
     def __init__(self, what: str, hook: str, steps: int):
         self.what, self.steps = what, steps
-        setattr(self, hook, self.happen)
+        setattr(self, hook, self.disturb)
 
-    def happen(self, trainer, *_) -> None:
+    def disturb(self, trainer: Trainer, *_) -> None:
+        """Takes the place of the hook."""
         if trainer.global_step == self.steps:
             if self.what == "full":
                 folder = trainer.checkpoint_callback.folder
@@ -30,18 +32,27 @@ class Event(Callback):
 
 
 def event(what: str, hook: str, steps: int) -> list[str]:
+    """Returns the overrides that add an `Event` to a run."""
     return [f"+callbacks.event={{_target_: testing.events.Event, what: {what}, hook: {hook}, steps: {steps}}}"]
 
 
 class Threads(Callback):
-    """Writes down how many threads PyTorch takes; gets one run a SIGTERM."""
+    """Writes the number of PyTorch's threads to `folder/threads`, and sends SIGTERM to its own process in one run.
+
+    Args:
+        folder: the run's folder.
+        seed: the run's seed.
+        stopped: the seed of the run that gets SIGTERM; None: no run.
+    """
 
     def __init__(self, folder: str, seed: int, stopped: int | None):
         self.folder, self.stops = Path(folder), seed == stopped
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the number of threads."""
         (self.folder / "threads").write_text(str(torch.get_num_threads()))
 
     def on_train_batch_start(self, *_) -> None:
+        """Sends SIGTERM before each batch."""
         if self.stops:
             os.kill(os.getpid(), signal.SIGTERM)

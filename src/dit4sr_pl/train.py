@@ -1,4 +1,7 @@
-"""python -m dit4sr_pl.train [+ablation=NAME] [experiment=NAME] [ckpt_path=FILE] [-m ...]"""
+"""Trains DiT4SR or a baseline, or resumes a training.
+
+python -m dit4sr_pl.train [+ablation=NAME] [experiment=NAME] [ckpt_path=FILE] [-m ...]
+"""
 
 import logging
 import os
@@ -19,30 +22,35 @@ if TYPE_CHECKING:
     from dit4sr_pl.model import TrainedPart
     from dit4sr_pl.scores.results import Result
 
-log = logging.getLogger("dit4sr_pl.train")  # started as a command, its name is another
+log = logging.getLogger("dit4sr_pl.train")  # `__name__` is `__main__` in a command
 
 
 @command("train")
 def main(cfg: DictConfig) -> None:
+    """Runs the command."""
     train(cfg)
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
-    """Runs one training from its composed config, or goes on with it; returns the last validation's scores, none if
-    it was finished before."""
+    """Runs or resumes one training from its composed config.
+
+    Returns:
+        Scores of the last validation and the last loss by their logged names; {}: the run was already finished.
+    """
     check(cfg)
     with open_run(cfg) as folder:
         steps = finished_steps(folder)
         if steps >= cfg.trainer.max_steps and cfg.ckpt_path is None:
-            log.info("%s: finished at step %d; a larger trainer.max_steps trains on", folder, steps)
+            log.info("%s: finished at step %d; give a larger trainer.max_steps to train longer", folder, steps)
             return {}
         return fit(cfg, folder)
 
 
 def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
+    """Trains in a folder that is locked and checked; arguments and results are those of `train`."""
     import torch
 
-    # Moments that fade into denormals cost a CPU a factor of ten; set before any of its threads starts.
+    # Optimizer moments that decay into denormals make a CPU ten times slower. It must be set before threads start.
     torch.set_flush_denormal(True)
     from hydra.utils import instantiate
     from lightning import Trainer, seed_everything
@@ -51,7 +59,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from dit4sr_pl.model.trained_part import part_of
     from dit4sr_pl.scores.results import write_result
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # without devices found and advertisements
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hides its list of devices and its tips
     checkpoint = cfg.ckpt_path or newest_checkpoint(folder, cfg.trainer.max_steps)
     start = step_of(checkpoint, cfg.trainer.max_steps) if checkpoint else 0
     seed_everything(cfg.seed, workers=True, verbose=False)
@@ -62,8 +70,8 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
     trainer: Trainer = instantiate(
         cfg.trainer,
         callbacks=list(callbacks.values()),
-        logger=instantiate(cfg.logger, purge_step=start),  # TensorBoard hides what is about to be repeated
-        default_root_dir=folder / ".none",  # on SLURM Lightning prefers an hpc_ckpt found in here
+        logger=instantiate(cfg.logger, purge_step=start),  # TensorBoard hides repeated steps
+        default_root_dir=folder / ".none",  # on SLURM Lightning would prefer an hpc_ckpt file in this folder
     )
     if trainer.is_global_zero:
         begin(cfg, folder, start)
@@ -78,7 +86,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
 
 def result_of(cfg: DictConfig, part: "TrainedPart", scores: dict) -> "Result":
-    """The last validation, in the form of a finished evaluation."""
+    """Returns the last validation in the form of a complete evaluation."""
     from dit4sr_pl.common.hashing import values_hash, weights_hash
     from dit4sr_pl.common.run_identity import result_identity
     from dit4sr_pl.model.trained_part import method_and_variant
@@ -100,18 +108,22 @@ def result_of(cfg: DictConfig, part: "TrainedPart", scores: dict) -> "Result":
 
 
 def step_of(checkpoint: Path | str, max_steps: int) -> int:
-    """The steps that a checkpoint has behind it; raises ValueError unless there are some to go."""
+    """Returns the step of a checkpoint.
+
+    Raises:
+        ValueError: no steps are left up to `max_steps`.
+    """
     import torch
 
     step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     if step >= max_steps:
-        raise ValueError(f"{checkpoint}: has {step} steps behind it; give a larger trainer.max_steps than {max_steps}")
-    log.info("going on from step %d: %s", step, checkpoint)
+        raise ValueError(f"{checkpoint}: is of step {step}; give a larger trainer.max_steps than {max_steps}")
+    log.info("resuming from step %d: %s", step, checkpoint)
     return step
 
 
 def check(cfg: DictConfig) -> None:
-    """Everything that a user can get wrong and that needs no PyTorch to be seen."""
+    """Raises ValueError or FileNotFoundError for every mistake in a config that can be found without PyTorch."""
     OmegaConf.resolve(cfg)
     if missing := OmegaConf.missing_keys(cfg):
         raise ValueError(f"no value for {', '.join(sorted(missing))}; give it as key=value")
@@ -132,9 +144,9 @@ def check(cfg: DictConfig) -> None:
 
 
 def check_processes(trainer: DictConfig) -> None:
-    """Raises ValueError unless the processes that run this are those of one run: Lightning trains on without a word."""
+    """Raises ValueError unless the number of processes is that of one run; Lightning would train several runs."""
     asked, started = trainer.devices * trainer.num_nodes, int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    if started not in (1, asked) and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun starts more of them
+    if started not in (1, asked) and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun starts processes too
         raise ValueError(
             f"SLURM started {started} processes for trainer.devices={trainer.devices} trainer.num_nodes="
             f"{trainer.num_nodes}; make --ntasks-per-node and --nodes equal to these"
@@ -142,8 +154,8 @@ def check_processes(trainer: DictConfig) -> None:
     swept = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if asked != 1 and swept and choice("hydra/launcher") in ("basic", "local"):
         raise ValueError(
-            "every process of a run on several devices would sweep anew; start the runs one by one, or with "
-            "hydra/launcher=slurm"
+            "in a sweep over runs on several devices every process would start the whole sweep; start the runs one by "
+            "one, or with hydra/launcher=slurm"
         )
 
 

@@ -55,7 +55,7 @@ def test_help_needs_no_pytorch(command, tmp_path):
         (["train", "model.backbone.name=./sd3"], "model.backbone.name=sd3/model_index.json: no such file"),
         (["train", "output=/proc/nowhere"], "cannot be written"),
         (["train", "trainer=fsdp", "experiment=demo"], "trainer=fsdp cannot average weights; add ~callbacks.ema"),
-        (["train", "-m", "trainer=ddp", "seed=0"], "every process of a run on several devices would sweep anew"),
+        (["train", "-m", "trainer=ddp", "seed=0"], "every process would start the whole sweep"),
         (["train", "-m", "trainer=ddp", "hydra/launcher=local"], "start the runs one by one, or with hydra/launcher="),
         (["train", "-m", "trainer=ddp", "hydra/launcher=slurm", "hydra.launcher.nodes=2"], "nodes=2 for a run with 1"),
         (["train", "metrics=paper", "metric_weights.folder=."], "alexnet-owt-7be5be79.pth: no such file"),

@@ -1,4 +1,4 @@
-"""Runs that are stopped in every way and started again, against one that was not; and who may write to a folder."""
+"""Runs that are stopped and resumed in every way equal an undisturbed run; one process at a time writes to a folder."""
 
 import importlib.metadata
 import multiprocessing
@@ -44,14 +44,14 @@ def steps(folder: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(photos, tmp_path_factory) -> Path:
-    """The folder of a run that nothing happened to."""
+    """Returns the folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
     start(photos, folder)
     return folder
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
-    """Losses, averaged weights and everything that TensorBoard shows are equal, to the last bit."""
+    """Asserts that losses, averaged weights and everything in TensorBoard are equal to the last bit."""
     assert (folder / "losses.csv").read_text() == (whole / "losses.csv").read_text()
     ours, theirs = weights(folder), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -115,7 +115,7 @@ def test_a_user_signal_saves_and_then_reaches_who_had_it_before(photos, tmp_path
 def test_a_checkpoint_that_finds_the_disk_full_costs_nothing_but_itself(photos, tmp_path, whole, caplog):
     every = ["callbacks.checkpoint.every_n_train_steps=1", "callbacks.checkpoint.keep_last=9"]
     start(photos, tmp_path, *every, *event("full", "on_train_batch_start", 3))
-    assert "0000004.ckpt: not saved (No space left on device); training goes on" in caplog.text
+    assert "0000004.ckpt: not saved (No space left on device); training continues" in caplog.text
     assert "not saved" in (tmp_path / "train.log").read_text()
     assert steps(tmp_path) == [1, 2, 3, 5, 6] and not list((tmp_path / "checkpoints").glob(".*"))
     assert_same_run(tmp_path, whole)
@@ -130,7 +130,7 @@ def test_damaged_checkpoints_are_passed_over_for_the_one_before(photos, tmp_path
     data[len(data) // 2] ^= 1
     second.write_bytes(data)
     start(photos, tmp_path)
-    assert "0000005.ckpt: damaged" in caplog.text and "going on from step 3" in caplog.text
+    assert "0000005.ckpt: damaged" in caplog.text and "resuming from step 3" in caplog.text
     assert not is_whole(tmp_path / "checkpoints" / "0000005.ckpt.aside") and is_whole(checkpoints_in(tmp_path)[0])
     assert_same_run(tmp_path, whole)
 
@@ -166,8 +166,9 @@ def test_a_checkpoint_that_lightning_left_on_slurm_is_not_read(photos, tmp_path,
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_killed_runs_go_on_to_what_one_undisturbed_run_gives(photos, tmp_path, whole):
-    """SIGKILL as soon as there is one more loss; with another number of workers after every kill."""
+    """SIGKILL comes as soon as there is one more loss. Each start has another number of workers."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dit4sr_pl.train", "dit4sr_pl.training.module", "dit4sr_pl.training.callbacks"])
     losses = tmp_path / "losses.csv"
@@ -184,8 +185,9 @@ def test_killed_runs_go_on_to_what_one_undisturbed_run_gives(photos, tmp_path, w
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_sigterm_to_a_whole_job_saves_on_all_devices_and_leaves_their_workers_alone(photos, tmp_path):
-    """As schedulers send it, to every process: two devices, each with a worker; twice."""
+    """Schedulers send it to every process of a job. Here two devices with a worker each get it twice."""
     options = ["data.num_workers=1", "trainer.max_steps=100000", "trainer.limit_val_batches=0"]
     options += ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     arguments = [sys.executable, "-m", "dit4sr_pl.train", *toy(photos, tmp_path), *SMALL, *options]
@@ -220,7 +222,7 @@ def test_overwrite_starts_again_and_leaves_other_files(photos, tmp_path):
 
 def hold(folder: Path, ready) -> None:
     with exclusive_lock(folder / LOCK):
-        if os.fork() == 0:  # as DataLoader's workers outlive a killed process
+        if os.fork() == 0:  # DataLoader's workers outlive a killed process too
             time.sleep(60)
             os._exit(0)
         ready.set()
@@ -245,13 +247,13 @@ def test_a_folder_belongs_to_one_process_until_that_ends(tmp_path):
 @pytest.mark.parametrize(
     "overrides, named",
     [
-        (["optimizer.lr=1"], "settings: optimizer.lr=1 (there 5e-05);"),
-        (["+ablation=no_lr_residual"], "model.network.variant.lr_residual=False (there True)"),
+        (["optimizer.lr=1"], "settings: optimizer.lr=1 (the run has 5e-05);"),
+        (["+ablation=no_lr_residual"], "model.network.variant.lr_residual=False (the run has True)"),
         (["callbacks.ema.decay=0.5"], "callbacks.ema.decay"),
         (["callbacks=no_ema"], "callbacks.ema"),
-        (["seed=1"], "settings: seed=1 (there 0);"),
+        (["seed=1"], "settings: seed=1 (the run has 0);"),
         (["trainer.precision=bf16-mixed"], "trainer.precision"),
-        (["data.batch_size=8"], "images per step=8 (there 16)"),
+        (["data.batch_size=8"], "images per step=8 (the run has 16)"),
         (["data.batch_size=8", "trainer.devices=2"], None),
         (["data.batch_size=8", "trainer.accumulate_grad_batches=2"], None),
         (["trainer.max_steps=2000", "trainer.log_every_n_steps=1", "trainer.val_check_interval=9"], None),
@@ -263,12 +265,12 @@ def test_a_folder_holds_runs_of_one_kind(tmp_path, overrides, named):
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         ours, theirs = (compose("train", ["output=x", *changed]) for changed in (overrides, []))
     OmegaConf.save(theirs, tmp_path / "config.yaml", resolve=True)
-    check_same_run(ours, tmp_path)  # nothing there to lose
+    check_same_run(ours, tmp_path)  # without checkpoints the folder holds no run
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "0000001.ckpt").touch()
     if named is None:
         return check_same_run(ours, tmp_path)
-    with pytest.raises(ValueError, match="holds a run of other settings.*overwrite=true") as refused:
+    with pytest.raises(ValueError, match="holds a run with other settings.*overwrite=true") as refused:
         check_same_run(ours, tmp_path)
     assert named in str(refused.value)
 

@@ -1,4 +1,4 @@
-"""Training (paper Section 5.1) as a LightningModule: DiT4SR, or a baseline over the same frozen SD3 pipeline."""
+"""The training of DiT4SR (paper Section 5.1), or of a baseline over the same backbone, as a LightningModule."""
 
 import copy
 from collections.abc import Callable
@@ -19,23 +19,25 @@ from dit4sr_pl.model import TrainedPart, load_part
 from dit4sr_pl.model.trained_part import base_of, check_network_config, fit_part
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
+from dit4sr_pl.training.lightning_state import let_trainer_unscale
 
 
 class SuperResolutionModule(LightningModule):
-    """Trains one part of a network over a frozen SD3 pipeline.
+    """The module that trains the trained part of a network over a frozen SD3 pipeline.
 
-    Only that part (`lr_stream` or `controlnet`) is a submodule: what Lightning counts, averages, optimises, saves and
-    sends between devices is what is trained. The frozen parts stand beside it in `net` and `backbone`.
+    Only the trained part (`lr_stream` or `controlnet`) is a submodule, so Lightning counts, averages, optimizes, saves
+    and sends between devices nothing else. The frozen parts are plain attributes, `net` and `backbone`.
 
     Args:
         backbone: the frozen pipeline.
         network: makes the network over the backbone's transformer.
-        checkpoint: trained part to start from, for fine-tuning; its network config must be this network's.
-        weighting: of the loss, see `RectifiedFlow`.
-        optimizer: from parameters to an optimizer.
-        sampler: how validation restores.
-        compile: run training steps through `torch.compile`.
-        seed: with a sample's place in the run it gives timestep and noise.
+        checkpoint: file of a trained part to start from (fine-tuning), which must have this network's config; None:
+            the network's own initial weights.
+        weighting: the loss weighting, see `RectifiedFlow`.
+        optimizer: makes the optimizer from the parameters.
+        sampler: the sampler that validation restores with.
+        compile: whether training steps run through `torch.compile`.
+        seed: seed of the run. Timestep and noise are functions of it and of a sample's position in the run.
     """
 
     def __init__(
@@ -58,22 +60,24 @@ class SuperResolutionModule(LightningModule):
         if checkpoint is not None:
             start_from_checkpoint(net, checkpoint)
         self.base = base_of(net, backbone.name)  # read before weights are sharded
-        self.add_module(net.trained_name, net.trained.float())  # trained in float32 under autocast
-        object.__setattr__(self, "net", net)  # not a submodule: see above
-        self.velocity = torch.compile(net.__call__) if compile else net.__call__  # with FSDP's hooks, unlike forward
+        self.add_module(net.trained_name, net.trained.float())  # float32 also under autocast
+        object.__setattr__(self, "net", net)  # a plain attribute, not a submodule
+        self.velocity = torch.compile(net.__call__) if compile else net.__call__  # `forward` would skip FSDP's hooks
         self.restorer = Restorer(net, backbone, sampler)
 
     def __deepcopy__(self, memo: dict) -> "SuperResolutionModule":
-        """Lightning's weight averaging copies the module: its trained part, while frozen weights exist once."""
+        """Returns a copy without the trainer that shares the frozen weights; Lightning's averaging makes one."""
         memo |= {id(module): module for module in self.net.base.modules()}
         memo[id(self)] = copied = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))  # without the trainer
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
     def setup(self, stage: str) -> None:
+        """Moves the backbone, which Lightning does not know, to the device."""
         self.backbone.to(self.device)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        """Returns the rectified-flow loss of a batch from `SuperResolutionData`."""
         keys = [(self.seed, position) for position in batch["position"].tolist()]
         generators = [generator("cpu", "flow", *key) for key in keys]
         coder = self.backbone.coder
@@ -85,13 +89,14 @@ class SuperResolutionModule(LightningModule):
         noise = draw_noise(clean, generators)
         velocity = self.velocity(interpolate(clean, noise, sigma), lr_latent, timestep, embeds, pooled)
         loss = self.flow.loss(velocity, clean, noise, sigma).mean()
-        # Over the global batch: all devices stop together, and logs do not depend on their number.
+        # The mean over the global batch: all devices stop together, and logs do not depend on the number of devices.
         mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
         self.stop_unless_finite(mean)
         self.log("train/loss", mean, prog_bar=True)
         return loss
 
     def stop_unless_finite(self, loss: Tensor) -> None:
+        """Raises ValueError, with the step, if the loss is nan or infinite."""
         if not torch.isfinite(loss):
             raise ValueError(
                 f"loss is {loss.item()} at step {self.global_step}; lower optimizer.lr or resume from an earlier "
@@ -99,29 +104,34 @@ class SuperResolutionModule(LightningModule):
             )
 
     def validation_step(self, batch: dict, batch_idx: int) -> Tensor:
-        """The restored images `(B, 3, H, W)`; scores are the callbacks' business."""
+        """Returns the restored images `(B, 3, H, W)`, which `ValidationScores` measures."""
         return self.restorer(batch["lr"], batch["hr"].shape[-2:], batch["prompt"], batch["name"], self.seed)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Adds the network config and the base's name and fingerprint to a checkpoint."""
         checkpoint["settings"] = self.net.network_config()
         checkpoint["base"] = self.base
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Raises ValueError, with the file's name, if a checkpoint does not fit the network or its base."""
         check_network_config(self.net, checkpoint["settings"], self.trainer.ckpt_path)
         prefix = f"{self.net.trained_name}."
         state = {name.removeprefix(prefix): weight for name, weight in checkpoint["state_dict"].items()}
         fit_part(self.net, TrainedPart(checkpoint["settings"], checkpoint["base"], state), self.trainer.ckpt_path)
 
     def configure_optimizers(self) -> Optimizer:
-        # All parameters: optimizer states count them, and FSDP's counts those without gradients too.
+        """Returns the optimizer over all parameters; gradients can be clipped also where it is fused."""
         optimizer = self.optimizer(self.parameters())
-        # A fused optimizer would unscale float16's gradients by itself, and Lightning then refuses to clip them.
-        optimizer._step_supports_amp_scaling = False
+        let_trainer_unscale(optimizer)
         return optimizer
 
 
 def start_from_checkpoint(net: nn.Module, checkpoint: str) -> None:
-    """Gives a network the weights of a trained part of the same config over the same base; errors name the file."""
+    """Loads the weights of a trained part into a network.
+
+    Raises:
+        ValueError: the trained part has another network config or base; the message names the file.
+    """
     part = load_part(checkpoint)
     check_network_config(net, part.network_config, checkpoint)
     fit_part(net, part, checkpoint)

@@ -1,5 +1,6 @@
-"""Which code a run ran: the commit, what differed from it, and the versions of all packages."""
+"""A record of the code of a run: its commit, the uncommitted changes, and the versions of all packages."""
 
+import functools
 import hashlib
 import importlib.metadata
 import platform
@@ -10,7 +11,7 @@ from omegaconf import OmegaConf
 
 from dit4sr_pl.common.files import atomic_write
 
-LARGEST_DIFF = 1_000_000  # bytes; of larger ones only the hash is kept
+LARGEST_DIFF = 1_000_000  # bytes; a larger diff is recorded by its hash alone
 
 
 def record_code(folder: Path) -> None:
@@ -22,7 +23,7 @@ def record_code(folder: Path) -> None:
         "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
         "untracked": others.splitlines(),
         "python": platform.python_version(),
-        "packages": {d.name: d.version for d in sorted(importlib.metadata.distributions(), key=lambda d: d.name)},
+        "packages": package_versions(),
     }
     with atomic_write(folder / "code.yaml") as partial:
         OmegaConf.save(code, partial)
@@ -33,8 +34,15 @@ def record_code(folder: Path) -> None:
         (folder / "code.diff").unlink(missing_ok=True)
 
 
+@functools.cache
+def package_versions() -> dict[str, str]:
+    """Returns the versions of all installed packages by name; a process reads them once, since that takes a second."""
+    metadata = [package.metadata for package in importlib.metadata.distributions()]
+    return dict(sorted((each["Name"], each["Version"]) for each in metadata))
+
+
 def commit_of_this_package() -> str | None:
-    """None where git is not installed, or does not track these files (an installed wheel)."""
+    """Returns the checkout's commit; None: git is not installed, or the files are not in a checkout (a wheel)."""
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("rev-parse", "HEAD").strip()
@@ -43,6 +51,7 @@ def commit_of_this_package() -> str | None:
 
 
 def git(*arguments: str) -> str:
+    """Returns the output of a git command that runs in this package's folder."""
     command = ["git", *arguments]
     result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
     return result.stdout.decode(errors="replace")

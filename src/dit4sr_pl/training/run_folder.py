@@ -1,12 +1,12 @@
-"""The folder of a training run: one run at a time, always of the same settings, and where it goes on.
+"""The folder of a training run. One process at a time writes to it, and all its starts share their settings.
 
     config.yaml               the resolved config of the last start
-    code.yaml, code.diff      the commit that it ran, what differed from it, versions of packages
-    train.log                 of all starts, one after another
-    checkpoints/              NNNNNNN.ckpt by step; last.ckpt leads to the newest; .aside ones are never read again
-    finished.yaml             written when all else is there
+    code.yaml, code.diff      its commit, the uncommitted changes, the versions of packages
+    train.log                 the log of all starts
+    checkpoints/              NNNNNNN.ckpt by step; last.ckpt links to the newest; files named .aside are not read
+    finished.yaml             written last
 
-No PyTorch in here: a run that is finished or refused says so in a moment.
+This module does not import PyTorch, so a finished or refused run ends within a second.
 """
 
 import logging
@@ -32,10 +32,10 @@ WRITTEN += ("results.*", "images", CHECKPOINTS)
 
 @contextmanager
 def open_run(cfg: DictConfig) -> Iterator[Path]:
-    """The run's folder, held by this run alone, with its config and code recorded and its log attached.
+    """Locks the run's folder, appends the log to its `train.log`, and yields the folder.
 
     Raises:
-        ValueError: another process writes there, or it holds a run of other settings.
+        ValueError: another process writes there, or the folder holds a run with other settings.
     """
     folder = Path(cfg.output)
     leader = leads(cfg.trainer)
@@ -48,40 +48,40 @@ def open_run(cfg: DictConfig) -> Iterator[Path]:
 
 
 def leads(trainer: DictConfig) -> bool:
-    """Whether this process writes the run's files: of a run on several devices, that of rank 0.
+    """Returns whether this process writes the run's files: on several devices only rank 0 does.
 
-    A run on one device has no other processes, whatever the environment says: two of them are two runs.
+    A run on one device has one process, whatever rank the environment names: a second process is a second run.
     """
     ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
     return (trainer.devices == 1 and trainer.num_nodes == 1) or all(rank == "0" for rank in ranks)
 
 
 def clear(folder: Path) -> None:
-    """Removes what runs have left in a folder, the record that there was one last."""
+    """Removes a run's files from a folder, its config last."""
     for path in [path for pattern in reversed(WRITTEN) for path in folder.glob(pattern)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def check_same_run(cfg: DictConfig, folder: Path) -> None:
-    """Raises ValueError if the folder holds a run that this config would not continue, and names what differs."""
+    """Raises ValueError, with the settings that differ, if the folder holds a run with other settings."""
     if not (folder / CONFIG).is_file() or not (checkpoints_in(folder) or (folder / FINISHED).is_file()):
         return
     ours, theirs = resume_identity(cfg), resume_identity(OmegaConf.load(folder / CONFIG))
     if differing := differences(ours, theirs):
-        named = ", ".join(f"{key}={ours.get(key)} (there {theirs.get(key)})" for key in differing[:3])
+        named = ", ".join(f"{key}={ours.get(key)} (the run has {theirs.get(key)})" for key in differing[:3])
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError(
-            f"{folder} holds a run of other settings: {named}{more}; give another folder (hydra.run.dir=FOLDER), "
+            f"{folder} holds a run with other settings: {named}{more}; give another folder (output=FOLDER), "
             "or overwrite=true to remove that run"
         )
 
 
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """Appends to a file what this project, Lightning and Python's warnings say; ours is also shown."""
+    """Appends the logs of this project and of Lightning and Python's warnings to a file; shows all but Lightning's."""
     file, shown = logging.FileHandler(path), logging.StreamHandler()
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    shown.addFilter(lambda record: record.exc_info is None)  # the command answers in one line
+    shown.addFilter(lambda record: record.exc_info is None)  # the command shows errors in one line
     places = [("dit4sr_pl", file), ("dit4sr_pl", shown), ("py.warnings", file), ("py.warnings", shown)]
     places += [("lightning.pytorch", file)]
     for name, handler in places:
@@ -91,7 +91,7 @@ def logged(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        log.exception("stopped by an error")
+        log.exception("the run stopped with an error")
         raise
     finally:
         logging.captureWarnings(False)
@@ -101,8 +101,10 @@ def logged(path: Path) -> Iterator[None]:
 
 
 def begin(cfg: DictConfig, folder: Path, start: int) -> None:
-    """Writes down what is about to run from step `start`, sets aside the checkpoints after it, and removes what killed
-    processes left half-written. From here on the run is not finished."""
+    """Prepares the folder for a training from step `start`; the run counts as unfinished from now on.
+
+    Records config and code, renames the checkpoints after `start` to `.aside`, and removes half-written ones.
+    """
     (folder / FINISHED).unlink(missing_ok=True)
     with atomic_write(folder / CONFIG) as partial:
         OmegaConf.save(cfg, partial, resolve=True)
@@ -115,33 +117,37 @@ def begin(cfg: DictConfig, folder: Path, start: int) -> None:
 
 
 def finish(folder: Path, steps: int) -> None:
+    """Marks the run as finished after `steps` steps."""
     with atomic_write(folder / FINISHED) as partial:
         OmegaConf.save({"steps": steps}, partial)
 
 
 def finished_steps(folder: Path) -> int:
-    """Of a run that went through to its end; else 0."""
+    """Returns the steps of a finished run; 0: the run is not finished."""
     path = folder / FINISHED
     return OmegaConf.load(path).steps if path.is_file() else 0
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """By step, the newest first."""
+    """Returns the checkpoints of a run, the newest first."""
     return sorted((folder / CHECKPOINTS).glob("[0-9]*.ckpt"), key=lambda path: int(path.stem), reverse=True)
 
 
 def newest_checkpoint(folder: Path, max_steps: int) -> Path | None:
-    """To go on from. One of the last step has nothing left to train: the run repeats that step, and its end."""
+    """Returns the newest undamaged checkpoint before step `max_steps`; None: the run starts from the beginning.
+
+    A checkpoint of the last step leaves nothing to train, so a run without results repeats that step.
+    """
     for path in checkpoints_in(folder):
         if int(path.stem) < max_steps:
             if is_whole(path):
                 return path
-            log.warning("%s: damaged; passed over for the one before", path)
+            log.warning("%s: damaged; the run resumes from an earlier checkpoint, or from the beginning", path)
     return None
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint has all its bytes, by the checksums in it."""
+    """Returns whether a checkpoint is complete and matches the checksums in it."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None

@@ -1,4 +1,4 @@
-"""What a run shows beside its loss, and what it saves."""
+"""Callbacks that log, validate and save a training run."""
 
 from dit4sr_pl.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from dit4sr_pl.training.callbacks.degradation_log import DegradationLog

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, at intervals of steps and minutes and when a scheduler asks for one."""
+"""Checkpoints that are never half-written, at intervals of steps and minutes and on a scheduler's signals."""
 
 import logging
 import os
@@ -15,6 +15,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from dit4sr_pl.common.files import atomic_write
+from dit4sr_pl.training.lightning_state import (
+    batches_done,
+    received_sigterm,
+    signal_started_processes,
+    validation_interval,
+)
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +28,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints beside their place and moves them there when they are on the disk.
+    """Writes checkpoints under a temporary name and renames them when they are on the disk.
 
-    Lightning's own way holds them in memory and copies them from /tmp, which a kill can interrupt. A checkpoint that
-    cannot be written, for a full disk or other reasons, leaves no trace but an error in the log: training goes on.
+    Lightning itself builds a checkpoint in memory and copies it from /tmp, which a kill can interrupt. If a checkpoint
+    cannot be written, for example because the disk is full, the error is logged, no file stays, and training continues.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Writes a checkpoint, or logs the OSError that prevents it."""
         try:
             with atomic_write(Path(path)) as partial, partial.open("wb") as file:
                 torch.save(checkpoint, file)
@@ -36,30 +43,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # PyTorch's writer hides an OSError behind a RuntimeError
             if (cause := os_error(error)) is None:
                 raise
-            log.error("%s: not saved (%s); training goes on without it", path, cause.strerror)
+            log.error("%s: not saved (%s); training continues without it", path, cause.strerror)
 
 
 def os_error(error: BaseException | None) -> OSError | None:
+    """Returns the first OSError among an error and its causes; None: there is none."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
 class Checkpoints(Checkpoint):
-    """Saves `folder/NNNNNNN.ckpt` by step, keeps the last few, and lets `last.ckpt` lead to the newest.
+    """Saves `folder/NNNNNNN.ckpt` by step, keeps the last few, and links `last.ckpt` to the newest.
 
-    A checkpoint is written every so many steps and minutes, at the end, and before a step that a validation follows:
-    a run stopped in the validation repeats that step. One that falls due together with a validation is written after
-    it, so that none is resumed between a step and its validation.
+    A checkpoint is written at the given intervals, at the end, and one step before a validation, so that a run stopped
+    in the validation repeats one step. A checkpoint that is due together with a validation is written after it: no run
+    is resumed between a step and its validation.
 
-    SIGTERM saves one after the running step, or ends a running validation, and exits with 143. SIGUSR1 and SIGUSR2
-    save one and hand the signal on to whoever had it before the training, such as submitit, which requeues the job. On
-    several devices a signal or clock of one counts for all.
+    SIGTERM saves a checkpoint after the running step, or ends a running validation, and exits with 143. SIGUSR1 and
+    SIGUSR2 save one and call the handler from before the training, such as submitit's, which requeues the job. On
+    several devices a signal to one device, or the clock of one, counts for all.
 
     Args:
-        folder: nothing else is written there.
-        every_n_train_steps, every_n_minutes: since the start, since the last checkpoint; None for never.
-        keep_last: how many of the newest stay.
+        folder: folder of the checkpoints; nothing else may be in it.
+        every_n_train_steps: interval in steps, counted from the run's start; None: no such interval.
+        every_n_minutes: interval in minutes since the last checkpoint; None: no such interval.
+        keep_last: number of checkpoints that are kept.
     """
 
     def __init__(self, folder: str, every_n_train_steps: int | None, every_n_minutes: float | None, keep_last: int):
@@ -67,41 +76,43 @@ class Checkpoints(Checkpoint):
         self.every_n_train_steps, self.every_n_minutes = every_n_train_steps, every_n_minutes
         self.keep_last = keep_last
         self.received: set[int] = set()
-        self.heard: set[int] = set()  # those of any device that the last step knew of
+        self.heard: set[int] = set()  # signals to any device, as of the last step
         self.pending = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's own handlers come after this."""
+        """Remembers the signal handlers; Lightning installs its own after this."""
         self.before = {signum: signal.getsignal(signum) for signum in SIGNALS}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the place of Lightning's handlers, which on SLURM write and prefer a checkpoint of their own."""
+        """Replaces Lightning's handlers, which on SLURM write and prefer a checkpoint of their own."""
         self.step, self.saved_at = trainer.global_step, time.monotonic()
-        self.leads, self.launcher = trainer.is_global_zero, trainer.strategy.launcher
-        if trainer.received_sigterm:  # Lightning's would end the run with exit code 0
+        self.trainer = trainer
+        if received_sigterm(trainer):  # Lightning would end the run with exit code 0
             self.answer({signal.SIGTERM})
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
-                signal.signal(signum, self.receive)  # until Lightning puts back what was there before the training
+                signal.signal(signum, self.receive)  # Lightning restores the former handlers after the training
 
     def receive(self, signum: int, frame: FrameType | None) -> None:
+        """Notes a signal until the running step ends, and forwards SIGTERM to the processes of further devices."""
         self.received.add(signum)
-        if signum == signal.SIGTERM and self.launcher is not None:
-            self.launcher.kill(signum)  # to the processes that this one started
+        if signum == signal.SIGTERM:
+            signal_started_processes(self.trainer, signum)
 
     def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+        """Saves a checkpoint if one is due and no validation follows."""
         if trainer.global_step == self.step:
-            return  # gradients accumulate
+            return  # gradients are still being accumulated
         self.step = trainer.global_step
         received = set(self.received)
         if on_any_device(trainer, bool(received)):
             self.heard |= {signum for signum in SIGNALS if on_any_device(trainer, signum in received)}
         self.pending |= bool(self.heard) | on_any_device(trainer, self.is_due(trainer))
-        if self.pending and not validation_within(trainer, 0):  # else the checkpoint of the step before stands
+        if self.pending and not validation_within(trainer, 0):  # before a validation the last checkpoint is enough
             self.save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, *_) -> None:
-        """By now the last step is logged."""
+        """Answers the signals of the last step, which is logged by now."""
         if self.heard:
             end = None
             try:
@@ -112,6 +123,7 @@ class Checkpoints(Checkpoint):
                 raise end or SystemExit(0)
 
     def is_due(self, trainer: Trainer) -> bool:
+        """Returns whether a checkpoint is due after this step, by this device's clock."""
         if self.step == trainer.max_steps or self.step + 1 == trainer.max_steps:
             return True
         minutes = (time.monotonic() - self.saved_at) / 60
@@ -122,16 +134,19 @@ class Checkpoints(Checkpoint):
         )
 
     def on_validation_batch_end(self, trainer: Trainer, *_) -> None:
+        """Answers signals within a validation at once."""
         self.answer(self.received)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the checkpoint that was due together with the validation."""
         if self.pending:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
+        """Saves a checkpoint of this step and removes the oldest ones."""
         path = self.folder / f"{self.step:07d}.ckpt"
         for logger in trainer.loggers:
-            logger.save()  # what was logged up to here is not written again after a resume
+            logger.save()  # a resumed run does not log these steps again
         trainer.save_checkpoint(path)
         self.pending, self.saved_at = False, time.monotonic()
         if trainer.is_global_zero and path.exists():
@@ -142,11 +157,11 @@ class Checkpoints(Checkpoint):
                 old.unlink()
 
     def answer(self, signals: set[int]) -> None:
-        """Does what signals ask for beside a checkpoint."""
+        """Exits on SIGTERM; calls the former handlers of other signals."""
         if signal.SIGTERM in signals:
             log.info("SIGTERM: stopped at step %d", self.step)
-            # Rank 0 speaks for the run: Lightning kills it when a process that it has started ends with another code.
-            raise SystemExit(128 + signal.SIGTERM if self.leads else 0)
+            # Only rank 0 exits with 143: Lightning kills it if a process that it started ends with a code other than 0.
+            raise SystemExit(128 + signal.SIGTERM if self.trainer.is_global_zero else 0)
         for signum in list(signals):
             log.info("%s at step %d", signal.Signals(signum).name, self.step)
             self.received.discard(signum)
@@ -156,13 +171,13 @@ class Checkpoints(Checkpoint):
 
 
 def on_any_device(trainer: Trainer, decision: bool) -> bool:
+    """Returns whether the decision is True on at least one device."""
     return trainer.strategy.reduce_boolean_decision(decision, all=False)
 
 
 def validation_within(trainer: Trainer, batches: int) -> bool:
-    """Whether a validation comes after the batch that just ended, or before so many more have ended."""
-    loop = trainer.fit_loop.epoch_loop
-    if loop.val_loop.skip or trainer.limit_val_batches == 0 or trainer.val_check_batch is None:
+    """Returns whether a validation follows one of the next `batches` batches; with 0, the batch that just ended."""
+    if (interval := validation_interval(trainer)) is None:
         return False
-    done, every = loop.total_batch_idx + 1, trainer.val_check_batch
-    return done % every == 0 if batches == 0 else (done + batches) // every > done // every
+    done = batches_done(trainer)
+    return done % interval == 0 if batches == 0 else (done + batches) // interval > done // interval

@@ -1,4 +1,4 @@
-"""What was done to the training images."""
+"""Histograms of how the training images were degraded."""
 
 from lightning import Callback, LightningModule, Trainer
 
@@ -6,12 +6,13 @@ from dit4sr_pl.training.callbacks.validation_scores import tensorboards
 
 
 class DegradationLog(Callback):
-    """Histograms of the degradation's parameters, one value per image, every `trainer.log_every_n_steps`."""
+    """Logs histograms of the degradation's parameters, one value per image, every `trainer.log_every_n_steps`."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: dict, batch_idx: int
     ) -> None:
+        """Logs the histograms of a batch under the step that its loss has."""
         if trainer.global_step % trainer.log_every_n_steps == 0:
             for name, values in batch["degradation"].scalars().items():
                 for writer in tensorboards(trainer):
-                    writer.add_histogram(f"degradation/{name}", values, trainer.global_step - 1)  # as the loss
+                    writer.add_histogram(f"degradation/{name}", values, trainer.global_step - 1)

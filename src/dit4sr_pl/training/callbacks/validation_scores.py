@@ -1,4 +1,4 @@
-"""Scores and pictures of every validation, beside bicubic's."""
+"""Scores and images of every validation, next to those of bicubic enlargement."""
 
 import logging
 import math
@@ -15,6 +15,7 @@ from dit4sr_pl.images.files import write_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.scores.metrics import ImageScore
 from dit4sr_pl.scores.results import PICTURES
+from dit4sr_pl.training.lightning_state import batches_done, limit_validation, validation_interval
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +25,14 @@ Scores = dict[str, float]  # of one image, by metric
 class ValidationScores(Callback):
     """Logs `val/<metric>` and `val/<metric>_bicubic`, and per image a strip LR | bicubic | restored | ground truth.
 
-    After a validation `restored` and `bicubic` hold the scores by image, on every device those of all images, and
-    `folder/images/` the restored images. Metrics without weights are not logged.
-
-    A validation that falls due while the earlier ones have taken more than `max_share` of the run's time is left out,
-    on all devices alike; the one at the end of the run is not.
+    After a validation `restored` and `bicubic` hold the scores of all images by name, on every device, and
+    `folder/images/` holds the restored images. Metrics without weights are not logged. All devices skip a validation
+    if the earlier ones took more than `max_share` of the run's time, except the validation at the end of the run.
 
     Args:
-        metrics: by the names that they are logged under.
-        max_share: between 0 and 1; `None` for no bound.
-        folder: of the run.
+        metrics: the metrics by the name that they are logged under.
+        max_share: between 0 and 1; None: no validation is skipped.
+        folder: the run's folder.
     """
 
     def __init__(self, metrics: dict[str, ImageScore], max_share: float | None, folder: str):
@@ -41,39 +40,43 @@ class ValidationScores(Callback):
         self.max_share = max_share
         self.pictures = Path(folder) / PICTURES
         self.restored: dict[str, Scores] = {}
-        self.bicubic: dict[str, Scores] = {}  # the images never change: measured once
+        self.bicubic: dict[str, Scores] = {}  # measured once, since the images never change
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
         self.limit = trainer.limit_val_batches
         self.began, self.spent = time.monotonic(), 0.0
 
     def on_train_batch_start(self, trainer: Trainer, *_) -> None:
-        trainer.limit_val_batches = self.limit
+        """Allows validations again after a skipped one."""
+        limit_validation(trainer, self.limit)
 
     def on_train_batch_end(self, trainer: Trainer, *_) -> None:
-        """Lightning validates after this, unless there are no batches to do so."""
+        """Skips the validation that follows this batch if the earlier ones took too much time."""
         if self.due(trainer) and (share := self.share_too_large(trainer)):
-            trainer.limit_val_batches = 0
+            limit_validation(trainer, 0)
             if trainer.is_global_zero:
                 log.warning(
-                    "step %d: validation left out, the earlier ones took %.0f%% of the run's time "
+                    "step %d: validation skipped, the earlier ones took %.0f%% of the run's time "
                     "(callbacks.scores.max_share=%s)",
                     *(trainer.global_step, 100 * share, self.max_share),
                 )
 
     def due(self, trainer: Trainer) -> bool:
-        """Whether a validation comes next that may be left out."""
-        if self.max_share is None or not self.limit or trainer.val_check_batch is None:
+        """Returns whether a validation that may be skipped follows this batch."""
+        interval = validation_interval(trainer)
+        if self.max_share is None or interval is None:
             return False
         at_the_end = 0 <= trainer.max_steps <= trainer.global_step
-        return not at_the_end and (trainer.fit_loop.total_batch_idx + 1) % trainer.val_check_batch == 0
+        return not at_the_end and batches_done(trainer) % interval == 0
 
     def share_too_large(self, trainer: Trainer) -> float:
-        """Validation's share of the time so far, 0 while it is under the bound: the first device's clock decides."""
+        """Returns validation's share of the time so far by the first device's clock, or 0 up to `max_share`."""
         share = trainer.strategy.broadcast(self.spent / (time.monotonic() - self.began))
         return share if share > self.max_share else 0.0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Moves the metrics to the device."""
         self.started = time.monotonic()
         self.rows: dict[str, tuple[Scores, Scores, Tensor]] = {}
         for score in self.metrics.values():
@@ -82,6 +85,7 @@ class ValidationScores(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Tensor, batch: dict, *_
     ) -> None:
+        """Measures a batch of restored images and writes them into `folder/images/`."""
         sr, hr, names = eight_bits(outputs), batch["hr"], batch["name"]
         bicubic = eight_bits(enlarge(batch["lr"], hr.shape[-2:]))
         if not self.bicubic.keys() >= set(names):
@@ -92,48 +96,53 @@ class ValidationScores(Callback):
             write_image(self.pictures / f"{name}.png", image)
 
     def measure(self, images: Tensor, hr: Tensor) -> list[Scores]:
+        """Returns the scores of each image `(B, 3, H, W)`."""
         columns = [score.each(images, hr).tolist() for score in self.metrics.values()]
         return [dict(zip(self.metrics, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the means over the images of all devices, and the strips."""
         rows = sorted(from_all_devices(trainer, self.rows).items())
         self.restored = {name: restored for name, (restored, _, _) in rows}
         self.bicubic = {name: bicubic for name, (_, bicubic, _) in rows}
         for writer in tensorboards(trainer):
             for name, (_, _, picture) in rows:
-                writer.add_image(f"val/{name}", picture, trainer.global_step - 1)  # as the scores
+                writer.add_image(f"val/{name}", picture, trainer.global_step - 1)  # the scores' step
         means = mean_scores(self.restored) | {f"{name}_bicubic": v for name, v in mean_scores(self.bicubic).items()}
         logged = {f"val/{name}": value for name, value in means.items() if not math.isnan(value)}
         pl_module.log_dict(logged | {"val/seconds": time.monotonic() - self.started}, sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds the time that this validation took."""
         self.spent += time.monotonic() - self.started
 
 
 def eight_bits(images: Tensor) -> Tensor:
-    """As PNG files hold them: what is on disk is what is scored, as by `evaluate`."""
+    """Returns images rounded as PNG files store them, so that scores are those of the written files."""
     return images.mul(255).round().div(255)
 
 
 def mean_scores(images: dict[str, Scores]) -> Scores:
+    """Returns the mean of each metric over images."""
     columns = {metric: [scores[metric] for scores in images.values()] for metric in next(iter(images.values()), {})}
     return {metric: math.fsum(values) / len(values) for metric, values in columns.items()}
 
 
 def from_all_devices(trainer: Trainer, rows: dict) -> dict:
-    """The union of what the devices hold."""
+    """Returns the rows of all devices."""
     if trainer.world_size == 1:
         return rows
-    parts: list = [None] * trainer.world_size
-    torch.distributed.all_gather_object(parts, rows)
-    return {name: row for part in parts for name, row in part.items()}
+    gathered: list = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, rows)
+    return {name: row for each in gathered for name, row in each.items()}
 
 
 def validation_strip(lr: Tensor, *images: Tensor) -> Tensor:
-    """LR `(3, h, w)`, its pixels enlarged, and images `(3, H, W)` beside one another: `(3, H, n*W)`."""
+    """Returns the LR image `(3, h, w)` with enlarged pixels and images `(3, H, W)` side by side: `(3, H, n*W)`."""
     lr = F.interpolate(lr[None], size=images[0].shape[-2:], mode="nearest")[0]
     return torch.cat([lr, *images], dim=-1).cpu()
 
 
 def tensorboards(trainer: Trainer) -> list[SummaryWriter]:
+    """Returns the TensorBoard writers of a run; on devices other than the first there are none."""
     return [logger.experiment for logger in trainer.loggers if isinstance(logger.experiment, SummaryWriter)]

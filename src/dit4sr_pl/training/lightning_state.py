@@ -1,0 +1,69 @@
+"""The one place that uses undocumented attributes of Lightning (read from version 2.6.6) and of PyTorch (2.14.1).
+
+tests/training/test_lightning_state.py fails when one of them changes.
+"""
+
+from typing import Any
+
+from lightning import Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.tensorboard import SummaryWriter
+
+
+def batches_done(trainer: Trainer) -> int:
+    """Returns the number of the batch that runs or has just ended, counted from 1 over all starts of the run.
+
+    Lightning 2.6.6: `fit_loop.total_batch_idx`.
+    """
+    return trainer.fit_loop.total_batch_idx + 1
+
+
+def validation_interval(trainer: Trainer) -> int | None:
+    """Returns after how many batches a validation follows; None: there is no validation, or `limit_validation` set 0.
+
+    Lightning 2.6.6: `val_check_batch`, and `val_loop.skip`, which is True where there are no validation images.
+    """
+    if trainer.fit_loop.epoch_loop.val_loop.skip or trainer.limit_val_batches == 0:
+        return None
+    return trainer.val_check_batch
+
+
+def limit_validation(trainer: Trainer, limit: float) -> None:
+    """Sets the share or number of batches of the following validations; with 0 they are skipped.
+
+    Lightning 2.6.6: a change of `limit_val_batches` during the training takes effect.
+    """
+    trainer.limit_val_batches = limit
+
+
+def received_sigterm(trainer: Trainer) -> bool:
+    """Returns whether Lightning's own handler has received SIGTERM. Lightning 2.6.6: `received_sigterm`."""
+    return trainer.received_sigterm
+
+
+def signal_started_processes(trainer: Trainer, signum: int) -> None:
+    """Sends a signal to the processes that this one has started for further devices. Lightning 2.6.6: `launcher`."""
+    if trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.kill(signum)
+
+
+def let_trainer_unscale(optimizer: Optimizer) -> None:
+    """Makes the trainer unscale float16's gradients. A fused optimizer unscales them itself, and is never clipped.
+
+    PyTorch 2.14.1: `_step_supports_amp_scaling`. Lightning 2.6.6 refuses to clip gradients where it is True.
+    """
+    optimizer._step_supports_amp_scaling = False
+
+
+def weights_before_averaging(checkpoint: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Returns the trained weights of a checkpoint whose `state_dict` is averaged; None: it is not averaged.
+
+    Lightning 2.6.6: `current_model_state`, which the callback `WeightAveraging` adds.
+    """
+    return checkpoint.get("current_model_state")
+
+
+def add_summary(writer: SummaryWriter, summary: Any) -> None:
+    """Writes a TensorBoard summary that `SummaryWriter` has no method for. PyTorch 2.14.1: `_get_file_writer`."""
+    writer._get_file_writer().add_summary(summary)
