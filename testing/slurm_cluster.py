@@ -1,4 +1,4 @@
-"""A SLURM cluster of this machine alone, and trainings that something happens to once."""
+"""A SLURM cluster on this machine alone, and a callback that disturbs a training on it once."""
 
 import os
 import shutil
@@ -17,8 +17,8 @@ HOST = socket.gethostname().split(".")[0]
 DAEMONS = ("munged", "slurmctld", "slurmd")
 MISSING = [name for name in DAEMONS if shutil.which(name) is None]
 
-# What Debian's packages run as root, without systemd, cgroups and accounting. Times are short: a job that is queued
-# again waits until its credential has expired.
+# A cluster that Debian's packages run as root, without systemd, cgroups and accounting. The expiry time is short since
+# a requeued job waits until its credential has expired.
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -59,7 +59,7 @@ PartitionName=high Nodes={host} PriorityTier=2 PreemptMode=OFF
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Runs one with all its files in `folder`; gives the environment that its commands need."""
+    """Runs a cluster with all its files in `folder`, and yields the environment that its commands need."""
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
     conf, environment = folder / "slurm.conf", {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
@@ -85,6 +85,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def free_ports(count: int) -> list[int]:
+    """Returns ports that no process listens on."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:
@@ -93,24 +94,27 @@ def free_ports(count: int) -> list[int]:
 
 
 def start(command: list[str], environment: dict[str, str]) -> None:
-    """A daemon, which goes to the background by itself."""
+    """Starts a daemon, which goes to the background by itself."""
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, f"{command[0]}: {done.stderr}"
 
 
 def stop(pid_file: Path) -> None:
+    """Ends a daemon, if it runs."""
     if pid_file.exists():
         pid = int(pid_file.read_text())
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-            until(lambda: os.kill(pid, 0), 10)  # raises when it is gone
+            until(lambda: os.kill(pid, 0), 10)  # it raises when the process is gone
 
 
 def ask(environment: dict[str, str], *command: str) -> str:
+    """Returns the output of one of SLURM's commands."""
     return subprocess.run(command, env=environment, capture_output=True, text=True).stdout
 
 
 def until(met: Callable, seconds: float) -> None:
+    """Waits until `met()` is true; raises AssertionError after so many seconds."""
     end = time.monotonic() + seconds
     while not met():
         assert time.monotonic() < end, f"not met after {seconds} s"
@@ -118,17 +122,20 @@ def until(met: Callable, seconds: float) -> None:
 
 
 class Once(Callback):
-    """Has a shell do something to the job that a training runs in, at a step that the job does not come to again.
+    """Runs a shell command at one step of a training, which a resumed training does not reach again.
 
     Args:
-        commands: by the seed of the run. `$JOB` is the job in SLURM's spelling.
-        step: that the command is run before. The training then waits for what comes, for `wait` seconds at most.
+        commands: shell commands by the seed of the run. `$JOB` stands for the job in SLURM's spelling.
+        seed: seed of the run.
+        step: the step before which the command runs.
+        wait: seconds that the training waits at most for a signal after that.
     """
 
     def __init__(self, commands: dict[int, str], seed: int, step: int, wait: float):
         self.command, self.step, self.wait = commands.get(seed), step, wait
 
     def on_train_batch_start(self, trainer: Trainer, *_) -> None:
+        """Runs the command."""
         if self.command is None or trainer.global_step != self.step or not trainer.is_global_zero:
             return
         array, own = (os.environ.get(f"SLURM_{name}") for name in ("ARRAY_JOB_ID", "JOB_ID"))

@@ -1,4 +1,7 @@
-"""One of two processes that train together on the CPU, started by `test_devices.py`. Its argument lists runs."""
+"""A program for one of two processes that train together on the CPU; `test_devices.py` starts it.
+
+Its argument is a list, in JSON, of runs: each is a list of overrides.
+"""
 
 import json
 import sys
@@ -13,22 +16,23 @@ from dit4sr_pl.train import train
 
 
 class WeightShare(Callback):
-    """Writes how much of the network's weights this device holds between steps, in parts of 1: frozen, trained.
+    """Writes the shares (0 to 1) of the frozen and the trained weights that this device has between steps.
 
     Args:
-        output: folder for `held<device>.json`.
+        output: folder for `share<device>.json`.
     """
 
     def __init__(self, output: str):
         self.output = Path(output)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int) -> None:
-        held = []
+        """Writes the file before each batch."""
+        shares = []
         for part in (pl_module.net.base, pl_module.net.trained):
             weights = list(part.parameters())
             local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
-            held.append(sum(weight.numel() for weight in local) / sum(weight.numel() for weight in weights))
-        (self.output / f"held{trainer.global_rank}.json").write_text(json.dumps(held))
+            shares.append(sum(weight.numel() for weight in local) / sum(weight.numel() for weight in weights))
+        (self.output / f"share{trainer.global_rank}.json").write_text(json.dumps(shares))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dit4sr_pl.images.files import write_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.train import train
 from testing.browser import chromium
-from testing.toy_runs import toy
+from testing.toy_runs import TOY_SD3, toy
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,11 @@ def short_messages(monkeypatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_backbone() -> Backbone:
     return Backbone("tiny-sd3", dtype="float32", t5_tokens=8)
+
+
+@pytest.fixture(scope="session")
+def toy_backbone() -> Backbone:
+    return Backbone(str(TOY_SD3), dtype="float32", t5_tokens=8)
 
 
 @pytest.fixture(scope="session")

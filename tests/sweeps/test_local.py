@@ -1,4 +1,4 @@
-"""Sweeps in one process and side by side: what a job leaves to the next, and what the others do when one fails."""
+"""In a sweep each job equals the same run by itself, and a failed job does not stop the others."""
 
 import gc
 import logging
@@ -15,7 +15,7 @@ from lightning import LightningModule, Trainer
 from omegaconf import OmegaConf
 
 from dit4sr_pl.cli.command import conf_folder
-from dit4sr_pl.train import train
+from dit4sr_pl.train import main, train
 from testing.toy_runs import small
 
 LOSSES = ["+callbacks.losses._target_=dit4sr_pl.training.callbacks.Losses", "+callbacks.losses.folder=${output}"]
@@ -28,26 +28,28 @@ def options(photos: Path, stopped: int | None) -> list[str]:
     return [*small(photos), *LOSSES, "metrics=[psnr]", f"+callbacks.threads={given}"]
 
 
-def sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Of four seeds; the folder of one holds a run of other settings."""
-    bad = folder / "outputs" / "default" / "full" / f"seed{BAD}"
+def prepare(folder: Path) -> Path:
+    """Returns the folder of a sweep's runs below the working folder; that of seed `BAD` holds a run with other
+    settings."""
+    full = folder / "outputs" / "default" / "full"
+    bad = full / f"seed{BAD}"
     bad.mkdir(parents=True)
     (bad / "finished.yaml").write_text("steps: 2\n")
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         OmegaConf.save(compose("train", ["optimizer.lr=1", f"output={bad}", f"seed={BAD}"]), bad / "config.yaml")
-    command = [sys.executable, "-m", "dit4sr_pl.train", "-m", "seed=0,1,2,3", *arguments]
+    return full
+
+
+def sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "dit4sr_pl.train", "-m", *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("OMP_NUM_THREADS", None)
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def errors(result: subprocess.CompletedProcess) -> list[str]:
-    return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-
-
 @pytest.fixture(scope="module")
 def alone(photos, tmp_path_factory) -> Callable[[int], str]:
-    """Losses of a run that is no job of a sweep."""
+    """Returns a function that gives the losses of a run by itself."""
     folder = tmp_path_factory.mktemp("alone")
 
     def losses(seed: int) -> str:
@@ -60,32 +62,38 @@ def alone(photos, tmp_path_factory) -> Callable[[int], str]:
     return losses
 
 
-def test_one_after_another_each_job_is_what_it_is_alone_and_one_that_fails_keeps_none(photos, tmp_path, alone):
-    result = sweep(tmp_path, *options(photos, None))
-    full = tmp_path / "outputs" / "default" / "full"
-    assert result.returncode == 1, result.stderr
-    assert errors(result)[-1].startswith(f"error: seed={BAD}: {full}/seed{BAD} holds a run of other settings: ")
-    assert len(errors(result)) == 1 and "srun" not in result.stderr
-    for seed in (0, 2, 3):
+def test_one_after_another_each_job_is_what_it_is_alone_and_one_that_fails_keeps_none(
+    photos, tmp_path, alone, monkeypatch
+):
+    full = prepare(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "-m", f"seed=0,{BAD},3", *options(photos, None)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    error = f"error: seed={BAD}: {full}/seed{BAD} holds a run with other settings: "
+    assert end.value.code.startswith(error) and "\n" not in end.value.code
+    for seed in (0, 3):
         assert (full / f"seed{seed}" / "finished.yaml").exists()
         assert (full / f"seed{seed}" / "losses.csv").read_text() == alone(seed)
 
 
+@pytest.mark.slow
 def test_side_by_side_jobs_share_the_cores_and_one_that_is_stopped_keeps_none(photos, tmp_path, alone):
-    result = sweep(tmp_path, "hydra/launcher=local", *options(photos, STOPPED))
-    full = tmp_path / "outputs" / "default" / "full"
-    assert result.returncode == 1 and len(errors(result)) == 2, result.stderr
-    assert errors(result)[0].startswith(f"error: seed={BAD}: ")
-    assert errors(result)[1] == f"error: seed={STOPPED}: stopped by a signal (exit code 143)"
-    for seed in (0, 3):
-        assert (full / f"seed{seed}" / "losses.csv").read_text() == alone(seed)
-        share = max(1, len(os.sched_getaffinity(0)) // 2)
-        assert int((full / f"seed{seed}" / "threads").read_text()) == share
+    full = prepare(tmp_path)
+    result = sweep(tmp_path, "hydra/launcher=local", f"seed={BAD},{STOPPED},3", *options(photos, STOPPED))
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1 and len(errors) == 2 and "srun" not in result.stderr, result.stderr
+    assert errors[0].startswith(f"error: seed={BAD}: ")
+    assert errors[1] == f"error: seed={STOPPED}: stopped by a signal (exit code 143)"
+    assert (full / "seed3" / "losses.csv").read_text() == alone(3)
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert int((full / "seed3" / "threads").read_text()) == share
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_sweep_in_one_process(photos, tmp_path):
-    result = sweep(tmp_path, *options(photos, 0))
-    full = tmp_path / "outputs" / "default" / "full"
+    full = prepare(tmp_path)
+    result = sweep(tmp_path, "seed=0,2", *options(photos, 0))
     assert result.returncode == 143 and (full / "seed0" / "checkpoints" / "last.ckpt").exists()
     assert not (full / "seed2").exists()
 

@@ -1,4 +1,4 @@
-"""Two devices against one: processes on the CPU over gloo, in the place of GPUs over NCCL."""
+"""Runs on two devices equal runs on one. The devices are processes on the CPU over gloo instead of GPUs over NCCL."""
 
 import json
 import os
@@ -16,13 +16,15 @@ from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.model import load_part
 from dit4sr_pl.scores.results import read_result
 from dit4sr_pl.train import train
-from testing.toy_runs import events, losses, toy
+from testing.toy_runs import CONTROLNET, events, losses, toy
+
+pytestmark = pytest.mark.slow
 
 STRATEGIES = ("ddp", "fsdp")
 NETWORKS = {path.stem: [f"+ablation={path.stem}"] for path in (conf_folder() / "ablation").glob("*.yaml")}
 NETWORKS |= {
     "legacy": ["model.network.variant.legacy_lr_keys=true"],
-    "controlnet": ["model=tiny_sd3_controlnet"],
+    "controlnet": CONTROLNET,
 }
 CPU = ["trainer.accelerator=cpu", "trainer.devices=2"]
 QUICK = ["~callbacks.scores", "trainer.limit_val_batches=0"]
@@ -37,7 +39,7 @@ DESCENT += ["optimizer.fused=false", "~optimizer.betas", "~optimizer.eps"]
 
 
 class Runs:
-    """Runs by name below one folder: on one device in this process, or on two in processes of their own."""
+    """Runs by name below one folder, on one device in this process or on two in processes of their own."""
 
     def __init__(self, photos: Path, folder: Path):
         self.photos, self.folder = photos, folder
@@ -47,7 +49,7 @@ class Runs:
             train(compose("train", [*toy(self.photos, self.folder / name), *overrides]))
 
     def on_two(self, runs: dict[str, list[str]]) -> None:
-        """All of the runs, one after another, by one pair of processes."""
+        """Runs all of them, one after another, in one pair of processes."""
         arguments = json.dumps([[*toy(self.photos, self.folder / name), *runs[name], *CPU] for name in runs])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -65,7 +67,7 @@ class Runs:
                 )
                 output = {"stdout": stack.enter_context(log.open("w")), "stderr": subprocess.STDOUT}
                 processes.append(stack.enter_context(subprocess.Popen(command, env=place, **output)))
-                stack.callback(processes[-1].kill)  # before it is waited for
+                stack.callback(processes[-1].kill)  # on the way out this comes before the wait for its end
             codes = [process.wait(timeout=600) for process in processes]
         assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
 
@@ -83,7 +85,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(photos, tmp_path_factory) -> Runs:
-    """Runs on two devices, and what they start from."""
+    """Returns all runs on two devices and the ones that they start from."""
     runs = Runs(photos, tmp_path_factory.mktemp("devices"))
     runs.on_one("start", *DESCENT)  # at zero weights most gradients are zero
     runs.on_one("half", *FOUR_STEPS, "data.batch_size=4", "trainer.max_steps=2")
@@ -95,11 +97,11 @@ def runs(photos, tmp_path_factory) -> Runs:
     on_two |= {f"{name}_fsdp": ["trainer=fsdp", *QUICK, *NETWORKS[name]] for name in ("legacy", "controlnet")}
     on_two["full_bf16"] = ["trainer=fsdp", *QUICK, *BFLOAT16]
     for strategy in STRATEGIES:
-        held = [
-            "+callbacks.held._target_=testing.two_devices.WeightShare",
-            f"+callbacks.held.output={runs.folder}/2x4_{strategy}",
+        share = [
+            "+callbacks.share._target_=testing.two_devices.WeightShare",
+            f"+callbacks.share.output={runs.folder}/2x4_{strategy}",
         ]
-        on_two[f"2x4_{strategy}"] = [f"trainer={strategy}", *descent, *held]
+        on_two[f"2x4_{strategy}"] = [f"trainer={strategy}", *descent, *share]
         on_two[f"half_{strategy}"] = [f"trainer={strategy}", *FOUR_STEPS, "trainer.max_steps=2"]
         on_two[f"resumed_{strategy}"] = [f"trainer={strategy}", *resume]
         on_two[f"scored_{strategy}"] = [f"trainer={strategy}", *SCORED]
@@ -112,18 +114,19 @@ def from_start(runs: Runs) -> list[str]:
 
 
 def distances(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[float]:
-    """Per weight, of the gradient's length; lengths under 1e-4 of the whole gradient's count as that."""
-    floor = 1e-4 * torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
-    return [float((ours[key] - gradient).norm() / max(gradient.norm(), floor)) for key, gradient in theirs.items()]
+    """Returns the relative distance of each weight's gradients. A gradient shorter than 1e-4 of the whole gradient
+    counts as that long."""
+    shortest = 1e-4 * torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
+    return [float((ours[key] - gradient).norm() / max(gradient.norm(), shortest)) for key, gradient in theirs.items()]
 
 
 def test_gradients_of_two_times_four_images_are_those_of_eight(runs):
     for size in (4, 8):
         runs.on_one(f"1x{size}", *DESCENT, *from_start(runs), f"data.batch_size={size}")
     eight = runs.gradients("1x8")
-    # float32 sums in another order, and rounding of weights many times as large as their gradients
+    # The tolerance covers another order of float32 sums, and rounding of weights far larger than their gradients.
     assert all(max(distances(runs.gradients(f"2x4_{strategy}"), eight)) < 1e-2 for strategy in STRATEGIES)
-    # what one device has without the other is far away
+    # The gradients that one device has without the other are far away.
     assert torch.tensor(distances(runs.gradients("1x4"), eight)).median() > 0.1
     assert runs.losses("2x4_ddp") == pytest.approx(runs.losses("1x8"), rel=1e-5)
 
@@ -131,8 +134,8 @@ def test_gradients_of_two_times_four_images_are_those_of_eight(runs):
 def test_fsdp_shares_out_frozen_and_trained_weights_and_ddp_does_not(runs):
     for strategy, share in (("ddp", 1), ("fsdp", 0.5)):
         for device in range(2):
-            held = json.loads((runs.folder / f"2x4_{strategy}" / f"held{device}.json").read_text())
-            assert held == pytest.approx([share, share], rel=0.01)
+            shares = json.loads((runs.folder / f"2x4_{strategy}" / f"share{device}.json").read_text())
+            assert shares == pytest.approx([share, share], rel=0.01)
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, "legacy_fsdp", "controlnet_fsdp", "full_bf16"])
@@ -158,7 +161,7 @@ def test_a_run_goes_on_from_two_devices_to_one_and_back(runs, strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_scores_are_means_over_the_images_of_both_devices(runs, strategy):
-    """Three images, two on one device and one on the other."""
+    """There are three images, two on one device and one on the other."""
     for score in ("val/psnr", "val/psnr_bicubic"):
         one, two = (events(runs.folder / run).Scalars(score) for run in ("scored", f"scored_{strategy}"))
         assert [event.value for event in two] == pytest.approx([event.value for event in one], rel=1e-4)
