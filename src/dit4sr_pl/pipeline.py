@@ -136,8 +136,7 @@ class DiT4SRPipeline(DiffusionPipeline):
                 folder or hub id of the SD3 pipeline below it, or `tiny-sd3`.
             lr_stream: an LR-stream file or a training checkpoint.
             arguments: diffusers' own (`dtype`, `revision`, components) and those of the class. With `lr_stream`, the
-                others
-                are taken from `conf/model/` and `conf/sampler/`.
+                others are taken from `conf/model/` and `conf/sampler/`.
         """
         if (ASSETS / name / "lr_stream.safetensors").is_file():
             name, lr_stream = "tiny-sd3", ASSETS / name / "lr_stream.safetensors"

@@ -38,8 +38,7 @@ class Backbone:
         dtype: dtype of the frozen weights: `float32`, `bfloat16` or `float16`.
         t5_tokens: number of T5's tokens in the text stream.
         embeddings: folder of prompt embeddings (`prepare stage=embeddings`), with which text encoders and tokenizers
-            are
-            never read; None: prompts are encoded when they come.
+            are never read; None: prompts are encoded when they come.
 
     Raises:
         FileNotFoundError: a component that a run asks for is not there; the message says what to do.

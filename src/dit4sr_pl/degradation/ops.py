@@ -53,8 +53,7 @@ def resize(image: Tensor, size: tuple[int, int], mode: int) -> Tensor:
     """Resizes an image by `MODES[mode]` without antialiasing, since aliasing is one of the wanted degradations.
 
     The whole picture maps onto the whole result. The reference's scale factor would lose up to one pixel of the result
-    at
-    the right and the bottom, and shift the image relative to its ground truth.
+    at the right and the bottom, and shift the image relative to its ground truth.
     """
     return F.interpolate(image, size=size, mode=MODES[mode])
 
@@ -76,8 +75,7 @@ def add_poisson_noise(image: Tensor, scale: float, grey: bool, seed: int) -> Ten
     """Adds shot noise and clamps to 0..1.
 
     A value x of the 8-bit image is counted as Poisson(x n) / n, where n is the number of its distinct values, rounded
-    up
-    to a power of two.
+    up to a power of two.
 
     Args:
         image: `(1, 3, H, W)` in 0..1.

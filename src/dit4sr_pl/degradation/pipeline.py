@@ -76,8 +76,7 @@ class Degradation:
 
         Returns:
             LR images `(B, 3, H/scale, W/scale)`, multiples of 1/255 in 0..1, and their targets `(B, 3, H, W)` in 0..1,
-            both
-            float32.
+            both float32.
 
         Raises:
             ValueError: `params` were drawn for another number of images, or the size cannot be degraded.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -55,16 +54,16 @@ class Picture:
 def read_picture(path: Path | str, first_frame: bool = False) -> Picture:
     """Reads a whole file.
 
-    PNG, TIFF, PGM and PPM keep 16 bits per channel. CMYK becomes 8-bit sRGB through its profile, which is then dropped.
+    PNG, TIFF and PGM keep 16 bits per channel. CMYK becomes 8-bit sRGB through its profile, which is then dropped.
 
     Args:
         path: the file.
         first_frame: whether the first of several frames or pages is wanted.
 
     Raises:
-        ValueError: the file is missing, damaged or no image; it has 32-bit pixels, whose range is unknown, or more
-            pixels
-            than Pillow thinks safe (89 million); it has several frames or pages and `first_frame` is False.
+        ValueError: the file is missing, damaged or no image; it has 32-bit pixels, whose range is unknown, a PPM's
+            16, or more pixels than Pillow thinks safe (89 million); it has several frames or pages and `first_frame`
+            is False.
     """
     with _noted() as notes:
         with open_image(path) as image:
@@ -76,7 +75,8 @@ def read_picture(path: Path | str, first_frame: bool = False) -> Picture:
             upright = ImageOps.exif_transpose(image)  # decodes at 8 bits, so that damage shows here
             profile = None if icc is None else _profile(icc, notes)
             if deep:
-                levels = _turned(_deep_levels(path, image.format), orientation)
+                levels = np.asarray(upright, np.uint16) if image.format == "PPM" else _deep_levels(path, image.format)
+                levels = _turned(levels, orientation)
             else:
                 levels = np.asarray(_plain(upright, profile))
             exif = _carried(exif, notes)
@@ -167,15 +167,16 @@ def _is_deep(image: Image.Image) -> bool:
         return False
     if image.format == "TIFF":
         return set(image.tag_v2.get(BITS_PER_SAMPLE, ())) == {16}
-    if image.format == "PPM":  # arguments are the mode and what is white, or the mode alone
-        return image.mode == "I" or (image.tile[0].args[0] == "RGB" and image.tile[0].args[1] > 255)
+    if image.format == "PPM":
+        mode, *white = image.tile[0].args if isinstance(image.tile[0].args, tuple) else (image.tile[0].args,)
+        if mode == "RGB" and white and white[0] > 255:
+            raise ValueError("PPM with more than 8 bits per channel, of which Pillow keeps 8; save it as PNG or TIFF")
+        return image.mode == "I"
     return image.format == "PNG" and ";16" in str(image.tile[0].args)
 
 
 def _deep_levels(path: Path | str, format: str) -> np.ndarray:
-    """Returns uint16 `(H, W)` or `(H, W, C)` of a PNG, TIFF, PGM or PPM, as stored in the file."""
-    if format == "PPM":
-        return _netpbm_levels(path)
+    """Returns uint16 `(H, W)` or `(H, W, C)` of a PNG or TIFF, as stored in the file."""
     if format == "PNG":
         import imagecodecs
 
@@ -196,20 +197,6 @@ def _deep_levels(path: Path | str, format: str) -> np.ndarray:
         color = np.rint(np.divide(color * 65535, alpha, out=np.zeros_like(color), where=alpha > 0))
         levels = np.concatenate([color.clip(0, 65535).astype(np.uint16), alpha], axis=2)
     return levels[..., :-1] if extra and extra[0].name == "UNSPECIFIED" else levels
-
-
-def _netpbm_levels(path: Path | str) -> np.ndarray:
-    """Returns the levels of a PGM or PPM of 9 to 16 bits, scaled to 16; Pillow would keep 8 bits of colour."""
-    with open_image(path) as image:
-        shape = image.height, image.width, len(image.getbands())
-        codec, _, start, arguments = image.tile[0]
-    white = arguments[1] if isinstance(arguments, tuple) else 65535
-    content, count = Path(path).read_bytes()[start:], shape[0] * shape[1] * shape[2]
-    if codec == "ppm_plain":
-        levels = np.fromstring(re.sub(rb"#[^\r\n]*", b"", content), np.uint32, count, sep=" ")
-    else:
-        levels = np.frombuffer(content, ">u2", count)
-    return np.rint(np.minimum(levels, white) / white * 65535).astype(np.uint16).reshape(shape)
 
 
 def _turned(levels: np.ndarray, orientation: int) -> np.ndarray:

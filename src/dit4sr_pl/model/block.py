@@ -50,8 +50,7 @@ class MMDiTControlBlock(nn.Module):
 
         Returns:
             The three streams after the block. The last block returns the text unchanged, and so the LR tokens that
-            nothing
-            needs.
+            nothing needs.
         """
         frozen = self.frozen
 
