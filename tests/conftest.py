@@ -17,12 +17,6 @@ from testing.browser import chromium
 from testing.toy_runs import TOY_SD3, toy
 
 
-@pytest.fixture(autouse=True)
-def short_messages(monkeypatch) -> None:
-    """What a command called in this process has set must not reach the commands that tests start."""
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-
 @pytest.fixture(scope="session")
 def tiny_backbone() -> Backbone:
     return Backbone("tiny-sd3", dtype="float32", t5_tokens=8)

@@ -284,7 +284,7 @@ def test_gradients_are_clipped_in_half_precision_with_a_fused_optimizer(run, tmp
     descent += [
         "trainer.precision=bf16-mixed",
         "optimizer.lr=1.0",
-        "callbacks=no_ema",
+        "callbacks=default",
         "trainer.max_steps=1",
         "trainer.limit_val_batches=0",
     ]

@@ -122,7 +122,7 @@ class DiT4SRPipeline(DiffusionPipeline):
             text_encoder_3=text_encoder_3,
             lr_stream=lr_stream,
         )
-        self.register_to_config(sampler=sampler or conf_defaults(model="dit4sr", sampler="paper")["sampler"])
+        self.register_to_config(sampler=sampler or conf_defaults(backbone="sd35_medium", sampler="paper")["sampler"])
 
     @classmethod
     def from_pretrained(
@@ -145,7 +145,9 @@ class DiT4SRPipeline(DiffusionPipeline):
         shipped = ASSETS / name
         tiny = shipped.is_dir()
         defaults = (
-            conf_defaults(model="tiny", sampler="tiny") if tiny else conf_defaults(model="dit4sr", sampler="paper")
+            conf_defaults(backbone="tiny_sd3", sampler="tiny")
+            if tiny
+            else conf_defaults(backbone="sd35_medium", sampler="paper")
         )
         if isinstance(lr_stream, str | Path):
             lr_stream = LRStreamModel.from_file(lr_stream)

@@ -135,7 +135,7 @@ def check(cfg: DictConfig) -> None:
     if cfg.model.checkpoint is not None:
         check_readable(cfg.model.checkpoint, "model.checkpoint")
     check_processes(cfg.trainer)
-    if "sharded" in cfg.model._target_ and "ema" in cfg.callbacks:
+    if cfg.sharded and "ema" in cfg.callbacks:
         raise ValueError("trainer=fsdp cannot average weights; add ~callbacks.ema, or use trainer=ddp")
     check_backbone(cfg.model.backbone)
     if "scores" in cfg.callbacks:

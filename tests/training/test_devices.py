@@ -30,9 +30,9 @@ CPU = ["trainer.accelerator=cpu", "trainer.devices=2"]
 QUICK = ["~callbacks.scores", "trainer.limit_val_batches=0"]
 FOUR_STEPS = ["trainer.max_steps=4", "trainer.precision=32-true", *QUICK]
 BFLOAT16 = ["trainer.precision=bf16-mixed", "model.backbone.dtype=bfloat16", "data.crop_size=32"]  # slow on some CPUs
-SCORED = ["callbacks=no_ema", "trainer.precision=32-true", "data.validation_limit=3", "metrics=[psnr]"]
+SCORED = ["callbacks=default", "trainer.precision=32-true", "data.validation_limit=3", "metrics=[psnr]"]
 # One step of gradient descent with learning rate 1: weights before minus weights after are the gradients.
-DESCENT = [*QUICK, "callbacks=no_ema", "callbacks.checkpoint.every_n_train_steps=1"]
+DESCENT = [*QUICK, "callbacks=default", "callbacks.checkpoint.every_n_train_steps=1"]
 DESCENT += ["trainer.max_steps=1", "trainer.precision=32-true", "trainer.gradient_clip_val=0"]
 DESCENT += ["optimizer._target_=torch.optim.SGD", "optimizer.lr=1.0", "optimizer.weight_decay=0"]
 DESCENT += ["optimizer.fused=false", "~optimizer.betas", "~optimizer.eps"]

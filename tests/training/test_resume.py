@@ -250,7 +250,7 @@ def test_a_folder_belongs_to_one_process_until_that_ends(tmp_path):
         (["optimizer.lr=1"], "settings: optimizer.lr=1 (the run has 5e-05);"),
         (["+ablation=no_lr_residual"], "model.network.variant.lr_residual=False (the run has True)"),
         (["callbacks.ema.decay=0.5"], "callbacks.ema.decay"),
-        (["callbacks=no_ema"], "callbacks.ema"),
+        (["callbacks=default"], "callbacks.ema"),
         (["seed=1"], "settings: seed=1 (the run has 0);"),
         (["trainer.precision=bf16-mixed"], "trainer.precision"),
         (["data.batch_size=8"], "images per step=8 (the run has 16)"),

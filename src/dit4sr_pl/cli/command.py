@@ -1,4 +1,4 @@
-"""What every command shares: find the configs, run Hydra, answer a user's mistake in one line. No heavy imports."""
+"""The decorator of all commands: finds the configs, runs Hydra, reports a user's mistake in one line. No PyTorch here."""
 
 import logging
 import os
@@ -11,7 +11,9 @@ from functools import wraps
 from pathlib import Path
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import env_override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -19,54 +21,78 @@ from omegaconf.errors import OmegaConfBaseException
 
 PACKAGE = Path(__file__).parents[1]
 USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
+# Hydra copies this singleton for every config group that `--help` lists, which takes more than a second in all.
+ConfigStore.__deepcopy__ = lambda self, memo: self
 
 
 def conf_folder() -> Path:
-    """`conf/`: inside the package where it was installed from a wheel, two floors up in a checkout."""
+    """Returns the folder `conf/`: within the package if that was installed from a wheel, else that of the checkout."""
     installed = PACKAGE / "conf"
     return installed if installed.is_dir() else PACKAGE.parents[1] / "conf"
 
 
-def choice(group: str, unchosen: str | None = None) -> str | None:
-    """`${choice:GROUP,unchosen}`: the option that a command took of a config group; None outside of commands."""
-    return HydraConfig.get().runtime.choices.get(group, unchosen) if HydraConfig.initialized() else None
+def choice(group: str, default: str | None = None) -> str | None:
+    """Returns the option that a command takes of a config group; None outside of commands: `${choice:GROUP,DEFAULT}`."""
+    return HydraConfig.get().runtime.choices.get(group, default) if HydraConfig.initialized() else None
 
 
 def ablation_name() -> str | None:
-    """`${ablation_name:}`: the variant that a command trains; of a baseline, which has none, the network."""
+    """Returns the variant that a command trains; for a baseline, which has none, the network: `${ablation_name:}`."""
     network = choice("model/network", "dit4sr")
     return choice("ablation", "full") if network == "dit4sr" else network
 
 
 def gpus(accelerator: str, devices: int) -> int | None:
-    """`${gpus:ACCELERATOR,DEVICES}`: what a trainer needs on every node; None on CPUs."""
+    """Returns the GPUs that a trainer needs on every node; None on CPUs: `${gpus:ACCELERATOR,DEVICES}`."""
     return None if accelerator == "cpu" else devices
 
 
-for resolver in (choice, ablation_name, gpus):
+def run_folder(name: str) -> str:
+    """Returns the absolute folder of a training whose `output` was not given: `${run_folder:NAME}`.
+
+    It is `hydra.run.dir` (in a sweep `hydra.sweep.subdir` in `hydra.sweep.dir`) if the user gave one, else NAME in
+    `hydra.sweep.dir`.
+    """
+    if not HydraConfig.initialized():
+        return os.path.abspath(Path("outputs", name))
+    cfg = HydraConfig.get()
+    sweeps = cfg.mode == RunMode.MULTIRUN
+    unresolved = OmegaConf.to_container(cfg.sweep)["subdir"] if sweeps else OmegaConf.to_container(cfg.run)["dir"]
+    if "${output}" in unresolved:  # as in conf/train.yaml, where Hydra's folder follows `output`
+        return os.path.abspath(Path(cfg.sweep.dir, name))
+    return os.path.abspath(Path(cfg.sweep.dir, cfg.sweep.subdir) if sweeps else cfg.run.dir)
+
+
+def relative_path(path: str, folder: str) -> str:
+    """Returns `path` relative to `folder`: `${relative_path:PATH,FOLDER}`."""
+    return os.path.relpath(path, folder)
+
+
+for resolver in (choice, ablation_name, gpus, run_folder, relative_path):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
 def command(config_name: str) -> Callable:
-    """Decorates `main(cfg)` of an entry point: Hydra's config `conf/<config_name>.yaml` comes in.
+    """Makes a command of `main(cfg)`, which gets Hydra's config `conf/<config_name>.yaml`.
 
-    A user's mistake ends in one line and exit code 1; with HYDRA_FULL_ERROR=1 it comes with its traceback.
+    A user's mistake ends the process with one line and exit code 1; HYDRA_FULL_ERROR=1 shows its traceback.
     """
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
         @wraps(main)
         def entry_point() -> None:
-            mistakes = nullcontext if os.environ.get("HYDRA_FULL_ERROR") == "1" else mistakes_in_one_line
+            show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+            mistakes = nullcontext if show_traceback else mistakes_in_one_line
 
             def task(cfg: DictConfig) -> None:
-                quiet_libraries()  # in here, for jobs in processes of their own
+                quiet_libraries()  # here, because the jobs of a sweep may have processes of their own
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    return run_job(main, cfg, show_traceback=mistakes is nullcontext)
-                with mistakes():  # in here, before Hydra adds a line of its own
+                    return run_job(main, cfg, show_traceback)
+                with mistakes():  # here, before Hydra adds a line of its own
                     main(cfg)
 
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints several lines and exits by itself
-            with mistakes():
+            # Otherwise Hydra prints several lines and exits by itself.
+            with env_override({"HYDRA_FULL_ERROR": "1"}), mistakes("output"):
                 hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(task)()
 
         return entry_point
@@ -75,9 +101,12 @@ def command(config_name: str) -> Callable:
 
 
 def run_job(main: Callable[[DictConfig], None], cfg: DictConfig, show_traceback: bool) -> None:
-    """One job of a sweep. What it raises says why in one line, holds nothing of the job, and any process can read it.
+    """Runs one job of a sweep.
 
-    SIGTERM ends the process, and the sweep with it; side by side, only a job.
+    SIGTERM ends the process, and the sweep with it; if jobs run side by side, only the job.
+
+    Raises:
+        ValueError: the job's error in one line. It refers to no object of the job, so every process can unpickle it.
     """
     side_by_side = choice("hydra/launcher") in ("local", "joblib")
     failure = None
@@ -97,16 +126,16 @@ def run_job(main: Callable[[DictConfig], None], cfg: DictConfig, show_traceback:
 
 
 def read_conf(command: str, **choices: str) -> DictConfig:
-    """`conf/<command>.yaml` as the command itself gets it, with one option chosen per group, for use from Python."""
+    """Returns `conf/<command>.yaml` as the command gets it, with `choices` as options of config groups."""
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
         return hydra.compose(command, [f"{group}={option}" for group, option in choices.items()])
 
 
 def quiet_libraries() -> None:
-    """Keeps what users read to what this project says; warnings of the libraries stay."""
-    # pyiqa brings bitsandbytes, diffusers imports it, and it warns of kernels that nothing here asks for.
+    """Silences messages of libraries that users cannot act on; their other warnings stay."""
+    # diffusers imports bitsandbytes, which pyiqa installs and which warns about kernels that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # Each caption of more than CLIP's 77 tokens is told of three times; that is most of them, and T5 reads on.
+    # Both report every caption of more than CLIP's 77 tokens. Most captions are longer, and T5 reads all of them.
     for name in ("diffusers.pipelines.stable_diffusion_3", "transformers.tokenization_utils_base"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning's own use of PyTorch
@@ -115,17 +144,29 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def mistakes_in_one_line() -> Iterator[None]:
+def mistakes_in_one_line(folder_key: str | None = None) -> Iterator[None]:
+    """Ends the process with `error: ...` in one line for every error that a user can cause.
+
+    Args:
+        folder_key: config key of a folder; errors of files are reported as errors of writing there.
+    """
     try:
         yield
     except USER_ERRORS as error:
+        if folder_key is not None and getattr(error, "filename", None) is not None:
+            sys.exit(
+                f"error: {folder_key}={error.filename}: cannot be written ({error.strerror}); choose another folder"
+            )
         sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt as interrupt:
         sys.exit(str(interrupt) or "interrupted")
 
 
 def one_line(error: BaseException) -> str:
-    """The message of what was raised first: Hydra wraps errors of the objects it makes."""
+    """Returns the message of the error that was raised first: Hydra wraps errors of the objects that it makes."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(error).split()) or type(error).__name__
+    if message.startswith("Could not override 'model'"):  # commands took it before there was a group of backbones
+        return "model is an option of train and plan; give backbone=sd35_medium or backbone=tiny_sd3"
+    return message

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 # Settings that never change a result: paths, what is shown or saved, how fast it goes.
-NO_EFFECT = ("output", "ckpt_path", "overwrite", "logger", "callbacks", "metric_weights", "ablation_name")
+NO_EFFECT = ("output", "ckpt_path", "overwrite", "logger", "callbacks", "metric_weights", "ablation_name", "sharded")
 NO_EFFECT += ("data.num_workers", "data.photos_in_memory", "data.batch_size", "model.compile")
 NO_EFFECT += ("model.network.gradient_checkpointing", "model._target_")  # `_target_`: sharded or not
 NO_EFFECT += ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches", "trainer.strategy")

@@ -175,7 +175,7 @@ class SuperResolutionData(LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _images_seen(self) -> int:
-        if self.trainer is None:
+        if self.trainer is None or self.trainer.overfit_batches:  # then the first batches come again and again
             return 0
         per_batch = self.batch_size * self.trainer.world_size
         return self.trainer.global_step * per_batch * self.trainer.accumulate_grad_batches

@@ -4,6 +4,15 @@ from dit4sr_pl.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpo
 from dit4sr_pl.training.callbacks.degradation_log import DegradationLog
 from dit4sr_pl.training.callbacks.hyper_parameters import HyperParameters
 from dit4sr_pl.training.callbacks.losses import Losses
+from dit4sr_pl.training.callbacks.progress import Progress
 from dit4sr_pl.training.callbacks.validation_scores import ValidationScores
 
-__all__ = ["Checkpoints", "DegradationLog", "HyperParameters", "Losses", "ValidationScores", "AtomicCheckpointIO"]
+__all__ = [
+    "Checkpoints",
+    "DegradationLog",
+    "HyperParameters",
+    "Losses",
+    "Progress",
+    "ValidationScores",
+    "AtomicCheckpointIO",
+]
