@@ -144,11 +144,8 @@ class DiT4SRPipeline(DiffusionPipeline):
             return super().from_pretrained(name, **arguments)
         shipped = ASSETS / name
         tiny = shipped.is_dir()
-        defaults = (
-            conf_defaults(backbone="tiny_sd3", sampler="tiny")
-            if tiny
-            else conf_defaults(backbone="sd35_medium", sampler="paper")
-        )
+        backbone, sampler = ("tiny_sd3", "tiny") if tiny else ("sd35_medium", "paper")
+        defaults = conf_defaults(backbone=backbone, sampler=sampler)
         if isinstance(lr_stream, str | Path):
             lr_stream = LRStreamModel.from_file(lr_stream)
         if "torch_dtype" in arguments:  # diffusers' older name of it

@@ -1,4 +1,4 @@
-"""The decorator of all commands: finds the configs, runs Hydra, reports a user's mistake in one line. No PyTorch here."""
+"""The decorator of all commands: finds configs, runs Hydra, reports a user's mistake in one line. No PyTorch here."""
 
 import logging
 import os
@@ -32,7 +32,7 @@ def conf_folder() -> Path:
 
 
 def choice(group: str, default: str | None = None) -> str | None:
-    """Returns the option that a command takes of a config group; None outside of commands: `${choice:GROUP,DEFAULT}`."""
+    """Returns the option that a command takes of a config group, None outside of one: `${choice:GROUP,DEFAULT}`."""
     return HydraConfig.get().runtime.choices.get(group, default) if HydraConfig.initialized() else None
 
 
