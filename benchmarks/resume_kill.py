@@ -1,10 +1,10 @@
-"""One training, killed (SIGKILL) at random moments and started again by the same command, against an undisturbed one.
+"""Kills a training (SIGKILL) at random moments, resumes it, and compares it with an undisturbed one.
 
     python benchmarks/resume_kill.py [--kills 20] [--steps 200] [--every 10] [KEY=VALUE ...]
 
-The command is `python -m dit4sr_pl.train experiment=resume_check hydra.run.dir=FOLDER KEY=VALUE ...`, with `--steps`
-steps and a checkpoint `--every` so many. Every fourth kill falls into its start, the others into the training. All
-losses, those of repeated steps too, the trained weights, averaged and not, the optimizer's state and TensorBoard's
+Every start is `python -m dit4sr_pl.train experiment=resume_check output=FOLDER KEY=VALUE ...`, with `--steps` steps and
+a checkpoint every `--every` steps. Every fourth kill comes while the command starts, the others during the training.
+All losses (also those of repeated steps), the weights before and after averaging, the optimizer's state and TensorBoard's
 losses must be equal to the last bit, and the newest checkpoint must never be lost.
 """
 
@@ -27,6 +27,7 @@ from testing.toy_runs import events
 
 
 def main() -> None:
+    """Runs the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=200)
@@ -65,13 +66,14 @@ def main() -> None:
 
 
 def command(folder: Path, options: list[str]) -> subprocess.Popen:
-    arguments = ["experiment=resume_check", f"hydra.run.dir={folder}", *options]
+    """Starts or resumes the training."""
+    arguments = ["experiment=resume_check", f"output={folder}", *options]
     with (folder.parent / "output.log").open("a") as log:
         return subprocess.Popen([sys.executable, "-m", "dit4sr_pl.train", *arguments], stdout=log, stderr=log)
 
 
 def through(folder: Path, options: list[str]) -> tuple[float, float]:
-    """Seconds to the first loss, and from there to the end."""
+    """Trains to the end and returns the seconds to the first loss and from there to the end."""
     start = time.monotonic()
     process = command(folder, options)
     wait_for_loss(process, folder, 1)
@@ -81,7 +83,7 @@ def through(folder: Path, options: list[str]) -> tuple[float, float]:
 
 
 def wait_for_loss(process: subprocess.Popen, folder: Path, batch: int) -> None:
-    """Until a process has written the loss of a batch."""
+    """Waits until a process has written the loss of a batch."""
     path, start = folder / "losses.csv", time.time()
     while not (path.exists() and path.stat().st_mtime > start and len(losses(folder)) >= batch):
         assert process.poll() is None, (folder.parent / "output.log").read_text()
@@ -89,7 +91,7 @@ def wait_for_loss(process: subprocess.Popen, folder: Path, batch: int) -> None:
 
 
 def losses(folder: Path) -> dict[int, str]:
-    """By batch, as written; of a row that a kill cut off nothing is known."""
+    """Returns the losses by batch, as text; a row that a kill cut off is left out."""
     path = folder / "losses.csv"
     text = path.read_text() if path.exists() else ""
     rows = [line.strip().split(",") for line in text.splitlines(keepends=True)[1:] if line.endswith("\n")]
@@ -97,10 +99,12 @@ def losses(folder: Path) -> dict[int, str]:
 
 
 def newest(folder: Path) -> int:
+    """Returns the step of the newest checkpoint; 0: there is none."""
     return next((int(path.stem) for path in checkpoints_in(folder)), 0)
 
 
 def compare(whole: Path, killed: Path, seen: Counter) -> None:
+    """Asserts that two runs are equal; `seen` has all losses (batch, text) that the killed run ever wrote."""
     assert losses(killed) == losses(whole)
     assert all(losses(whole)[batch] == loss for batch, loss in seen)
     ours, theirs = ([(e.step, e.value) for e in events(folder).Scalars("train/loss")] for folder in (killed, whole))
@@ -116,6 +120,7 @@ def compare(whole: Path, killed: Path, seen: Counter) -> None:
 
 
 def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Asserts that tensors are equal by name."""
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

@@ -1,10 +1,10 @@
-"""The five variants as a sweep on a SLURM of this machine, every job stopped once: what a stop costs.
+"""Measures what a stop costs: a sweep of the five variants on a SLURM of this machine, with every job stopped once.
 
     python benchmarks/slurm_sweep.py [--stop COMMAND]
 
-Needs root, Debian's slurm-wlm and munge. The losses must equal those of a sweep that nothing happened to. What a stop
-costs is the time between the steps before and after it, less that between others and less the time that the job waited
-for another to end: the checkpoint, the seconds after which SLURM starts a job again, Python's imports, and loading.
+It needs root, Debian's slurm-wlm and munge. The losses must equal those of an undisturbed sweep. A stop costs the time
+between the steps before and after it, minus that between other steps and minus the time that the job waited for another
+job to end. What remains is the checkpoint, SLURM's delay before it starts a job again, Python's imports, and loading.
 """
 
 import argparse
@@ -32,27 +32,29 @@ STEPS, STOPPED_AT = 8, 3
 
 
 def main() -> None:
+    """Runs both sweeps and the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stop", default="scancel --signal=USR2 $JOB", help="by SLURM's own signal, if not given")
+    parser.add_argument("--stop", default="scancel --signal=USR2 $JOB", help="default: SLURM's own signal")
     command = parser.parse_args().stop
     with tempfile.TemporaryDirectory() as folder, cluster(Path(folder) / "cluster") as environment:
         folder = Path(folder)
         for i in range(5):
             write_image(folder / "photos" / f"{i}.png", torch.rand(3, 80, 80, generator=generator("cpu", i)))
-        once = f"+callbacks.once={{_target_: cluster.Once, commands: {{0: '{command}'}}, seed: 0, step: {STOPPED_AT}"
+        commands = f"commands: {{0: '{command}'}}, seed: 0, step: {STOPPED_AT}, wait: 60"
+        once = f"+callbacks.once={{_target_: testing.slurm_cluster.Once, {commands}}}"
         slurm = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=null"]
         whole = sweep(folder, environment, "whole")
-        stopped = sweep(folder, environment, "stopped", *slurm, once + ", wait: 60}")
+        stopped = sweep(folder, environment, "stopped", *slurm, once)
         print(f"5 jobs, one after another: {whole:.0f} s; on SLURM, two at a time, each stopped: {stopped:.0f} s")
         report(folder, environment)
 
 
 def sweep(folder: Path, environment: dict[str, str], name: str, *options: str) -> float:
-    """Seconds that it took."""
+    """Runs a sweep and returns its seconds."""
     steps = [f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={STEPS}", "metrics=[psnr]"]
     losses = ["+callbacks.losses._target_=dit4sr_pl.training.callbacks.Losses", "+callbacks.losses.folder=${output}"]
     arguments = [f"+ablation={','.join(VARIANTS)}", f"hydra.sweep.dir={name}", *small(folder / "photos"), *steps]
-    paths = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}"}
+    paths = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "dit4sr_pl.train", "-m", *arguments, *losses, *options]
     start = time.monotonic()
     subprocess.run(command, cwd=folder, env={**environment, **paths}, check=True)
@@ -60,6 +62,7 @@ def sweep(folder: Path, environment: dict[str, str], name: str, *options: str) -
 
 
 def report(folder: Path, environment: dict[str, str]) -> None:
+    """Compares the losses of the sweeps and prints what each stop cost."""
     lost = []
     for number, variant in enumerate(VARIANTS):
         run = folder / "stopped" / "default" / variant / "seed0"
@@ -76,7 +79,7 @@ def report(folder: Path, environment: dict[str, str]) -> None:
 
 
 def waiting_time(environment: dict[str, str], job: str) -> float:
-    """Seconds that a job could have run again, and did not since the node was taken."""
+    """Returns the seconds that a job could have run again but for a busy node."""
     shown = dict(pair.split("=", 1) for pair in ask(environment, "scontrol", "show", "job", job).split() if "=" in pair)
     began, could = (datetime.fromisoformat(shown[name]) for name in ("StartTime", "EligibleTime"))
     return (began - could).total_seconds()

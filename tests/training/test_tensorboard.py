@@ -1,4 +1,4 @@
-"""TensorBoard over a sweep and what else lies in `outputs/`, in a browser."""
+"""TensorBoard in a browser shows a sweep and the other runs in `outputs/`."""
 
 import io
 import json
@@ -16,11 +16,15 @@ from PIL import Image
 from selenium.webdriver import Chrome
 
 from dit4sr_pl.cli.command import conf_folder
-from dit4sr_pl.train import train
+from dit4sr_pl.train import main, train
 from testing.browser import everywhere
-from testing.toy_runs import events, small, toy
+from testing.toy_runs import CONTROLNET, events, small, toy
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")  # of the run that goes on
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.browser,
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty"),  # the resumed run's
+]
 
 SWITCHES = {
     "full": {"lr_integration": "joint", "lr_residual": "true", "lr_injection": "conv"},
@@ -28,22 +32,26 @@ SWITCHES = {
     "linear_lr_injection": {"lr_integration": "joint", "lr_residual": "true", "lr_injection": "linear"},
 }
 SWEPT = {f"default/{ablation}/seed0" for ablation in SWITCHES}
-CONTROLNET, UNVALIDATED = "default/sd3_controlnet/seed1", "default/unvalidated/seed0"
-VALIDATED = SWEPT | {CONTROLNET}
+BASELINE, UNVALIDATED = "default/sd3_controlnet/seed1", "default/unvalidated/seed0"
+VALIDATED = SWEPT | {BASELINE}
 RUNS = VALIDATED | {UNVALIDATED}
 
 
 @pytest.fixture(scope="module")
 def outputs(photos, tmp_path_factory) -> Path:
-    """A sweep as a user starts it, of which FULL went on; a run of the baseline, and one without validation."""
+    """Returns the folder of a sweep whose FULL was resumed, of a run of the baseline, and of one without validation."""
     folder = tmp_path_factory.mktemp("board")
     arguments = ["-m", f"+ablation={','.join(SWITCHES)}", *small(photos), "metrics=[psnr]"]
-    subprocess.run([sys.executable, "-m", "dit4sr_pl.train", *arguments], cwd=folder, check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train", *arguments])
+        patch.setenv("HYDRA_FULL_ERROR", "1")  # main() would set it and leave it so
+        main()
     outputs = folder / "outputs"
     resumed = f"ckpt_path={outputs}/default/full/seed0/checkpoints/last.ckpt"
     for name, *overrides in [
         ("default/full/seed0", resumed, "trainer.max_steps=4"),
-        (CONTROLNET, "model=tiny_sd3_controlnet", "seed=1"),
+        (BASELINE, *CONTROLNET, "seed=1"),
         (UNVALIDATED, "trainer.limit_val_batches=0"),
     ]:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
@@ -53,7 +61,7 @@ def outputs(photos, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def board(outputs, tmp_path_factory) -> Iterator[str]:
-    """Address of a TensorBoard that has read all of `outputs`."""
+    """Returns the address of a TensorBoard that has read all of `outputs`."""
     log = tmp_path_factory.mktemp("tensorboard") / "log.txt"
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", outputs, "--host", "127.0.0.1", "--port", "0"]
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as server:
@@ -71,7 +79,7 @@ def tags(address: str, plugin: str) -> dict:
 
 
 def until(read: Callable, seconds: float = 60):
-    """What `read` gives as soon as that is something."""
+    """Returns what `read` returns, as soon as that is true."""
     end = time.monotonic() + seconds
     while not (value := read()):
         assert time.monotonic() < end, f"nothing after {seconds} s"
@@ -93,7 +101,7 @@ CHARTS = """
 
 
 def charts(browser: Chrome) -> dict[str, dict[str, str]]:
-    """What Time Series shows beneath each chart: last values by tag and run."""
+    """Returns the last values that Time Series shows beneath each chart, by tag and run."""
     return {tag: {row[1]: row[3] for row in rows} for tag, rows in browser.execute_script(CHARTS)}
 
 
@@ -117,7 +125,7 @@ GRID = """
 
 
 def table(browser: Chrome) -> list[dict[str, str]]:
-    """HPARAMS' table as it is shown, a row per run."""
+    """Returns the table of HPARAMS as it is shown, with a row per run."""
     header, *rows = browser.execute_script(GRID, everywhere(browser, "vaadin-grid")[0])
     return [dict(zip(header, row, strict=False)) for row in rows]  # rows end in an empty, hidden cell
 
@@ -136,8 +144,8 @@ def test_hparams_has_one_row_per_run_with_its_switches_and_last_scores(board, ou
         row = rows[f"default/{ablation}/seed0"]
         assert row.items() >= {"ablation": ablation, "network": "dit4sr", "degradation": "light", **switches}.items()
         assert float(row["learning_rate"]) == 5e-5 and float(row["batch_size"]) == 2
-    assert rows[CONTROLNET]["network"] == "sd3_controlnet" and float(rows[CONTROLNET]["seed"]) == 1
-    assert all(rows[CONTROLNET][switch] == "" for switch in SWITCHES["full"])
+    assert rows[BASELINE]["network"] == "sd3_controlnet" and float(rows[BASELINE]["seed"]) == 1
+    assert all(rows[BASELINE][switch] == "" for switch in SWITCHES["full"])
     for run, tag in [(run, tag) for run in VALIDATED for tag in ("val/psnr", "val/psnr_bicubic")]:
         assert float(rows[run][tag]) == pytest.approx(last(outputs, run, tag), rel=1e-3)
     assert rows[UNVALIDATED]["val/psnr"] == "" and float(rows[UNVALIDATED]["train/loss"]) > 0
@@ -156,16 +164,16 @@ def test_images_has_the_same_pictures_of_every_run(board, browser):
 
 def test_ground_truth_is_that_of_every_run_and_the_lr_image_that_of_every_run_of_a_seed(outputs):
     for tag in ("val/0", "val/1"):
-        pictures = {run: parts(events(outputs / run).Images(tag)[-1].encoded_image_string) for run in VALIDATED}
+        pictures = {run: images_in(events(outputs / run).Images(tag)[-1].encoded_image_string) for run in VALIDATED}
         first = pictures["default/full/seed0"]
         assert all(picture["hr"] == first["hr"] for picture in pictures.values())
         assert all(pictures[run]["lr"] == first["lr"] for run in SWEPT)
-        assert pictures[CONTROLNET]["lr"] != first["lr"]  # its seed draws other degradations
+        assert pictures[BASELINE]["lr"] != first["lr"]  # its seed draws other degradations
         assert len({picture["sr"] for picture in pictures.values()}) == len(VALIDATED)
 
 
-def parts(png: bytes) -> dict[str, bytes]:
-    """Pixels of the images in a strip LR | bicubic | restored | ground truth."""
+def images_in(png: bytes) -> dict[str, bytes]:
+    """Returns the pixels of the images in a strip LR | bicubic | restored | ground truth."""
     strip = Image.open(io.BytesIO(png))
     side = strip.height
     crops = [strip.crop((left, 0, left + side, side)).tobytes() for left in range(0, strip.width, side)]
