@@ -4,8 +4,8 @@
 
 Every start is `python -m dit4sr_pl.train experiment=resume_check output=FOLDER KEY=VALUE ...`, with `--steps` steps and
 a checkpoint every `--every` steps. Every fourth kill comes while the command starts, the others during the training.
-All losses (also those of repeated steps), the weights before and after averaging, the optimizer's state and the losses in
-TensorBoard must be equal to the last bit, and the newest checkpoint must never be lost.
+All losses (also those of repeated steps), the weights before and after averaging, the optimizer's state and the losses
+in TensorBoard must be equal to the last bit, and the newest checkpoint must never be lost.
 """
 
 import argparse
