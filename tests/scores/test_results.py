@@ -1,4 +1,5 @@
 import csv
+import importlib.metadata
 import math
 from dataclasses import replace
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from dit4sr_pl.common.hashing import values_hash, weights_hash
-from dit4sr_pl.scores.results import Result, read_result, read_scores, run_name, write_result, write_scores
+from dit4sr_pl.scores.results import Result, read_result, read_scores, run_name, versions, write_result, write_scores
 
 RESULT = Result(
     run="demo/no_lr_residual/seed1",
@@ -42,6 +43,16 @@ def test_csv_row_has_the_means_and_an_empty_cell_for_what_was_not_measured(tmp_p
 def test_a_mean_over_part_of_the_images_is_no_mean():
     half = {"a": {"psnr": 1.0}, "b": {"psnr": math.nan}}
     assert math.isnan(replace(RESULT, scores=half).means["psnr"])
+
+
+def test_versions_leave_out_a_package_that_is_not_installed(monkeypatch):
+    def version(package: str) -> str:
+        if package == "spandrel":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert "torch" in versions() and "spandrel" not in versions()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import csv
 import importlib.metadata
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,8 +109,12 @@ def run_name(output: Path | str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that scores depend on."""
-    return {package: importlib.metadata.version(package) for package in MEASURED_WITH}
+    """Returns the versions of the packages that scores depend on; spandrel, an extra, may be missing."""
+    installed = {}
+    for package in MEASURED_WITH:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def read_scores(path: Path) -> dict[str, dict[str, float]]:
