@@ -132,7 +132,7 @@ def test_a_file_on_the_page_is_the_file_that_restore_writes(restorer, tmp_path):
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ValueError, match=r'pip install "dit4sr_pl\[app\]"'):
+    with pytest.raises(ValueError, match=r"the page needs gradio; pip install 'dit4sr_pl\[app\]'"):
         check(OmegaConf.create({}))
 
 

@@ -126,6 +126,37 @@ def test_nothing_to_do_reads_no_pytorch(folder, tmp_path):
     assert result.returncode == 0 and result.stdout.startswith("nothing to do"), result.stderr
 
 
+EXTRAS = ["gradio", "skimage", "sklearn", "spandrel"]
+EXTRAS += ["hydra_plugins.hydra_joblib_launcher", "hydra_plugins.hydra_submitit_launcher", "joblib", "submitit"]
+NOT_NEEDED = [*EXTRAS, "pyiqa", "stlpips_pytorch", "matplotlib", "tensorboard", "pyarrow", "lightning"]
+WITHOUT = """
+import pkgutil, runpy, sys
+from importlib.machinery import PathFinder
+
+missing, find_spec, walk_packages = set({names}), PathFinder.find_spec, pkgutil.walk_packages
+PathFinder.find_spec = lambda name, *where: None if name in missing else find_spec(name, *where)
+pkgutil.walk_packages = lambda **where: (  # Hydra looks for its plug-ins on the disk
+    module for module in walk_packages(**where) if ".".join(module.name.split(".")[:2]) not in missing
+)
+sys.argv = ["restore", "input={photo}", "output=out", "sampler.steps=1", "device=cpu"]
+runpy.run_module("dit4sr_pl.restore", run_name="__main__")
+
+from PIL import Image
+from dit4sr_pl.pipeline import DiT4SRPipeline
+
+images = DiT4SRPipeline.from_pretrained("tiny-dit4sr")(Image.open("{photo}"), num_inference_steps=1).images
+assert images[0].size == (52, 72) and not missing & sys.modules.keys()
+"""
+
+
+@pytest.mark.slow
+def test_restoring_and_the_pipeline_need_none_of_the_extras_and_of_the_packages_for_training(photo, tmp_path):
+    code = WITHOUT.format(names=NOT_NEEDED, photo=photo)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert read_image(tmp_path / "out" / "photo.png").shape == (3, 72, 52)
+
+
 def test_every_bad_file_has_its_line_and_needs_no_model_if_there_is_no_other(tmp_path, monkeypatch, capsys):
     (tmp_path / "in").mkdir()
     for name in ("a.png", "b\n.jpg"):

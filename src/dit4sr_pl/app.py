@@ -10,14 +10,13 @@ import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from dit4sr_pl.cli.checks import SCALES, check_backbone, check_scale, choose_device
+from dit4sr_pl.cli.checks import SCALES, check_backbone, check_extra, check_scale, choose_device
 from dit4sr_pl.cli.command import command
 
 if TYPE_CHECKING:
@@ -62,8 +61,7 @@ def main(cfg: DictConfig) -> None:
 
 def check(cfg: DictConfig) -> None:
     """Checks everything that a user can get wrong before a model is read."""
-    if find_spec("gradio") is None:
-        raise ValueError('the page needs Gradio; install it with pip install "dit4sr_pl[app]"')
+    check_extra("the page", "app", "gradio")
     check_scale(cfg.scale)
     check_steps(cfg.sampler.steps, cfg.max_steps)
     check_backbone(cfg.model.backbone)

@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError
 
-from dit4sr_pl.cli.checks import check_backbone, check_readable, check_writable, choose_device, read_shard
+from dit4sr_pl.cli.checks import check_backbone, check_extra, check_readable, check_writable, choose_device, read_shard
 from dit4sr_pl.cli.command import command
 from dit4sr_pl.scores.weight_files import check_metrics
 
@@ -175,6 +175,8 @@ def check_method(cfg: DictConfig) -> None:
         raise ValueError(f"no value for {', '.join(sorted(missing))}; see docs/systems.md")
     if "weights" in cfg.method and cfg.method.weights is None:
         raise ValueError("no value for weights; give a published file as weights=FILE (docs/systems.md)")
+    if ".spandrel." in cfg.method._target_:
+        check_extra("this method", "spandrel", "spandrel")
     if "backbone" in cfg.method:
         check_backbone(cfg.model.backbone)
 

@@ -1,6 +1,7 @@
 """What commands check of a user's config before anything heavy is imported. No PyTorch at import."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -46,6 +47,8 @@ def check_data(data: DictConfig, written: str = "") -> None:
         for key in ("folder", "captions", "manifest"):
             if options.get(key) is not None and key != written:
                 check_readable(options[key], f"data.sets.{name}.{key}")
+    if "photos" in data:
+        check_extra("data=demo", "demo", "skimage", "sklearn")
     if not data.folders and not named:
         raise ValueError("no photos; give data.folders=[PATH] or data.sets.NAME.folder=PATH")
 
@@ -89,3 +92,9 @@ def read_shard(text: str) -> tuple[int, int]:
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise ValueError(f"shard={text}: must be i/n with i from 1 to n, such as 1/8 to 8/8 for eight tasks")
     return int(match[1]), int(match[2])
+
+
+def check_extra(what: str, extra: str, *packages: str) -> None:
+    """Raises ValueError unless the packages that `what` needs are installed; the extra of that name installs them."""
+    if missing := [package for package in packages if find_spec(package) is None]:
+        raise ValueError(f"{what} needs {' and '.join(missing)}; pip install 'dit4sr_pl[{extra}]'")
