@@ -79,7 +79,7 @@ def report(folder: Path, environment: dict[str, str]) -> None:
 
 
 def waiting_time(environment: dict[str, str], job: str) -> float:
-    """Returns the seconds that a job could have run again but for a busy node."""
+    """Returns the seconds that a job waited for a busy node after it could run again."""
     shown = dict(pair.split("=", 1) for pair in ask(environment, "scontrol", "show", "job", job).split() if "=" in pair)
     began, could = (datetime.fromisoformat(shown[name]) for name in ("StartTime", "EligibleTime"))
     return (began - could).total_seconds()
