@@ -82,9 +82,9 @@ def losses(folder: Path) -> dict[str, float]:
 def test_a_run_begun_before_is_resumed_by_todays_command_with_the_losses_of_then(made):
     """The overrides are those of then, except where a config key was renamed since.
 
-    The run is not refused as one with other settings: the resume check sees no difference between the config.yaml of then, with
-    its module paths, and today's. The checkpoint of then fits: its keys, the optimizer's states and its position. The
-    draws of steps 3 and 4 (crops, degradation, timesteps, noise) are still those of then.
+    The run is not refused as one with other settings: the resume check sees no difference between the config.yaml of
+    then, with its module paths, and today's. The checkpoint of then fits: its keys, the optimizer's states and its
+    position. The draws of steps 3 and 4 (crops, degradation, timesteps, noise) are still those of then.
     """
     before = losses(made / "run")
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
