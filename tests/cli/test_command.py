@@ -12,10 +12,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 
 from dit4sr_pl import train
-from dit4sr_pl.cli.command import EXTRAS, command, conf_folder, one_line
+from dit4sr_pl.cli.command import command, conf_folder
 from testing.commands import run
 
 GROUPS = {
@@ -59,40 +58,6 @@ def test_help_needs_no_pytorch(command, tmp_path):
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert "== Config ==" in result.stdout
-
-
-def without(missing: str, command: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Runs a command in `folder` as if the modules `missing`, separated by spaces, were not installed."""
-    code = (
-        f"import sys, runpy; sys.modules |= dict.fromkeys({missing!r}.split()); sys.argv = {['x', *arguments]}; "
-        f"runpy.run_module('dit4sr_pl.{command}', run_name='__main__')"
-    )
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.slow
-def test_restoring_needs_neither_the_extras_nor_pyiqa_nor_lightning(tmp_path):
-    Image.new("RGB", (16, 16), "teal").save(tmp_path / "photo.png")
-    missing = (
-        "gradio spandrel submitit hydra_plugins.hydra_submitit_launcher skimage sklearn matplotlib pyiqa lightning"
-    )
-    result = without(missing, "restore", tmp_path, "input=photo.png", "output=restored", "sampler.steps=1")
-    assert result.returncode == 0, result.stderr
-    with Image.open(tmp_path / "restored/photo.png") as restored:
-        assert restored.size == (64, 64)
-
-
-@pytest.mark.slow
-def test_demo_photos_that_cannot_be_made_are_answered_with_the_extra_that_brings_them(tmp_path):
-    result = without("sklearn", "train", tmp_path)
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == 'error: sklearn is not installed; pip install "dit4sr_pl[demo]"\n'
-
-
-@pytest.mark.parametrize("module, extra", EXTRAS.items())
-def test_a_missing_package_is_named_with_the_extra_that_installs_it(module, extra):
-    error = ModuleNotFoundError(name=f"{module}.data")
-    assert one_line(error) == f'{module} is not installed; pip install "dit4sr_pl[{extra}]"'
 
 
 @pytest.mark.parametrize(

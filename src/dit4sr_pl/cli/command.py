@@ -21,7 +21,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 PACKAGE = Path(__file__).parents[1]
 USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
-EXTRAS = {"skimage": "demo", "sklearn": "demo", "spandrel": "spandrel"}  # modules, and the extra that installs each
 # Hydra copies this singleton for every config group that `--help` lists, which takes more than a second in all.
 ConfigStore.__deepcopy__ = lambda self, memo: self
 
@@ -167,9 +166,6 @@ def one_line(error: BaseException) -> str:
     """Returns the message of the error that was raised first: Hydra wraps errors of the objects that it makes."""
     while error.__cause__ is not None:
         error = error.__cause__
-    package = (getattr(error, "name", None) or "").partition(".")[0]
-    if isinstance(error, ModuleNotFoundError) and package in EXTRAS:
-        return f'{package} is not installed; pip install "dit4sr_pl[{EXTRAS[package]}]"'
     message = " ".join(str(error).split()) or type(error).__name__
     if message.startswith("Could not override 'model'"):  # commands took it before there was a group of backbones
         return "model is an option of train and plan; give backbone=sd35_medium or backbone=tiny_sd3"
