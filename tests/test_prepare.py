@@ -119,7 +119,7 @@ def test_manifests_are_written_where_training_looks_and_damage_is_told(photos, t
         assert read_manifest(path).files == ["0.png", "1.png", "3.png"]
 
     write_image(photos / "2.png", torch.zeros(3, 9, 9))
-    assert prepare("stage=manifest", "processes=1", *arguments, "shard=1/2") is None
-    assert "waiting for shards 2" in capsys.readouterr().out
-    assert prepare("stage=manifest", "processes=1", *arguments, "shard=2/2") is None
+    refused = prepare("stage=manifest", *arguments, "shard=1/2")
+    assert refused == "error: shard=1/2: stage=manifest runs as one task; give processes=N"
+    assert prepare("stage=manifest", "processes=1", *arguments) is None
     assert read_manifest(elsewhere).files == ["0.png", "1.png", "2.png", "3.png"]

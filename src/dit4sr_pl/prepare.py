@@ -1,4 +1,4 @@
-"""python -m dit4sr_pl.prepare stage=captions|embeddings|manifest data.folders=[PATH,...] [shard=i/n]
+"""python -m dit4sr_pl.prepare stage=captions|embeddings|manifest data.folders=[PATH,...]
 
 python -m dit4sr_pl.prepare stage=metrics metrics=paper
 """
@@ -16,11 +16,13 @@ from dit4sr_pl.scores.weight_files import Weights, check_digest, download
 
 @command("prepare")
 def main(cfg: DictConfig) -> None:
+    """Runs one stage of the preparation."""
     check(cfg)
     STAGES[cfg.stage](cfg, read_shard(cfg.shard))
 
 
 def captions(cfg: DictConfig, shard: tuple[int, int]) -> None:
+    """Captions the photos of this shard that have no caption yet."""
     from hydra.utils import instantiate
     from rich.progress import track
 
@@ -39,6 +41,7 @@ def captions(cfg: DictConfig, shard: tuple[int, int]) -> None:
 
 
 def embeddings(cfg: DictConfig, shard: tuple[int, int]) -> None:
+    """Encodes the prompts of this shard that the cache lacks."""
     import torch
     from hydra.utils import instantiate
     from rich.progress import track
@@ -61,7 +64,7 @@ def embeddings(cfg: DictConfig, shard: tuple[int, int]) -> None:
 
 
 def all_prompts(cfg: DictConfig) -> Iterator[str]:
-    """What training and its validation ask for: captions, and as the sampler words them."""
+    """Yields the prompts that training and its validation need: captions, and captions in the sampler's wording."""
     from hydra.utils import instantiate
 
     from dit4sr_pl.data.photo_sets import open_sets
@@ -75,6 +78,7 @@ def all_prompts(cfg: DictConfig) -> Iterator[str]:
 
 
 def manifest(cfg: DictConfig, shard: tuple[int, int]) -> None:
+    """Writes the manifest of every folder of photos."""
     from rich.progress import Progress
 
     from dit4sr_pl.preparation.build_manifest import build_manifest
@@ -84,23 +88,22 @@ def manifest(cfg: DictConfig, shard: tuple[int, int]) -> None:
         with Progress() as progress:
             show = functools.partial(progress.update, progress.add_task(f"manifest of {folder}", total=None))
             built = build_manifest(
-                folder, path, shard, cfg.processes, lambda done, total, show=show: show(completed=done, total=total)
+                folder, path, cfg.processes, lambda done, total, show=show: show(completed=done, total=total)
             )
-        state = built.manifest or "waiting for shards " + ", ".join(map(str, built.waiting_for))
-        print(f"{folder}: {built.files} photos, {len(built.damaged)} of them damaged; {state}")
+        print(f"{folder}: {built.files} photos, {len(built.damaged)} of them damaged; {built.manifest}")
         damaged += [f"{Path(folder) / file} ({reason})" for file, reason in built.damaged]
     if damaged:
-        raise ValueError("damaged, and left out of training until they are mended: " + "; ".join(damaged))
+        raise ValueError("damaged, and left out of training until they are repaired: " + "; ".join(damaged))
 
 
 def manifests(cfg: DictConfig) -> list[tuple[str, str | None]]:
-    """Folders, each with the path of its manifest, None for the usual place in the folder."""
+    """Returns folders with the path of their manifest; None: the usual place in the folder."""
     named = [(options.folder, options.get("manifest")) for options in named_sets(cfg).values()]
     return [(folder, None) for folder in cfg.data.folders] + named
 
 
 def metrics(cfg: DictConfig, shard: tuple[int, int]) -> None:
-    """Every weight file of the chosen metrics; those that are there are read through, and kept if they are whole."""
+    """Downloads the weight files of the chosen metrics; existing files are checked and kept if they are complete."""
     failed = []
     for weights in weights_of(cfg):
         for file in weights.files:
@@ -118,6 +121,7 @@ def metrics(cfg: DictConfig, shard: tuple[int, int]) -> None:
 
 
 def weights_of(cfg: DictConfig) -> list[Weights]:
+    """Returns the weights that the chosen metrics need."""
     return [Weights(**metric.weights) for metric in cfg.metrics.values() if "weights" in metric]
 
 
@@ -125,11 +129,12 @@ STAGES = {"captions": captions, "embeddings": embeddings, "manifest": manifest, 
 
 
 def named_sets(cfg: DictConfig) -> dict[str, DictConfig]:
+    """Returns the named sets of photos that have a folder."""
     return {name: options for name, options in cfg.data.sets.items() if options.folder is not None}
 
 
 def check(cfg: DictConfig) -> None:
-    """Everything that a user can get wrong and that needs no PyTorch to be seen."""
+    """Checks everything that a user can get wrong and that shows without PyTorch."""
     if OmegaConf.is_missing(cfg, "stage") or cfg.stage not in STAGES:
         given = "no value for stage" if OmegaConf.is_missing(cfg, "stage") else f"stage={cfg.stage}"
         raise ValueError(f"{given}; choose one of {', '.join(STAGES)}")
@@ -142,6 +147,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def check_captions(cfg: DictConfig) -> None:
+    """Checks the options of `stage=captions`."""
     if cfg.batch_size < 1:
         raise ValueError(f"batch_size={cfg.batch_size}: must be 1 or more")
     if cfg.captioner.name.startswith((".", "/", "~")):
@@ -156,6 +162,7 @@ def check_captions(cfg: DictConfig) -> None:
 
 
 def check_embeddings(cfg: DictConfig) -> None:
+    """Checks the options of `stage=embeddings`."""
     if cfg.model.backbone.embeddings is not None:
         raise ValueError("model.backbone.embeddings is where training reads; give embeddings=FOLDER to write them")
     check_backbone(cfg.model.backbone)
@@ -163,6 +170,9 @@ def check_embeddings(cfg: DictConfig) -> None:
 
 
 def check_manifest(cfg: DictConfig) -> None:
+    """Checks the options of `stage=manifest`."""
+    if cfg.shard != "1/1":
+        raise ValueError(f"shard={cfg.shard}: stage=manifest runs as one task; give processes=N")
     if cfg.processes < 1:
         raise ValueError(f"processes={cfg.processes}: must be 1 or more")
     for folder, path in manifests(cfg):

@@ -1,12 +1,9 @@
 import hashlib
-import itertools
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +34,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def decoded(monkeypatch) -> list[str]:
-    """Names of the files that are decoded, as they are."""
+    """Names of decoded files, added when they are decoded."""
     names, check_image = [], building.check_image
     monkeypatch.setattr(building, "check_image", lambda path: names.append(path.name) or check_image(path))
     return names
@@ -64,7 +61,7 @@ def rows(path: Path) -> list[dict]:
 
 def test_manifest_describes_every_photo_in_the_order_of_the_folder_walk(folder):
     built = build_manifest(folder)
-    assert built == (folder / "manifest.parquet", 12, [], [])
+    assert built == (folder / "manifest.parquet", 12, [])
     assert rows(built.manifest) == expected(folder)
     assert [path.name for path in folder.iterdir() if path.is_file()] == ["manifest.parquet"]
     listed = read_manifest(built.manifest)
@@ -110,109 +107,58 @@ def test_only_new_and_changed_files_are_decoded_again(folder, decoded):
     assert rows(folder / "manifest.parquet") == expected(folder)
 
 
-def test_progress_counts_the_files_that_were_there_before(folder, monkeypatch):
-    monkeypatch.setattr(building, "FILES_PER_PART", 4)
+def test_progress_counts_the_files_that_were_there_before(folder):
+    build_manifest(folder)
+    Image.new("RGB", (8 + 500, 9)).save(folder / "500.png")
+    calls = []
+    build_manifest(folder, on_file=lambda *call: calls.append(call))
+    assert calls == [(12, 13), (13, 13)]
+
+
+def test_a_stopped_call_leaves_the_former_manifest(folder):
+    build_manifest(folder)
+    before = expected(folder)
+    Image.new("RGB", (8 + 500, 9)).save(folder / "500.png")
 
     def stop(done, total):
-        if done == 10:
+        if done == 13:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         build_manifest(folder, on_file=stop)
-    calls = []
-    build_manifest(folder, on_file=lambda *call: calls.append(call))
-    assert calls == [(done, 12) for done in range(8, 13)]
-
-
-def test_shards_are_joined_by_the_last(folder, tmp_path):
-    output = tmp_path / "elsewhere/list.parquet"
-    first, second = (build_manifest(folder, output, shard=(i, 3)) for i in (3, 1))
-    assert first[0] is second[0] is None and not output.exists()
-    assert (first.waiting_for, second.waiting_for) == ([1, 2], [2])
-    last = build_manifest(folder, output, shard=(2, 3))
-    assert (last.manifest, last.files, last.waiting_for) == (output, 12, [])
-    assert rows(output) == expected(folder)
-    assert [path.name for path in output.parent.iterdir()] == ["list.parquet"]
-    for wrong in ((0, 3), (4, 3)):
-        with pytest.raises(ValueError, match=f"shard={wrong[0]}/3"):
-            build_manifest(folder, output, shard=wrong)
-
-
-def test_shards_that_end_together_join_once(folder, tmp_path):
-    for attempt in range(10):
-        output = tmp_path / f"{attempt}.parquet"
-        with ThreadPoolExecutor(4) as pool:
-            built = list(pool.map(lambda i, output=output: build_manifest(folder, output, (i, 4)), range(1, 5)))
-        assert any(one.manifest for one in built)
-        assert rows(output) == expected(folder)
-        assert not list(tmp_path.glob("*.parts"))
+    assert rows(folder / "manifest.parquet") == before
+    assert [path.name for path in folder.iterdir() if path.is_file()] == ["500.png", "manifest.parquet"]
+    build_manifest(folder)
+    assert rows(folder / "manifest.parquet") == expected(folder)
 
 
 CHILD = """
-import multiprocessing, os, sys
-from dit4sr_pl.preparation import build_manifest as building
+import multiprocessing, sys
+from dit4sr_pl.preparation.build_manifest import build_manifest
 
 def on_file(done, total):
-    os.write(log, f"{done}\\n".encode())
+    if done:
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        sys.stdin.read()  # until killed
 
 if __name__ == "__main__":
-    building.FILES_PER_PART = 3
-    folder, processes = sys.argv[1], int(sys.argv[3])
-    log = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    building.pa.table({"a": [1]})  # the first table imports pandas: a long moment in which a kill tests nothing
-    print("ready", flush=True)
-    if processes > 1:
-        calls = iter(range(10**6))
-        def on_file(done, total):
-            if next(calls) == 1:
-                print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-                signal = sys.stdin.read()  # until killed
-    building.build_manifest(folder, processes=processes, on_file=on_file)
+    build_manifest(sys.argv[1], processes=2, on_file=on_file)
 """
 
 
-def start(tmp_path: Path, folder: Path, processes: int = 1) -> subprocess.Popen:
+@pytest.mark.slow
+def test_worker_processes_give_the_same_and_end_with_a_killed_parent(folder, tmp_path):
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    command = [sys.executable, script, folder, tmp_path / "log", str(processes)]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "ready\n"
-    return child
-
-
-def kill(child: subprocess.Popen) -> None:
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdin.close()
-    child.stdout.close()
-
-
-def test_killed_at_random_moments_it_loses_and_doubles_nothing(tmp_path):
-    folder, moments, kills = write_photos(tmp_path / "photos", 400), random.Random(0), 0
-    (folder / "a/000.png").write_bytes(b"rubbish")
-    while not (folder / "manifest.parquet").exists() and kills < 6:
-        child = start(tmp_path, folder)
-        time.sleep(moments.uniform(0, 0.15))
-        kill(child)
-        kills += 1
-    built = build_manifest(folder)
-    assert [path for path, _ in built.damaged] == ["a/000.png"]
-    assert [row for row in rows(built.manifest) if row["error"] is None] == expected(folder)[1:]
-    assert len(rows(built.manifest)) == 400 and not list(folder.glob("*.parts"))
-    # Where a run begins below the end of the one before, files are done again: at most a part, and the damaged one.
-    done = [int(line) for line in (tmp_path / "log").read_text().split()]
-    assert max(before - after for before, after in itertools.pairwise([*done, done[-1]])) <= 3 + 1
-
-
-def test_worker_processes_give_the_same_and_end_with_a_killed_parent(folder, tmp_path):
-    child = start(tmp_path, folder, processes=2)
-    workers = [int(pid) for pid in child.stdout.readline().split()]
-    kill(child)
-    assert len(workers) == 2
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() and "Z" not in state(pid) for pid in workers):
-        assert time.monotonic() < deadline, "a worker outlives its parent"
-        time.sleep(0.05)
+    with subprocess.Popen([sys.executable, script, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        workers = [int(pid) for pid in child.stdout.readline().split()]
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert len(workers) == 2 and not (folder / "manifest.parquet").exists()
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{pid}").exists() and "Z" not in state(pid) for pid in workers):
+            assert time.monotonic() < deadline, "a worker outlives its parent"
+            time.sleep(0.05)
     build_manifest(folder, processes=2)
     assert rows(folder / "manifest.parquet") == expected(folder)
 

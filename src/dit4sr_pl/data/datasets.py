@@ -17,13 +17,13 @@ from dit4sr_pl.images.files import read_image
 
 log = logging.getLogger(__name__)
 
-TOKEN = 16  # pixels a side of a token: the VAE reduces 8x, and 2x2 latents are one token
+TOKEN = 16  # side of a token in pixels: the VAE reduces 8x, and 2x2 latents are one token
 
 
 class Draw(NamedTuple):
-    """One training sample: `index` of its `epoch`, with `position` samples before it in the run.
+    """One training sample: `index` within its `epoch`, with `position` samples before it in the run.
 
-    With sets of weight 1, `index` counts photos; else `Mixture` says which photo it is.
+    With sets of weight 1, `index` counts photos; otherwise `Mixture` says which photo it is.
     """
 
     index: int
@@ -32,38 +32,49 @@ class Draw(NamedTuple):
 
 
 def mean_gradient(image: torch.Tensor) -> float:
-    """Mean over pixels of the 3x3 Sobel magnitude of a uint8 image `(3, H, W)`.
+    """Returns the mean over pixels of the 3x3 Sobel magnitude of a uint8 image `(3, H, W)`.
 
-    Grey in 0..1 and un-normalised kernels: a ramp that rises by `s` per pixel has the gradient `8 s`.
+    Grey is in 0..1 and the kernels are not normalised: a ramp that rises by `s` per pixel has the gradient `8 s`.
     """
     grey = rgb_to_grayscale(image / 255)
     return float(sobel(grey[None], normalized=False, eps=0).mean())
 
 
 def pad_to(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Enlarge an image `(3, H, W)` to at least `(height, width)` by reflection at its bottom and right."""
+    """Enlarges an image `(3, H, W)` to at least `(height, width)` by reflection at its bottom and right."""
     down, right = max(0, height - image.shape[1]), max(0, width - image.shape[2])
     if not down and not right:
         return image
-    # NumPy reflects as often as needed; PyTorch's padding stops at the image's own size
+    # NumPy reflects as often as needed; PyTorch's padding stops at the image's own size.
     return torch.from_numpy(np.pad(image.numpy(), ((0, 0), (0, down), (0, right)), mode="reflect"))
 
 
 class TrainingCrops(Dataset):
-    """Random crops of the photos in folders and in named sets (see `open_sets`); the sample of a `Draw` is a dict:
+    """Random crops of the photos in folders and named sets (see `open_sets`). The sample of a `Draw` is a dict:
 
-    - `image`: uint8 `(3, crop_size, crop_size)`; smaller images are enlarged by reflection first
-    - `seed`: for the degradation, in `[0, 2**63)`
-    - `position`: of the draw
+    - `image`: uint8 `(3, crop_size, crop_size)`; smaller photos are enlarged by reflection first
+    - `seed`: seed of the degradation, in `[0, 2**63)`
+    - `position`: position of the draw
     - `prompt`: the photo's caption, empty with `empty_prompt_probability`
     - `name`: path below the folder, without suffix
 
-    Its length is that of an epoch. The first `photos_in_memory` photos that a worker decodes stay decoded in it.
+    An unreadable file is reported once, by name, whichever worker reads it, and the next readable photo takes its
+    place.
 
-    A crop whose `mean_gradient` is under `min_gradient` is drawn again, up to `redraws` times; the last one stands.
+    Args:
+        folders: folders of photos, one or several.
+        crop_size: side of the crops, pixels.
+        seed: seed of all draws.
+        flip: whether half of the crops are mirrored.
+        min_gradient: smallest `mean_gradient` of a crop; flatter crops are drawn again.
+        redraws: how often a flat crop is drawn again; the last one stands.
+        empty_prompt_probability: probability of an empty prompt.
+        photos_in_memory: number of photos that stay decoded in each worker, the first that it decodes.
+        sets: further sets of photos by name, see `open_sets`.
 
-    An unreadable file is reported once, by name, whichever worker meets it, and the next readable one takes its place.
-    Raises `ValueError` or `FileNotFoundError` if a folder is missing or empty, or no file is readable.
+    Raises:
+        FileNotFoundError: a folder is missing.
+        ValueError: a folder is empty, or no file is readable.
     """
 
     def __init__(
@@ -85,11 +96,12 @@ class TrainingCrops(Dataset):
         self.crop_size, self.seed, self.flip = crop_size, seed, flip
         self.min_gradient, self.redraws = min_gradient, redraws
         self.empty_prompt_probability = empty_prompt_probability
-        # in shared memory, so that one worker knows what another has reported
+        # The flags lie in shared memory, so that a worker knows what another one has reported.
         self.reported = torch.zeros(len(self.photos), dtype=torch.bool).share_memory_()
         self._read(0)
 
     def __len__(self) -> int:
+        """Returns the number of samples in an epoch."""
         return len(self.mixture)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
@@ -106,7 +118,7 @@ class TrainingCrops(Dataset):
         }
 
     def _read(self, index: int) -> tuple[Photo, torch.Tensor]:
-        """Photo number `index`, or the next readable one after it."""
+        """Returns photo number `index`, or the next readable one after it, with its pixels."""
         for candidate in itertools.chain(range(index, len(self.photos)), range(index)):
             photo = self.photos[candidate]
             if candidate in self.decoded:
@@ -134,12 +146,19 @@ class TrainingCrops(Dataset):
 
 
 class ValidationImages(Dataset):
-    """Fixed samples, the first `limit` images: the keys of `TrainingCrops`, never an empty prompt by chance.
+    """Fixed samples with the keys of `TrainingCrops`; a prompt is never empty by chance.
 
-    `image` is the central `crop` x `crop` pixels or, without `crop`, the whole image cut to whole tokens; smaller
-    images are enlarged by reflection. `seed` depends on (seed, name) alone.
+    `seed` depends on the dataset's seed and the image's name alone.
 
-    Raises `ValueError` for an unreadable file: scores over varying images would not compare.
+    Args:
+        folders: folders of images, one or several.
+        crop: side of central crops, pixels; None: whole images, cut to whole tokens. Smaller images are enlarged by
+            reflection.
+        seed: seed of the degradation.
+        limit: number of images, counted from the first; None: all.
+
+    Raises:
+        ValueError: a file is unreadable; scores over varying images could not be compared.
     """
 
     def __init__(self, folders: Folders, crop: int | None, seed: int, limit: int | None = None):

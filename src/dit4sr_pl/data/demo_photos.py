@@ -1,5 +1,4 @@
-"""Photos for the demo and the miniature ablation: those that scikit-image and scikit-learn carry inside their wheels,
-so nothing is downloaded."""
+"""Photos for the demo and the miniature ablation, from the wheels of scikit-image and scikit-learn: no download."""
 
 import os
 from pathlib import Path
@@ -19,9 +18,8 @@ CROP, CROPS = 128, 6
 
 
 def write_demo_photos(folder: Path | str) -> None:
-    """Write the demo's 8 photos to `folder/train` and 6 held-out ones to `folder/test`, as RGB PNG.
-
-    Photos already there are left alone.
+    """Writes the demo's 8 photos to `folder/train` and 6 held-out ones to `folder/test`, as RGB PNG; existing files
+    stay.
     """
     for part, names in (("train", TRAIN), ("test", TEST)):
         for name in names:
@@ -31,9 +29,10 @@ def write_demo_photos(folder: Path | str) -> None:
 
 
 def write_crops(folder: Path | str) -> None:
-    """Write what the miniature ablation is scored on: 128x128 crops of the held-out photos and of two pages of writing.
+    """Writes the images that the miniature ablation is scored on: 128x128 crops of held-out photos and pages of
+    writing.
 
-    Up to 6 of each, spread over the picture, as `NAME_K.png`; those already there are left alone.
+    There are up to 6 of each, spread over the picture, named `NAME_K.png`; existing files stay.
     """
     for name in (*TEST, *WRITING):
         if not Path(folder, f"{name}_0.png").exists():
@@ -44,12 +43,12 @@ def write_crops(folder: Path | str) -> None:
 
 
 def write(path: Path, image: torch.Tensor) -> None:
-    """Runs of a sweep start at once, and so do the processes of a run on several devices."""
+    """Writes an image; several runs, or processes of one run, may do so at once."""
     write_image(path, image, writer=f".{os.getpid()}")
 
 
 def _load(name: str) -> torch.Tensor:
-    """RGB `(3, H, W)` in 0..1; grey photos are repeated over the channels."""
+    """Returns RGB `(3, H, W)` in 0..1; grey photos are repeated over the channels."""
     if name in ("china", "flower"):
         pixels = load_sample_image(f"{name}.jpg")
     elif name == "motorcycle":
@@ -61,7 +60,7 @@ def _load(name: str) -> torch.Tensor:
 
 
 def demo_data(photos: str, **arguments) -> SuperResolutionData:
-    """`SuperResolutionData` over the demo's photos, which are written into the folder `photos` first."""
+    """Writes the demo's photos into the folder `photos` and returns `SuperResolutionData` over them."""
     write_demo_photos(photos)
     write_crops(Path(photos, "crops"))
     return SuperResolutionData(**arguments)

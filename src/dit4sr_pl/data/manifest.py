@@ -1,9 +1,7 @@
-"""A folder's manifest: its photos, their sizes and hashes, and which of them are damaged.
+"""A folder's manifest, the reading half: its photos, their sizes and hashes, and which of them are damaged.
 
-One parquet table, sorted by path as `find_images` sorts: a folder with a manifest and one without give the same list.
-While it is made, `<manifest>.parts/` beside it holds what is finished: `part-*.parquet` as they come, and
-`<i>-of-<n>.parquet` for a shard that is through. A photo's shard follows from its path alone, so that shards agree
-without talking to each other. No PyTorch here.
+The manifest is one parquet table, sorted by path as `find_images` sorts, so that a folder with a manifest and one
+without give the same list. No PyTorch.
 """
 
 import itertools
@@ -23,7 +21,9 @@ COMMAND = "python -m dit4sr_pl.prepare stage=manifest"
 
 
 class Manifest(NamedTuple):
-    """Good photos, sorted by path: `files` below the folder, `sizes` in bytes; and the `damaged` ones' paths."""
+    """Good photos sorted by path, `files` below the folder with their `sizes` in bytes, and the paths of `damaged`
+    ones.
+    """
 
     files: list[str]
     sizes: list[int]
@@ -31,14 +31,16 @@ class Manifest(NamedTuple):
 
 
 def list_photos(folder: Path) -> list[str]:
-    """Paths below `folder`, with `/`, of its images in the order of `find_images`; errors as of `find_images`."""
+    """Returns the paths below `folder`, with `/`, of its images in the order of `find_images`; errors are its own."""
     return [path.relative_to(folder).as_posix() for path in find_images(folder)]
 
 
 def read_manifest(path: Path | str, limit: int | None = None) -> Manifest:
-    """The first `limit` entries of a manifest (all if None), damaged ones counted.
+    """Reads the first `limit` entries of a manifest, damaged ones included; None: all.
 
-    Raises `FileNotFoundError` if it is not there, `ValueError` for another file.
+    Raises:
+        FileNotFoundError: there is no such manifest.
+        ValueError: the file is something else.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such manifest; run {COMMAND}")
@@ -56,9 +58,12 @@ def read_manifest(path: Path | str, limit: int | None = None) -> Manifest:
 
 
 def check_sizes(folder: Path | str, files: Sequence[str], sizes: Sequence[int]) -> None:
-    """Raises `ValueError`, naming the first few, unless all `files` below `folder` have these sizes in bytes.
+    """Checks that all `files` below `folder` have these sizes in bytes; no file is opened.
 
-    Asks for each file's size and opens none; side by side, since each answer of a network file system takes long.
+    The sizes are read side by side, since every answer of a network file system takes long.
+
+    Raises:
+        ValueError: sizes differ; the message names the first few files.
     """
     with ThreadPoolExecutor(16) as pool:
         slices = (files[start : start + 500] for start in range(0, len(files), 500))
@@ -75,7 +80,7 @@ def check_sizes(folder: Path | str, files: Sequence[str], sizes: Sequence[int]) 
 
 
 def file_size(path: Path | str) -> int | None:
-    """Bytes; None if there is no such file, or it cannot be looked at."""
+    """Returns a file's size in bytes; None if it does not exist or cannot be accessed."""
     try:
         return os.stat(path).st_size
     except OSError:

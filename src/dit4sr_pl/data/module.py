@@ -1,8 +1,8 @@
 """Training and validation images, and the LR images made from them on the training device.
 
-Workers decode, crop and flip; the batch is degraded after its transfer (design of Real-ESRGAN, per image). Crop, flip,
-empty prompt and degradation are functions of (seed, sample index, epoch), the order of samples of (seed, epoch), and
-the place to resume at of the step number: see `randomness`.
+Workers decode, crop and flip; the batch is degraded after its transfer, image by image. Crop, flip, empty prompt and
+degradation are functions of (seed, sample index, epoch), the order of samples is one of (seed, epoch), and the place
+to resume at is one of the step number: see `common/randomness.py`.
 """
 
 import functools
@@ -22,21 +22,28 @@ from dit4sr_pl.data.photo_sets import Folders
 
 
 class Degrader(Protocol):
-    """What `SuperResolutionData` asks of a degradation."""
+    """Interface of a degradation, as `SuperResolutionData` uses it."""
 
     def draw(self, seeds: Sequence[int], size: tuple[int, int]) -> Any:
-        """Parameters for `len(seeds)` images of `size` (H, W), each a function of its own seed."""
+        """Draws parameters for `len(seeds)` images of `size` (H, W), each a function of its own seed."""
 
     def __call__(self, images: torch.Tensor, params: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(B, 3, H, W)` in 0..1 -> LR `(B, 3, H/4, W/4)` and the target HR `(B, 3, H, W)`."""
+        """Returns LR `(B, 3, H/4, W/4)` and the target HR `(B, 3, H, W)` of images `(B, 3, H, W)` in 0..1."""
 
 
 class PositionSampler(Sampler[list[Draw]]):
-    """Endless batches of draws: position `p` of the run is sample `p % length` of the order of epoch `p // length`.
+    """Endless batches of draws: position `p` of the run is sample `p % length` in the order of epoch `p // length`.
 
     Batch `s` of device `rank` holds `batch_size` positions from `start() + (s * world_size + rank) * batch_size`.
-    `start` gives the images seen so far, over all devices; it is asked whenever an iteration begins, since Lightning
-    begins anew after each of its epochs.
+
+    Args:
+        length: number of samples in an epoch.
+        batch_size: samples per device and batch.
+        seed: seed of the orders.
+        start: function that returns the number of images seen so far, over all devices. It is called whenever an
+            iteration begins, since Lightning begins anew after each of its epochs.
+        rank: number of this device.
+        world_size: number of devices.
     """
 
     def __init__(
@@ -62,33 +69,45 @@ class PositionSampler(Sampler[list[Draw]]):
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """Schedulers signal every process of a job: a worker that dies of it would take the run with it, unsaved."""
+    """Makes a worker ignore SIGTERM and the user signals, which schedulers send to every process of a job.
+
+    A worker that dies of one would end the run before it is saved.
+    """
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
 
 
 class SuperResolutionData(LightningDataModule):
-    """Batches of LR and HR images for training, without end, and for validation.
+    """Endless batches of LR and HR images for training, and the images for validation.
 
-    To the keys of `TrainingCrops` a batch on the device adds, in float32 and 0..1: `lr` `(B, 3, H/4, W/4)`, `hr`
-    `(B, 3, H, W)` and the parameters `degradation` that made them; `image` becomes float too. `seed` and `position`
+    A batch on the device has the keys of `TrainingCrops` and, in float32 and 0..1, `lr` `(B, 3, H/4, W/4)` and `hr`
+    `(B, 3, H, W)`, with the parameters `degradation` that made them; `image` becomes float too. `seed` and `position`
     are int64 `(B,)` and stay on the CPU, where generators are seeded.
 
     Training starts at image `global_step * batch_size * devices * accumulate_grad_batches`, so a checkpoint's step
-    number is all that resuming needs. Under DDP the trainer needs `use_distributed_sampler=False`, else Lightning
-    refuses the loaders; with endless training batches, `check_val_every_n_epoch=None` and an integer
+    number is all that resuming needs. Under DDP the trainer needs `use_distributed_sampler=False`, otherwise Lightning
+    refuses the loaders; endless training batches need `check_val_every_n_epoch=None` and an integer
     `val_check_interval`.
 
     Args:
-        folders: of the training images, one or several; searched recursively.
-        sets: further training images, by name: the arguments of `PhotoSet`. A set whose folder is None is left out.
-        validation_folders: the same for validation; none turns validation off.
+        folders: folders of the training images, one or several; searched recursively.
+        validation_folders: folders of the validation images; none turns validation off.
         degradation: makes LR and HR from images.
         crop_size: side of the training crops in pixels, a multiple of 16.
-        validation_crop: side of the validation crops; `None` for whole images, which come one by one.
+        validation_crop: side of the validation crops in pixels; None: whole images, one per batch.
         batch_size: images per device and batch.
-        validation_limit: take only so many validation images.
-        flip, min_gradient, redraws, empty_prompt_probability, photos_in_memory: as for `TrainingCrops`.
+        num_workers: worker processes per device.
+        seed: seed of all draws.
+        flip: see `TrainingCrops`.
+        min_gradient: see `TrainingCrops`.
+        redraws: see `TrainingCrops`.
+        empty_prompt_probability: see `TrainingCrops`.
+        photos_in_memory: see `TrainingCrops`.
+        validation_limit: number of validation images; None: all.
+        sets: further training images by name, the arguments of `PhotoSet`; a set whose folder is None is left out.
+
+    Raises:
+        ValueError: a crop size is no multiple of 16.
     """
 
     def __init__(
@@ -125,11 +144,12 @@ class SuperResolutionData(LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def prepare_data(self) -> None:
-        """Check the photos of all sets as `PhotoSet.check` says. Lightning calls it in one process per machine."""
+        """Checks the photos of all sets, see `PhotoSet.check`. Lightning calls it in one process per machine."""
         for photo_set in [*self.training.sets, *(self.validation.sets if self.validation else [])]:
             photo_set.check()
 
     def train_dataloader(self) -> DataLoader:
+        """Returns the endless training batches of this device."""
         rank, world_size = self._place()
         sampler = PositionSampler(
             len(self.training), self.batch_size, self.seed, self._images_seen, rank=rank, world_size=world_size
@@ -137,7 +157,7 @@ class SuperResolutionData(LightningDataModule):
         return self._loader(self.training, sampler)
 
     def val_dataloader(self) -> DataLoader | list:
-        """Each validation image once, over all devices; `[]` without validation folders."""
+        """Returns every validation image once, over all devices; `[]` without validation folders."""
         if self.validation is None:
             return []
         rank, world_size = self._place()
@@ -148,11 +168,13 @@ class SuperResolutionData(LightningDataModule):
         return self._loader(self.validation, [share[i : i + size] for i in range(0, len(share), size)])
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
+        """Moves a batch to the device except its seeds and positions, which are read on the CPU."""
         on_cpu = {key: batch[key] for key in ("seed", "position")}  # reading them back would wait for the device
         return super().transfer_batch_to_device(batch, device, dataloader_idx) | on_cpu
 
     @torch.no_grad()
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        """Degrades a batch on the device."""
         images = batch["image"].float() / 255
         params = self.degradation.draw(batch["seed"].tolist(), tuple(images.shape[-2:]))
         lr, hr = self.degradation(images, params)
@@ -163,7 +185,7 @@ class SuperResolutionData(LightningDataModule):
             dataset,
             batch_sampler=batch_sampler,
             num_workers=self.num_workers,
-            # Said aloud: joblib's processes have a way of their own, in which PyTorch's cannot start.
+            # The start method is explicit, since joblib sets one in which PyTorch's workers cannot start.
             multiprocessing_context=multiprocessing.get_all_start_methods()[0] if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
@@ -171,7 +193,7 @@ class SuperResolutionData(LightningDataModule):
         )
 
     def _place(self) -> tuple[int, int]:
-        """Rank and number of devices; without a trainer (in a notebook) the first of one."""
+        """Returns rank and number of devices; without a trainer (in a notebook) the first of one."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _images_seen(self) -> int:

@@ -21,12 +21,15 @@ Folders = str | Path | Sequence[str | Path]
 
 
 class Photo(NamedTuple):
+    """An HR training image: its folder, its path below that, and its set's captions."""
+
     folder: Path
     file: str  # path below the folder, with `/`
     captions: CaptionFiles | CaptionTable
 
     @property
     def path(self) -> Path:
+        """The photo's file."""
         return self.folder / self.file
 
     @property
@@ -36,25 +39,28 @@ class Photo(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """The caption, on one line; empty if there is none."""
+        """The caption on one line, empty if there is none."""
         return self.captions[self.name]
 
 
 class PhotoSet:
     """The photos of one folder, sorted by path, as the list `photos`.
 
-    With a manifest they are listed by it: no folder is walked and no file looked at until `check`, and the damaged
-    files that it knows are left out.
+    With a manifest the photos are those that it lists: no folder is walked and no file is accessed before `check`, and
+    the files that it knows to be damaged are left out.
 
     Args:
-        folder: of photos, at any depth.
-        name: what messages call the set.
-        limit: only the first so many photos, damaged ones counted, so that a set is the same with and without manifest.
-        weight: how often each photo comes per epoch, on the mean; see `Mixture`.
-        captions: folder of `.txt` files or table, see `captions`; None for `.txt` files beside the photos.
-        manifest: path of the manifest; None for `manifest.parquet` in the folder, if it is there.
+        folder: folder of photos, at any depth.
+        name: the set's name in messages; None: the folder.
+        limit: number of photos to take, counted from the first and including damaged ones, so that a set is the same
+            with and without a manifest; None: all.
+        weight: how often each photo comes per epoch on average; see `Mixture`.
+        captions: folder of `.txt` files or a table, see `captions`; None: `.txt` files next to the photos.
+        manifest: path of the manifest; None: `manifest.parquet` in the folder, if it exists.
 
-    Raises `FileNotFoundError` or `ValueError` for whatever of this is missing, unreadable or out of range.
+    Raises:
+        FileNotFoundError: the folder, the captions or the manifest do not exist.
+        ValueError: one of them cannot be read, or a number is out of range.
     """
 
     def __init__(
@@ -89,9 +95,12 @@ class PhotoSet:
         return listed
 
     def check(self) -> None:
-        """Compare every file's size with the manifest's, and log what the manifest leaves out and who has a caption.
+        """Compares every file's size with the manifest's, and logs damaged photos and the number of captions.
 
-        Raises `ValueError` if a file is missing or has another size. Without a manifest no photo is looked at.
+        Without a manifest no photo is accessed.
+
+        Raises:
+            ValueError: a file is missing or has another size.
         """
         if self.sizes is not None:
             check_sizes(self.folder, [photo.file for photo in self.photos], self.sizes)
@@ -108,7 +117,11 @@ class PhotoSet:
 
 
 def open_sets(folders: Folders, sets: Mapping[str, Mapping[str, Any]] | None = None) -> list[PhotoSet]:
-    """Sets of `folders`, one or several, then the named `sets` (arguments of `PhotoSet`) whose folder is not None."""
+    """Opens the sets of `folders`, then the named `sets` (arguments of `PhotoSet`) whose folder is not None.
+
+    Raises:
+        ValueError: there is neither a folder nor a set.
+    """
     folders = [folders] if isinstance(folders, str | Path) else folders
     sets = {name: options for name, options in (sets or {}).items() if options.get("folder") is not None}
     if not folders and not sets:
@@ -118,11 +131,16 @@ def open_sets(folders: Folders, sets: Mapping[str, Mapping[str, Any]] | None = N
 
 
 class Mixture:
-    """Which photo sample `index` of an epoch shows, over sets of these `lengths` and `weights`.
+    """The photo of every sample of an epoch, over sets of these `lengths` and `weights`.
 
-    In every epoch a set of n photos with weight w has m = round(w n) samples: floor(m / n) times all its photos, then,
-    for the rest, the next so many of an endless row of permutations of them. So every epoch is as long as the next,
-    and after k of them each photo has come k m / n times, rounded up or down. With weights of 1 sample i is photo i.
+    In every epoch a set of n photos with weight w has m = round(w n) samples: floor(m / n) times all its photos, then
+    the next photos of an endless sequence of permutations. So all epochs have one length, and after k of them each
+    photo has come k m / n times, rounded up or down. With weights of 1, sample i is photo i.
+
+    Args:
+        lengths: number of photos per set.
+        weights: weight per set.
+        seed: seed of the permutations.
     """
 
     def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int):
@@ -132,11 +150,11 @@ class Mixture:
         self.first_photo = list(accumulate(lengths, initial=0))
 
     def __len__(self) -> int:
-        """Samples in an epoch."""
+        """Returns the number of samples in an epoch."""
         return self.first_sample[-1]
 
     def photo(self, index: int, epoch: int) -> int:
-        """A photo's place among those of all sets, one set after the other."""
+        """Returns the number of the photo that sample `index` of an epoch shows, counted over all sets in order."""
         place = bisect.bisect_right(self.first_sample, index) - 1
         length, within = self.lengths[place], index - self.first_sample[place]
         extra = self.samples[place] % length
@@ -149,5 +167,5 @@ class Mixture:
 
 @functools.lru_cache(maxsize=32)
 def _permutation(seed: int, place: int, number: int, length: int) -> torch.Tensor:
-    """Permutation `number` of the row of the set at `place`."""
+    """Returns permutation `number` of the sequence of the set at `place`."""
     return torch.randperm(length, generator=generator("cpu", seed, "extra", place, number))

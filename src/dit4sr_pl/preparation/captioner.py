@@ -20,15 +20,16 @@ class Captioner:
 
     Args:
         name: hub id or folder of the model.
-        instruction: what it is asked about every image.
-        max_tokens: of a caption.
-        max_side: longer images are reduced to it, in pixels; models of any resolution take a token per patch.
-        dtype: of the weights: `float32`, `bfloat16` or `float16`.
-        device: to run on.
-        dropped_words: sentences that contain one of them are left out.
+        instruction: the request for every image.
+        max_tokens: length of a caption, tokens.
+        max_side: larger images are reduced to this side, pixels; models of any resolution take a token per patch.
+        dtype: dtype of the weights: `float32`, `bfloat16` or `float16`.
+        device: device that the model runs on.
+        dropped_words: sentences that contain one of these words are left out.
 
     Raises:
-        FileNotFoundError: a model that is missing, gated, incomplete or of another kind, with what to do.
+        FileNotFoundError: the model is missing, gated, incomplete or of another kind; the message says what to do.
+        ValueError: the model has no chat template.
     """
 
     def __init__(
@@ -53,16 +54,16 @@ class Captioner:
         if self.processor.chat_template is None:
             raise ValueError(f"captioner.name={name}: has no chat template; take an instruction-tuned model")
         self.model.eval().to(device)
-        self.processor.tokenizer.padding_side = "left"  # answers of a batch begin at one place
+        self.processor.tokenizer.padding_side = "left"  # the answers of a batch start at one position
         self.name, self.instruction, self.max_tokens, self.max_side = name, instruction, max_tokens, max_side
         self.dropped_words = dropped_words
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[torch.Tensor]) -> list[str]:
-        """The captions of uint8 RGB images `(3, H, W)`, each on one line and the likeliest token by token.
+        """Returns the captions of uint8 RGB images `(3, H, W)`, one line each, greedily decoded.
 
         Raises:
-            ValueError: out of the device's memory.
+            ValueError: the device's memory is too small.
         """
         inputs = self.processor.apply_chat_template(
             [self.conversation(image) for image in images],
@@ -84,26 +85,29 @@ class Captioner:
         return [drop_sentences(caption, self.dropped_words) for caption in captions]
 
     def conversation(self, image: torch.Tensor) -> list[dict]:
+        """Returns the chat that asks for one image's caption."""
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         picture.thumbnail((self.max_side, self.max_side))
         content = [{"type": "image", "image": picture}, {"type": "text", "text": self.instruction}]
         return [{"role": "user", "content": content}]
 
 
-UNSAMPLED = {"temperature": None, "top_p": None, "top_k": None}  # models bring settings for sampling
+UNSAMPLED = {"temperature": None, "top_p": None, "top_k": None}  # models come with settings for sampling
 
 
 def drop_sentences(caption: str, words: Iterable[str]) -> str:
-    """A caption on one line without the sentences that contain one of `words`, also inside of a word (`blurry`)."""
+    """Returns a caption on one line without the sentences that contain one of `words`, also within a word
+    (`blurry`).
+    """
     sentences = re.split(r"(?<=[.!?])\s+", " ".join(caption.split()))
     return " ".join(s for s in sentences if not any(word.lower() in s.lower() for word in words))
 
 
 def one_per_caption(files: Iterable[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
-    """Pairs of an image and its caption's file, each once.
+    """Returns pairs of an image and its caption file, each once.
 
     Raises:
-        ValueError: two images of one caption.
+        ValueError: two images share a caption file.
     """
     images = {}
     for image, text in files:
@@ -118,15 +122,16 @@ def write_captions(
     batch_size: int,
     track: Callable[[list], Iterable] = iter,
 ) -> list[str]:
-    """Writes the captions that are missing; returns what is wrong with each image that cannot be read.
+    """Writes the missing captions and returns a message for each image that cannot be read.
 
-    Batches are the same on every run, whatever of them is there already: in half precision a caption can depend on
-    the images beside it.
+    Batches are the same in every run, whichever captions exist: in half precision a caption can depend on the other
+    images of its batch.
 
     Args:
-        files: pairs of an image and its caption's file.
-        captioner: uint8 RGB images `(3, H, W)` to captions.
-        track: what to iterate the batches through, such as a progress bar.
+        files: pairs of an image and its caption file.
+        captioner: function from uint8 RGB images `(3, H, W)` to captions.
+        batch_size: number of images per batch.
+        track: wraps the batches that are iterated, such as a progress bar.
     """
     failed = []
     batches = [files[first : first + batch_size] for first in range(0, len(files), batch_size)]

@@ -1,4 +1,6 @@
-"""Prompt embeddings on disk, the writing half: prompts are encoded once, before training."""
+"""Prompt embeddings on disk, the writing half: prompts are encoded once, before training. See
+`backbone/prompt_cache.py`.
+"""
 
 import itertools
 import json
@@ -22,19 +24,22 @@ def write_embeddings(
     shard: tuple[int, int] = (1, 1),
     track: Callable[[list[str]], Iterable[str]] = iter,
 ) -> int:
-    """Adds the prompts that a cache lacks, part `shard[0]` (from 1) of `shard[1]` of them; returns how many those were.
+    """Adds the prompts that a cache lacks and returns their number.
 
-    Tasks of different parts may run at once. A killed one loses the file it was at and goes on there.
+    Tasks of different shards may run at once. A killed task loses the file that it was writing and resumes there.
 
     Args:
-        prompts: any, in any order; equal ones are stored once, and the empty one always.
-        encode: a prompt to its embeddings `(1, T, D_text)` and pooled ones `(1, D_pooled)`.
-        backbone, t5_tokens: what `encode` encodes with.
-        file_bytes: about the size of a file, and of what is held in memory.
-        track: what to iterate the prompts to encode through, such as a progress bar.
+        prompts: prompts in any order; equal ones are stored once, and the empty one always.
+        encode: function from a prompt to its embeddings `(1, T, D_text)` and pooled ones `(1, D_pooled)`.
+        folder: folder of the cache.
+        backbone: name of the backbone that `encode` uses.
+        t5_tokens: number of T5 tokens that `encode` uses.
+        file_bytes: approximate size of a file, and of the embeddings in memory.
+        shard: this task's number, from 1, and the number of tasks.
+        track: wraps the prompts that are encoded, such as a progress bar.
 
     Raises:
-        ValueError: the cache is of another backbone or number of T5 tokens, or has a truncated file.
+        ValueError: the cache has another backbone or number of T5 tokens, or a truncated file.
     """
     folder, (number, count) = Path(folder), shard
     writer = f".{number}-of-{count}"
@@ -58,7 +63,7 @@ def write_embeddings(
         tensors |= {f"{key}.embeds": embeds[0].bfloat16(), f"{key}.pooled": pooled[0].bfloat16()}
         texts[key] = prompt
         if sum(tensor.nbytes for tensor in tensors.values()) >= file_bytes or key == todo[-1]:
-            # One entry of metadata: of several, safetensors writes the order at random.
+            # The metadata has a single entry, since safetensors writes several in random order.
             metadata = {"embeddings": json.dumps(origin | {"prompts": texts})}
             with atomic_write(folder / f"{min(texts)}.safetensors", writer) as partial:
                 save_file(tensors, partial, metadata)
@@ -68,7 +73,7 @@ def write_embeddings(
 
 
 def write_index(folder: Path, origin: dict, writer: str) -> None:
-    """Indexes all files, again if another task added one meanwhile: whoever writes last has seen all of them."""
+    """Indexes all files, again if another task added one meanwhile: the last writer has seen all of them."""
     seen = None
     while seen != (files := list_cache_files(folder)):
         seen = files
@@ -79,7 +84,7 @@ def write_index(folder: Path, origin: dict, writer: str) -> None:
 
 
 def read_headers(folder: Path, backbone: str, t5_tokens: int) -> dict[str, tuple[str, str]]:
-    """Per key of a cache the name of its file and its prompt; errors as of `write_embeddings`."""
+    """Returns the file name and the prompt of every key of a cache; errors are those of `write_embeddings`."""
     stored = {}
     for path in list_cache_files(folder):
         _, header = open_file(path)
@@ -89,4 +94,5 @@ def read_headers(folder: Path, backbone: str, t5_tokens: int) -> dict[str, tuple
 
 
 def list_cache_files(folder: Path) -> list[Path]:
+    """Returns the files of a cache, sorted by name."""
     return sorted(folder.glob("*.safetensors"))
