@@ -18,14 +18,15 @@ REFERENCES = {1: ("DiT4SR", "DiT4SR FULL"), 3: ("FULL",)}
 
 
 def main() -> None:
+    """Separates paths from options and compares."""
     paths, sys.argv[1:] = split(sys.argv[1:])
     command("compare")(functools.partial(compare, paths))()
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Paths, and what is Hydra's: options, and key=value for keys of `conf/compare.yaml`.
+    """Returns paths, and Hydra's arguments: options, and key=value for keys of `conf/compare.yaml`.
 
-    Paths never pass through Hydra's grammar, in which `=`, commas and spaces mean something.
+    Paths never pass through Hydra's grammar, in which `=`, commas and spaces have a meaning.
     """
     keys = "|".join(["hydra", *map(str, OmegaConf.load(conf_folder() / "compare.yaml"))])
     paths, for_hydra = [], []
@@ -37,6 +38,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def compare(paths: Sequence[str], cfg: DictConfig) -> None:
+    """Prints and writes the tables, charts and strips of finished runs."""
     check(cfg)
 
     from dit4sr_pl.comparison.rows import find_runs, make_rows, metrics_of
@@ -68,7 +70,7 @@ def compare(paths: Sequence[str], cfg: DictConfig) -> None:
 
 
 def draw(tables: Sequence, output: Path, options: DictConfig) -> None:
-    """A chart and a strip of each table; the strips, which look into pictures, come last."""
+    """Draws a chart and a strip of each table; strips, which read pictures, come last."""
     from dit4sr_pl.comparison.charts import write_chart
     from dit4sr_pl.comparison.strips import write_strip
 
@@ -81,6 +83,7 @@ def draw(tables: Sequence, output: Path, options: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
+    """Checks everything that a user can get wrong and that shows without reading a run."""
     for key, choices in {"table": ["auto", 1, 3], "paper": ["runs", "all", "none"]}.items():
         if cfg[key] not in choices:
             raise ValueError(f"{key}={cfg[key]}; choose one of {', '.join(map(str, choices))}")
@@ -102,9 +105,10 @@ def check(cfg: DictConfig) -> None:
 
 
 def choose_table(wanted: int | str, runs: Sequence) -> int:
-    """3 where several variants of one method were run, beside methods without variants; else 1.
+    """Returns 3 where several variants of one method were run, also next to methods without variants; otherwise 1.
 
-    Raises ValueError for a 3 without variants, or with those of several methods.
+    Raises:
+        ValueError: a 3 is wanted without variants, or with those of several methods.
     """
     variants = {(run.result.method, run.result.variant) for run in runs if run.result.variant}
     methods = sorted({method for method, _ in variants})
@@ -118,7 +122,7 @@ def choose_table(wanted: int | str, runs: Sequence) -> int:
 
 
 def choose_against(wanted: str | None, paper_table: int, labels: Sequence[str]) -> str:
-    """Label of the row that the others are tested against."""
+    """Returns the label of the row that the others are tested against."""
     if wanted is None:
         return next((label for label in REFERENCES[paper_table] if label in labels), REFERENCES[paper_table][0])
     if wanted not in labels:
@@ -127,18 +131,20 @@ def choose_against(wanted: str | None, paper_table: int, labels: Sequence[str]) 
 
 
 def lower_is_better() -> dict[str, bool]:
-    """By metric, as `conf/metrics/` has it."""
+    """Returns by metric whether lower is better, as `conf/metrics/` says."""
     files = [OmegaConf.load(file) for file in sorted((conf_folder() / "metrics").glob("*.yaml"))]
     metrics = [metric for file in files for metric in file.items() if metric[0] != "defaults"]  # which lists others
     return {name: options.get("lower_is_better", False) for name, options in metrics}
 
 
 def write(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def file_name(dataset: str) -> str:
+    """Returns a dataset's name as part of a file name."""
     return re.sub(r"[^\w.-]", "_", dataset)
 
 

@@ -18,11 +18,12 @@ from dit4sr_pl.scores.weight_files import check_metrics
 
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
+    """Runs one evaluation."""
     evaluate(cfg)
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Restores and scores what is left of this shard, and writes the result when nothing is left of any."""
+    """Restores and scores the rest of this shard, and writes the result when no shard has any left."""
     check(cfg)
     dataset, items = open_items(cfg)
     chosen = metrics_for(cfg, items)  # so far without PyTorch
@@ -53,13 +54,13 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def named(images: Path) -> str:
-    """The folder's name, of a result's `images/` the result's."""
+    """Returns the folder's name; for a result's `images/`, the result's."""
     images = images.resolve()
     return images.parent.name if images.name == "images" else images.name
 
 
 def open_items(cfg: DictConfig) -> tuple[str, list]:
-    """The set's name in `conf/dataset/`, and its images."""
+    """Returns the set's name in `conf/dataset/` and its images."""
     from hydra.utils import instantiate
 
     from dit4sr_pl.evaluation.benchmark_sets import finished_images
@@ -74,11 +75,11 @@ def open_items(cfg: DictConfig) -> tuple[str, list]:
 
 
 def metrics_for(cfg: DictConfig, items: list) -> dict[str, DictConfig]:
-    """The metrics' configs; without ground truth those that need it are left out, with a line that says so.
+    """Returns the metrics' configs; without ground truth, metrics that need it are left out, which is printed.
 
     Raises:
-        ValueError: the user asked for one of them, none is left, or one needs larger images.
-        FileNotFoundError: no weights, before anything is restored.
+        FileNotFoundError: weights are missing.
+        ValueError: the user asked for such a metric, none is left, or one needs larger images.
     """
     needing = [name for name, metric in cfg.metrics.items() if metric.reference and items[0].hr is None]
     if needing:
@@ -113,6 +114,7 @@ def identity_of(cfg: DictConfig, dataset: str, items: list, metrics: dict, metho
 
 
 def finish(cfg: DictConfig, dataset: str, method: Any, identity: dict, scores: dict) -> None:
+    """Writes the result and prints its means."""
     from dit4sr_pl.common.hashing import values_hash
     from dit4sr_pl.common.run_identity import hashed_part
     from dit4sr_pl.scores.results import Result, run_name, write_result
@@ -136,7 +138,7 @@ def finish(cfg: DictConfig, dataset: str, method: Any, identity: dict, scores: d
 
 
 def check(cfg: DictConfig) -> None:
-    """Everything that a user can get wrong and that needs no PyTorch to be seen."""
+    """Checks everything that a user can get wrong and that shows without PyTorch."""
     read_shard(cfg.shard)
     for key in ("images", "reference"):
         if cfg[key] is not None:
@@ -151,6 +153,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def check_dataset(cfg: DictConfig) -> None:
+    """Checks the options of a dataset."""
     if cfg.reference is not None:
         raise ValueError("reference is for images=FOLDER without a dataset; give dataset.hr=FOLDER instead")
     if OmegaConf.is_missing(cfg.dataset, "lr"):
@@ -171,6 +174,7 @@ def check_dataset(cfg: DictConfig) -> None:
 
 
 def check_method(cfg: DictConfig) -> None:
+    """Checks the options of a method."""
     if missing := OmegaConf.missing_keys(cfg.method):
         raise ValueError(f"no value for {', '.join(sorted(missing))}; see docs/systems.md")
     if "weights" in cfg.method and cfg.method.weights is None:

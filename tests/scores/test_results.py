@@ -61,7 +61,7 @@ def test_versions_leave_out_a_package_that_is_not_installed(monkeypatch):
         ("", "not a table of scores"),
         ("photo,psnr\na,1\n", "not a table of scores"),
         ("image,psnr\n", "no scores"),
-        ("image,psnr\na,1\na,2\n", "a stands there twice"),
+        ("image,psnr\na,1\na,2\n", "a appears twice"),
         ("image,psnr\na,high\n", "a: not a number"),
         ("image,psnr\na\n", "a: not a number"),
         ("image,psnr\na,1,2\n", "a: not a number"),

@@ -12,7 +12,7 @@ from dit4sr_pl.comparison.tables import ARROWS
 
 
 def bar_chart(table: DatasetTable) -> Figure:
-    """One panel per measured metric: means from zero with their intervals, the paper's numbers as diamonds."""
+    """Returns one panel per measured metric: means from zero with their intervals, the paper's numbers as diamonds."""
     columns = [column for column in range(len(table.metrics)) if not np.isnan(table.means[:, column]).all()]
     size = (2.5 + 2.4 * max(1, len(columns)), 1.6 + 0.35 * len(table.rows))
     figure = Figure(size, layout="constrained")
@@ -33,7 +33,7 @@ def bar_chart(table: DatasetTable) -> Figure:
 
 
 def write_chart(table: DatasetTable, path: Path) -> list[Path]:
-    """As PNG and as PDF, by the suffixes added to `path`; they hold no date, so equal charts are equal files."""
+    """Writes the chart as PNG and PDF and returns the files; they hold no date, so equal charts are equal files."""
     figure = bar_chart(table)
     written = []
     for kind, options in (("png", {"dpi": 150}), ("pdf", {"metadata": {"CreationDate": None}})):

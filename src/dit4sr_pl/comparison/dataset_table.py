@@ -1,4 +1,4 @@
-"""One dataset's part of a table: means and intervals of its rows, which are best, and tests against one of them."""
+"""One dataset's rows of a table: means and intervals, the best ones, and tests against one of the rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,16 +8,21 @@ import numpy as np
 from dit4sr_pl.comparison.rows import Row
 from dit4sr_pl.comparison.statistics import Resampling, holm
 
-DIGITS = 3  # as the paper
+DIGITS = 3  # decimals, as in the paper
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Two rows on the images that both have; arrays by metric, `nan` where one of them has none.
+    """Two rows on the images that both have; arrays by metric, `nan` where a row has none.
 
     Args:
-        left_out: images that only one of them has. difference: mean of the row's scores less the other's.
-        p: of the sign-flip permutation test. p_holm: corrected for all tests of the dataset, rows times metrics.
+        images: number of common images.
+        left_out: images that only one of them has.
+        difference: mean of the row's scores minus the other's.
+        low: lower ends of the intervals of the difference.
+        high: upper ends.
+        p: p-values of the sign-flip permutation test.
+        p_holm: p-values corrected for all tests of the dataset, rows times metrics.
     """
 
     images: int
@@ -31,12 +36,20 @@ class Paired:
 
 @dataclass(frozen=True)
 class DatasetTable:
-    """Arrays are `(rows, metrics)`, `nan` where not measured.
+    """The numbers of one dataset. Arrays are `(rows, metrics)`, `nan` where not measured.
 
     Args:
-        lower: by metric whether lower is better, None where nobody says.
-        ranks: 1 best, 2 second best, 0 neither.
-        against: place of the row that `paired`, by place of the others, is tested against; None if it is not there.
+        dataset: name in the paper's spelling.
+        metrics: names of the columns.
+        lower: by metric whether lower is better; None: unknown.
+        rows: the rows.
+        labels: their labels.
+        means: means over images.
+        low: lower ends of their intervals.
+        high: upper ends.
+        ranks: 1 for the best, 2 for the second best, 0 otherwise.
+        against: place of the row that others are tested against; None if it is not there.
+        paired: the tests, by the place of the other row.
     """
 
     dataset: str
@@ -61,7 +74,7 @@ def make_dataset_table(
     resampling: Resampling,
     against: str,
 ) -> DatasetTable:
-    """`against` is a label, or none that is there."""
+    """Returns the table of one dataset; `against` is a label, or a word that is no label for a table without tests."""
     directions = [lower.get(metric) for metric in metrics]
     means = np.stack([row.scores.mean(axis=0) for row in rows])
     low, high = np.stack([resampling.interval(row.scores) for row in rows], axis=1)
@@ -72,7 +85,7 @@ def make_dataset_table(
 
 
 def rank(means: np.ndarray, lower: Sequence[bool | None]) -> np.ndarray:
-    """1 for the best of each column, 2 for the second best, both with all that print the same number.
+    """Returns 1 for the best of each column and 2 for the second best; values that print equally share a rank.
 
     Columns without a direction or with a single number have no best.
     """
@@ -89,7 +102,7 @@ def rank(means: np.ndarray, lower: Sequence[bool | None]) -> np.ndarray:
 
 
 def compare_rows(rows: Sequence[Row], against: int, resampling: Resampling) -> dict[int, Paired]:
-    """Every other row with the one at `against`, by its place."""
+    """Tests every other row against the one at `against`; returns the tests by place."""
     others = [place for place in range(len(rows)) if place != against]
     pairs = [compare_pair(rows[place], rows[against], resampling) for place in others]
     if not pairs:
@@ -99,6 +112,7 @@ def compare_rows(rows: Sequence[Row], against: int, resampling: Resampling) -> d
 
 
 def compare_pair(row: Row, other: Row, resampling: Resampling) -> dict:
+    """Tests one row against another on their common images; returns fields of `Paired`."""
     common = [image for image in row.images if image in set(other.images)]
     left_out = sorted(set(row.images) ^ set(other.images))
     if not common:

@@ -1,4 +1,4 @@
-"""The order of the variants by each metric, beside the paper's (Table 3)."""
+"""The order of the variants by each metric, next to the paper's (Table 3)."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,20 +8,21 @@ from scipy.stats import kendalltau
 from dit4sr_pl.comparison import paper
 from dit4sr_pl.comparison.dataset_table import DIGITS, DatasetTable
 
-FEWEST = 3  # variants that make an order
+FEWEST = 3  # fewest variants that have an order
 
 
 def variants_of(table: DatasetTable) -> dict[str, int]:
-    """Places of the rows that the paper's Table 3 has too, by its letters."""
+    """Returns the places of the rows that the paper's Table 3 has too, by its letters."""
     places = {paper.VARIANTS.get(row.variant): place for place, row in enumerate(table.rows)}
     return {letter: place for letter, place in places.items() if letter is not None}
 
 
 def orders(table: DatasetTable) -> list[list[str]]:
-    """A line for each of the paper's metrics, then for each of ours: by what, the variants from best to worst, and
-    Kendall's tau to each of the paper's orders, of the means and, where there are several, of every seed by itself.
+    """Returns a line for each of the paper's metrics, then for each of ours.
 
-    None where there are fewer than three variants; metrics that not all of them have are left out.
+    A line holds the metric, the variants from best to worst, and Kendall's tau to each of the paper's orders: of the
+    means and, if there are several seeds, of every seed. There are no lines for fewer than three variants; metrics that
+    not all variants have are left out.
     """
     places = variants_of(table)
     if len(places) < FEWEST:
@@ -39,19 +40,19 @@ def orders(table: DatasetTable) -> list[list[str]]:
 
 
 def order(letters: Iterable[str], values: Sequence[float], sign: int) -> str:
-    """The best first, with their values; `sign` is -1 where lower is better."""
+    """Returns the variants with their values, the best first; `sign` is -1 where lower is better."""
     named = sorted(zip(values, letters, strict=True), key=lambda pair: -sign * pair[0])
     return ", ".join(f"{letter} {value:.{DIGITS}f}" for value, letter in named)
 
 
 def agreement(ours: Sequence[np.ndarray], theirs: Sequence[float]) -> str:
-    """`ours` are the means, then those of every seed."""
+    """Returns Kendall's tau to the paper's values; `ours` holds the means, then those of every seed."""
     tau, *of_seeds = [f"{kendalltau(values, theirs).statistic:+.1f}" for values in ours]
     return f"{tau} ({', '.join(of_seeds)})" if len(of_seeds) > 1 else tau
 
 
 def by_seed(table: DatasetTable, places: Sequence[int], metric: str) -> list[np.ndarray]:
-    """Means of the variants, for every seed that all of them have."""
+    """Returns means of the variants for every seed that all of them have."""
     rows = [{run.result.seed: run.result.scores for run in table.rows[place].runs} for place in places]
     images = [table.rows[place].images for place in places]
     return [

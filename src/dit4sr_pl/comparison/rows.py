@@ -1,4 +1,4 @@
-"""Which results are compared: finding them, and the rows of a table that they make."""
+"""The results that are compared: finding them, and the rows of a table that they make."""
 
 import glob
 from collections.abc import Iterable, Sequence
@@ -13,15 +13,19 @@ from dit4sr_pl.scores.results import ROW, Result, read_result
 
 @dataclass(frozen=True)
 class Run:
+    """A result and its folder."""
+
     folder: Path
     result: Result
 
     @property
     def label(self) -> str:
+        """Label of the run's row."""
         return row_label(self.result.method, self.result.variant)
 
     @property
     def pictures(self) -> Path | None:
+        """Folder of the scored images; None if they were not kept."""
         return self.folder / self.result.pictures if self.result.pictures else None
 
 
@@ -30,7 +34,9 @@ class Row:
     """One method or variant on one dataset.
 
     Args:
-        runs: its seeds, by number. images: those that were scored with every seed. left_out: those that were not.
+        runs: its runs, one per seed, in the order of seeds.
+        images: images that were scored with every seed.
+        left_out: images that were not.
         scores: means over seeds, `(images, metrics)`; `nan` where not measured.
     """
 
@@ -41,38 +47,42 @@ class Row:
 
     @property
     def method(self) -> str:
+        """Name of the method."""
         return self.runs[0].result.method
 
     @property
     def variant(self) -> str:
+        """Name of the variant, may be empty."""
         return self.runs[0].result.variant
 
     @property
     def label(self) -> str:
+        """Label of the row."""
         return self.runs[0].label
 
     def of(self, images: Sequence[str]) -> np.ndarray:
-        """Scores `(images, metrics)` of some of the images, in their order."""
+        """Returns scores `(images, metrics)` of some of the images, in their order."""
         place = {image: number for number, image in enumerate(self.images)}
         return self.scores[[place[image] for image in images]]
 
 
 def row_label(method: str, variant: str) -> str:
+    """Returns the label of a method or variant."""
     return f"{method} {variant_label(variant)}".rstrip()
 
 
 def variant_label(variant: str) -> str:
-    """As Table 3 names it, `FULL` or `A: no_lr_integration`; a variant that it does not have by its name."""
+    """Returns the variant's name in Table 3, `FULL` or `A: no_lr_integration`; another variant keeps its own name."""
     letter = paper.VARIANTS.get(variant)
     return variant if letter is None else letter if variant == "full" else f"{letter}: {variant}"
 
 
 def find_runs(paths: Iterable[str]) -> list[Run]:
-    """Every result that paths name: a folder or a file of one, a folder above several, or a glob of such.
+    """Returns every result that paths name: a folder or a file of one, a folder above several, or a glob of such.
 
     Raises:
-        FileNotFoundError: a path without results.
-        ValueError: a damaged result, or one run twice: by its folder, or by what it is.
+        FileNotFoundError: a path holds no results.
+        ValueError: a result is damaged, or a run appears twice: by its folder, or by what it is.
     """
     found: dict[Path, str] = {}
     for path in paths:
@@ -86,10 +96,11 @@ def find_runs(paths: Iterable[str]) -> list[Run]:
 
 
 def find_folders(path: str) -> list[Path]:
+    """Returns the folders of the results that one path names."""
     matches = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
     if not matches:
         raise FileNotFoundError(f"{path}: no such file or folder")
-    # Of a folder's own files a glob may match several, and so may `**` of folders one in another
+    # A glob may match several files of one folder, and `**` may match nested folders.
     folders: dict[Path, None] = {}
     for match in map(Path, matches):
         files = sorted(match.rglob(f"{ROW}.parquet")) if match.is_dir() else [match.parent / f"{ROW}.parquet"]
@@ -100,11 +111,12 @@ def find_folders(path: str) -> list[Path]:
 
 
 def shorter(folder: Path) -> Path:
-    """Seen from here where it lies below."""
+    """Returns a folder relative to the working folder if it lies below it."""
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def check_distinct(runs: Iterable[Run]) -> None:
+    """Raises ValueError if two runs have the same method, variant, dataset and seed."""
     seen: dict[tuple, Path] = {}
     for run in runs:
         result = run.result
@@ -119,11 +131,12 @@ def check_distinct(runs: Iterable[Run]) -> None:
 
 
 def metrics_of(runs: Iterable[Run]) -> list[str]:
+    """Returns all metrics of the runs, in the order of their appearance."""
     return list(dict.fromkeys(metric for run in runs for metric in run.result.metrics))
 
 
 def make_rows(runs: Iterable[Run], metrics: Sequence[str]) -> dict[str, list[Row]]:
-    """Rows by dataset in the paper's spelling, sorted as the paper's tables are."""
+    """Returns rows by dataset in the paper's spelling, sorted as in the paper's tables."""
     seeds: dict[str, dict[tuple[str, str], list[Run]]] = {}
     for run in sorted(runs, key=lambda run: (order(run.result.method, run.result.variant), run.result.seed)):
         result = run.result
@@ -141,14 +154,14 @@ def make_rows(runs: Iterable[Run], metrics: Sequence[str]) -> dict[str, list[Row
 
 
 def order(method: str, variant: str) -> tuple:
-    """Methods that the paper does not have come first, by name; variants that it does not have come last."""
+    """Returns a sort key: methods that the paper does not have come first, by name; other variants come last."""
     methods, variants = paper.methods(), ["", *paper.VARIANTS]
     place = methods.index(method) if method in methods else -1
     return place, method, variants.index(variant) if variant in variants else len(variants), variant
 
 
 def average(runs: Sequence[Run], metrics: Sequence[str]) -> Row:
-    """Over seeds, image by image."""
+    """Returns the row of one method's seeds, averaged image by image."""
     scores = [run.result.scores for run in runs]
     everywhere = set(scores[0]).intersection(*scores)
     if not everywhere:

@@ -1,11 +1,11 @@
-"""How sure a mean over images is: bootstrap intervals, paired tests, and their correction for being many."""
+"""Uncertainty of a mean over images: bootstrap intervals, paired tests, and their correction for multiple tests."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
-CHUNK = 10**7  # numbers that are drawn at once
+CHUNK = 10**7  # random numbers per batch
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,9 @@ class Resampling:
     """Resamples images; the same seed gives the same intervals and p-values.
 
     Args:
-        level: of the intervals, such as 0.95. resamples: of the images; of the signs, where not all can be tried.
+        level: level of the intervals, such as 0.95.
+        resamples: number of resamples of the images, and of the signs where not all can be tried.
+        seed: seed of the resampling.
     """
 
     level: float
@@ -21,9 +23,9 @@ class Resampling:
     seed: int
 
     def interval(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Percentile bootstrap interval of the means of columns `(images, columns)`.
+        """Returns percentile bootstrap intervals of the means of columns `(images, columns)`.
 
-        `nan` for a column that has it, and for a single image.
+        They are `nan` for a column that holds `nan`, and for a single image.
         """
         low, high = np.full((2, values.shape[1]), np.nan)
         measured = self._measured(values)
@@ -34,10 +36,11 @@ class Resampling:
         return low, high
 
     def p_values(self, differences: np.ndarray) -> np.ndarray:
-        """Two-sided, of each column's mean being zero: sign-flip permutation test, exact for few images.
+        """Returns two-sided p-values for each column's mean being zero: sign-flip permutation test, exact for few
+        images.
 
-        It asks only that a difference is as likely as its negative if two models are alike, and its statistic is the
-        mean that the table shows. `nan` where `interval` is.
+        The test asks only that a difference is as likely as its negative if two models are alike, and its statistic is
+        the mean that the table shows. The p-value is `nan` where `interval` is.
         """
         p = np.full(differences.shape[1], np.nan)
         measured = self._measured(differences)
@@ -56,7 +59,7 @@ class Resampling:
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-    """p-values of one family of tests, corrected for their number (Holm 1979); `nan` is no test."""
+    """Returns p-values corrected for multiple tests by Holm's method; `nan` stays `nan` and does not count."""
     flat = p_values.ravel()
     order = np.argsort(flat)[: np.count_nonzero(~np.isnan(flat))]  # nan is sorted last
     corrected = np.full_like(flat, np.nan)

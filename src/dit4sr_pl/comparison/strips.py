@@ -1,4 +1,4 @@
-"""The same crops of every run side by side, through Pillow alone."""
+"""The same crops of every run side by side, drawn with Pillow alone."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +17,13 @@ Corner = tuple[int, int]
 
 
 def pictures_of(run: Run, name: str) -> Path:
-    """The file of an image; by the name that `evaluate` gives it where there is none."""
+    """Returns the file of an image; if there is none, the name that `evaluate` would give it."""
     paths = [run.pictures / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES]
     return next(filter(Path.is_file, paths), paths[0])
 
 
 def open_all(runs: Sequence[Run], name: str) -> list[Image.Image]:
-    """Every run's picture; raises ValueError for one of another size than the first run's."""
+    """Returns every run's picture; raises ValueError if one has another size than the first run's."""
     pictures = [open_rgb(pictures_of(run, name)) for run in runs]
     for run, picture in zip(runs, pictures, strict=True):
         if picture.size != pictures[0].size:
@@ -33,7 +33,9 @@ def open_all(runs: Sequence[Run], name: str) -> list[Image.Image]:
 
 
 def most_different(pictures: Sequence[Image.Image], crop: int) -> tuple[float, Corner]:
-    """The crop where the pictures differ most: variance over them of its grey pixels, on average, and its corner."""
+    """Returns the variance over pictures of the crop where they differ most (mean over its grey pixels), and its
+    corner.
+    """
     grey = np.stack([np.asarray(picture.convert("L"), dtype=np.float32) for picture in pictures])
     variance = grey.var(axis=0)
     height, width = (min(crop, length) for length in variance.shape)
@@ -44,12 +46,12 @@ def most_different(pictures: Sequence[Image.Image], crop: int) -> tuple[float, C
 
 
 def common_pictures(runs: Sequence[Run]) -> list[str]:
-    """Names of images of which every run has the picture, in the first run's order."""
+    """Returns the names of images whose picture every run has, in the first run's order."""
     return [name for name in runs[0].result.scores if all(pictures_of(run, name).is_file() for run in runs)]
 
 
 def choose(runs: Sequence[Run], names: Sequence[str], count: int, crop: int, at: Corner | None) -> dict[str, Corner]:
-    """`count` of the images and the upper left corners of their crops: as given, or where the runs differ most."""
+    """Returns `count` images and the upper left corners of their crops: as given, or where the runs differ most."""
     with ThreadPoolExecutor(4) as pool:  # Pillow decodes without Python's lock
         found = pool.map(lambda name: most_different(open_all(runs, name), crop), names)
         differing = dict(zip(names, found, strict=True))
@@ -58,7 +60,9 @@ def choose(runs: Sequence[Run], names: Sequence[str], count: int, crop: int, at:
 
 
 def beside(folder: str | None, name: str, size: Corner) -> list[Image.Image]:
-    """The picture of that name in a folder, its pixels enlarged to the size of the runs' pictures."""
+    """Returns the picture of that name in a folder, its pixels enlarged to the size of the runs' pictures; [] without
+    folder.
+    """
     if folder is None:
         return []
     return [open_rgb(Path(folder) / f"{name}.png").resize(size, Image.Resampling.NEAREST)]
@@ -67,7 +71,9 @@ def beside(folder: str | None, name: str, size: Corner) -> list[Image.Image]:
 def comparison_strip(
     runs: Sequence[Run], labels: Sequence[str], chosen: dict[str, Corner], crop: int, lr: str | None, hr: str | None
 ):
-    """A row per image, a column per run, between LR and ground truth where their folders are given."""
+    """Returns a page with a row per image and a column per run, between LR and ground truth if their folders are
+    given.
+    """
     labels = ["LR"] * (lr is not None) + list(labels) + ["ground truth"] * (hr is not None)
     font = ImageFont.load_default(TEXT)
     width = max(crop, *(int(font.getlength(label)) for label in labels)) + GAP
@@ -87,6 +93,7 @@ def comparison_strip(
 
 
 def cut(picture: Image.Image, corner: Corner, crop: int) -> Image.Image:
+    """Returns the crop of a picture; raises ValueError for a corner outside of it."""
     (x, y), (width, height) = corner, picture.size
     if x >= width or y >= height:
         raise ValueError(f"strip.at={list(corner)}: outside of a picture of {width}x{height}")
@@ -102,10 +109,19 @@ def write_strip(
     lr: str | None = None,
     hr: str | None = None,
 ) -> Iterator[str]:
-    """Writes the strip of a table: of every row the first seed with pictures. Yields what is not in it, and why.
+    """Writes the strip of a table, with the first seed of every row that has pictures; yields what is missing, and why.
+
+    Args:
+        table: the table.
+        path: the PNG file.
+        images: number of images, or their names.
+        crop: side of the crops, pixels.
+        at: upper left corner of the crops; None: where the runs differ most.
+        lr: folder of LR images; None: no LR column.
+        hr: folder of ground truth; None: no such column.
 
     Raises:
-        ValueError: pictures of different sizes or damaged.
+        ValueError: pictures have different sizes or are damaged.
     """
     first = {
         label: next((run for run in row.runs if run.pictures), None)

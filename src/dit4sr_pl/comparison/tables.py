@@ -3,9 +3,10 @@
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from dit4sr_pl.common.markdown import markdown_table
 from dit4sr_pl.comparison import paper
 from dit4sr_pl.comparison.dataset_table import DIGITS, DatasetTable
 from dit4sr_pl.comparison.ranking import orders
@@ -20,11 +21,11 @@ LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "^": r"\textasciicircum{}",
     "<": "$<$",
     ">": "$>$",
-    "[": "{[}",  # after `\\` it would be the start of an option
+    "[": "{[}",  # after `\\` it would start an option
     "↑": r"$\uparrow$",
     "↓": r"$\downarrow$",
 }
-# Columns of the CSV, and where `Paired` has them
+# Columns of the CSV with the fields of `Paired` that they hold.
 TESTED = {
     "difference": "difference",
     "difference_low": "low",
@@ -41,7 +42,7 @@ HOW_TO_READ_ORDERS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """rank: 1 best, 2 second best. aside: set small after the text."""
+    """A cell: its text, its rank (1 best, 2 second best), and what follows the text in small print."""
 
     text: str
     rank: int = 0
@@ -52,7 +53,7 @@ Line = list[Cell]
 
 
 def labels_of(paper_table: int, keys: Sequence[tuple[str, str]]) -> list[str]:
-    """Names of rows by (method, variant): Table 3 is of one method's variants, and leaves it out."""
+    """Returns names of rows by (method, variant); Table 3 holds one method's variants and leaves the method out."""
     return [
         variant_label(variant) if paper_table == 3 and variant else row_label(method, variant)
         for method, variant in keys
@@ -60,13 +61,14 @@ def labels_of(paper_table: int, keys: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def header(paper_table: int, table: DatasetTable) -> list[str]:
+    """Returns the names of the columns."""
     first = ["variant", *(switch.removeprefix("lr_") for switch in paper.SWITCHES)] if paper_table == 3 else ["method"]
     metrics = [metric + ARROWS[lower] for metric, lower in zip(table.metrics, table.lower, strict=True)]
     return [*first, "images", "seeds", *metrics]
 
 
 def lines(paper_table: int, table: DatasetTable, which: str) -> Iterator[Line]:
-    """Each row, and after it the paper's; `which` of those: `runs`, `all` or `none`."""
+    """Yields each row and after it the paper's; `which` selects the paper's rows: `runs`, `all` or `none`."""
     places = {(row.method, row.variant): place for place, row in enumerate(table.rows)}
     for key in sorted({*places, *(absent(paper_table, table) if which == "all" else [])}, key=lambda key: order(*key)):
         (label,) = labels_of(paper_table, [key])
@@ -81,7 +83,7 @@ def lines(paper_table: int, table: DatasetTable, which: str) -> Iterator[Line]:
 
 
 def absent(paper_table: int, table: DatasetTable) -> list[tuple[str, str]]:
-    """The paper's rows of methods and variants that were not run."""
+    """Returns the paper's rows of methods and variants that were not run."""
     there = {(row.method, "" if row.variant == "full" and paper_table == 1 else row.variant) for row in table.rows}
     keys = (
         [(method, "") for method in paper.methods()]
@@ -92,12 +94,13 @@ def absent(paper_table: int, table: DatasetTable) -> list[tuple[str, str]]:
 
 
 def scores(table: DatasetTable, place: int) -> Line:
+    """Returns the cells of a row's scores."""
     columns = (table.means[place], table.low[place], table.high[place], table.ranks[place])
     return [Cell(fixed(mean), rank, interval(low, high)) for mean, low, high, rank in zip(*columns, strict=True)]
 
 
 def differences(table: DatasetTable) -> Iterator[Line]:
-    """Of each row to the one that it is tested against."""
+    """Yields the differences of each row to the one that it is tested against."""
     for place, pair in table.paired.items():
         columns = zip(pair.difference, pair.low, pair.high, pair.p_holm, strict=True)
         tests = [
@@ -108,19 +111,22 @@ def differences(table: DatasetTable) -> Iterator[Line]:
 
 
 def fixed(value: float, sign: str = "") -> str:
+    """Returns a number with the paper's decimals; empty for `nan`."""
     return "" if math.isnan(value) else f"{value:{sign}z.{DIGITS}f}"
 
 
 def interval(low: float, high: float) -> str:
+    """Returns an interval in brackets; empty for `nan`."""
     return "" if math.isnan(low) else f"[{fixed(low)}, {fixed(high)}]"
 
 
 def p_value(p: float) -> str:
+    """Returns a p-value with its name; empty for `nan`."""
     return "" if math.isnan(p) else "p<0.001" if p < 0.001 else f"p={p:.3f}"
 
 
 def notes(table: DatasetTable) -> Iterator[str]:
-    """What a reader of this table must know."""
+    """Yields what a reader of this table must know."""
     for label, row in zip(table.labels, table.rows, strict=True):
         if row.left_out:
             yield f"{label}: left out, not scored with every seed: {', '.join(row.left_out)}."
@@ -141,19 +147,24 @@ def notes(table: DatasetTable) -> Iterator[str]:
 
 
 def markdown(paper_table: int, tables: Sequence[DatasetTable], which: str, against: str, resampling: Resampling) -> str:
+    """Returns all tables as one Markdown text."""
     parts = []
     for table in tables:
-        parts += [f"## {table.dataset}", markdown_table(header(paper_table, table), lines(paper_table, table, which))]
+        parts += [
+            f"## {table.dataset}",
+            markdown_table(header(paper_table, table), markdown_rows(lines(paper_table, table, which))),
+        ]
         if table.paired:
             title = [f"difference to {against}", "images", *table.metrics]
-            parts += [markdown_table(title, differences(table))]
+            parts += [markdown_table(title, markdown_rows(differences(table)))]
         if paper_table == 3 and (found := orders(table)):
-            parts += [markdown_table(ORDERS, ([Cell(text) for text in line] for line in found)), HOW_TO_READ_ORDERS]
+            parts += [markdown_table(ORDERS, found), HOW_TO_READ_ORDERS]
         parts += ["\n".join(f"- {note}" for note in notes(table))]
     return "\n\n".join(filter(None, [*parts, how_to_read(tables, against, resampling)])) + "\n"
 
 
 def how_to_read(tables: Sequence[DatasetTable], against: str, resampling: Resampling) -> str:
+    """Returns the paragraph that explains intervals, ranks and tests."""
     text = (
         f"Means over images, [{100 * resampling.level:g}% intervals]: percentile bootstrap over images, "
         f"{resampling.resamples} resamples, seed {resampling.seed}; seeds of a row are averaged image by image before. "
@@ -167,23 +178,14 @@ def how_to_read(tables: Sequence[DatasetTable], against: str, resampling: Resamp
     return text + f"No tests: {against} and another row must be there (against=ROW takes another)."
 
 
-def markdown_table(head: Sequence[str], body: Iterator[Line]) -> str:
-    texts = [list(head)] + [[markdown_cell(cell) for cell in line] for line in body]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    rows = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in texts
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([rows[0], rule, *rows[1:]])
-
-
-def markdown_cell(cell: Cell) -> str:
-    text = cell.text.replace("|", "\\|")
-    return f"{('{}', '**{}**', '<u>{}</u>')[cell.rank].format(text)} {cell.aside}".rstrip()
+def markdown_rows(lines: Iterable[Line]) -> Iterator[list[str]]:
+    """Yields the texts of Markdown cells, with the best in bold and the second best underlined."""
+    for line in lines:
+        yield [f"{('{}', '**{}**', '<u>{}</u>')[cell.rank].format(cell.text)} {cell.aside}".rstrip() for cell in line]
 
 
 def latex(paper_table: int, tables: Sequence[DatasetTable], which: str) -> str:
-    r"""A `tabular` for `\usepackage{booktabs}`, a table per dataset."""
+    r"""Returns a `tabular` for `\usepackage{booktabs}` with one table per dataset."""
     head = header(paper_table, tables[0])
     body = [" & ".join(map(escaped, head))]
     for table in tables:
@@ -198,16 +200,18 @@ def latex(paper_table: int, tables: Sequence[DatasetTable], which: str) -> str:
 
 
 def latex_cell(cell: Cell) -> str:
+    """Returns a cell in LaTeX."""
     text = ("{}", r"\textbf{{{}}}", r"\underline{{{}}}")[cell.rank].format(escaped(cell.text))
     return text + (rf" {{\scriptsize {escaped(cell.aside)}}}" if cell.aside else "")
 
 
 def escaped(text: str) -> str:
+    """Returns a text with LaTeX's special characters escaped."""
     return "".join(LATEX.get(character, character) for character in text)
 
 
 def csv_table(tables: Sequence[DatasetTable]) -> str:
-    """One line per dataset, row and metric with all digits; empty where not measured or not tested."""
+    """Returns a line per dataset, row and metric with all digits; cells are empty where not measured or not tested."""
     file = io.StringIO(newline="")
     records = [record for table in tables for record in csv_records(table)]
     writer = csv.DictWriter(file, records[0], lineterminator="\n")
@@ -217,6 +221,7 @@ def csv_table(tables: Sequence[DatasetTable]) -> str:
 
 
 def csv_records(table: DatasetTable) -> Iterator[dict]:
+    """Yields the records of one dataset."""
     for place, row in enumerate(table.rows):
         pair = table.paired.get(place)
         for column, metric in enumerate(table.metrics):

@@ -1,5 +1,7 @@
-"""Sets of images to score: LR, ground truth and restored files that belong together by name. No PyTorch until one is
-read, so that what does not fit together is told in a moment."""
+"""Sets of images to score: LR, ground truth and restored files that belong together by name.
+
+Nothing here imports PyTorch before an image is read, so files that do not fit together are reported quickly.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from dit4sr_pl.images.files import find_images, image_size, read_image
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCALE = 4  # of the paper and of all its benchmarks
+SCALE = 4  # scale of the paper and of all its benchmarks
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,12 @@ class Item:
     """One image of a set.
 
     Args:
-        name: path below its folder, without file type. sr: the restored image, which may be yet to come.
-        hr: ground truth; None where there is none. lr: None where `sr` is only to be scored.
-        caption: of the LR image, may be empty. crop: side in pixels of `hr` and of `sr`, from the centre; None is all.
+        name: path below its folder, without suffix.
+        sr: file of the restored image, which may not exist yet.
+        hr: file of the ground truth; None: no ground truth.
+        lr: file of the LR image; None: `sr` is only scored.
+        caption: caption of the LR image, may be empty.
+        crop: side of centre crops of `hr` and `sr`, pixels; None: whole images.
     """
 
     name: str
@@ -35,19 +40,21 @@ class Item:
 
     @property
     def side(self) -> int:
-        """The shorter one of the restored image, in pixels, from a file's header."""
+        """The shorter side of the restored image in pixels, from a file's header."""
         if self.lr is None:
             return min(image_size(self.sr))
         return self.crop or SCALE * min(image_size(self.lr))
 
     def read_lr(self) -> Tensor:
-        """`(1, 3, h, w)` in 0..1, as the two below."""
+        """Reads the LR image, `(1, 3, h, w)` in 0..1."""
         return read(self.lr, self.crop and self.crop // SCALE)
 
     def read_hr(self) -> Tensor | None:
+        """Reads the ground truth, `(1, 3, H, W)` in 0..1; None without ground truth."""
         return None if self.hr is None else read(self.hr, self.crop, SCALE)
 
     def read_sr(self) -> Tensor:
+        """Reads the restored image, `(1, 3, H, W)` in 0..1."""
         return read(self.sr)
 
 
@@ -55,17 +62,20 @@ class BenchmarkSet:
     """LR images and, by name, their ground truth four times as large.
 
     Args:
-        name: by which results are compared. folder: that `lr` and `hr` are in; absolute ones stand alone.
-        lr, hr: folders of images; `hr` is None for a set without ground truth.
-        lr_suffix, hr_suffix: endings of names that are not part of them, such as RealSR's `_LR4`; files without are
-            passed over, so that both kinds may lie in one folder.
-        crop: side of centre crops of the ground truth, in pixels; None takes whole images.
-        captions: folder of `.txt` files or a table (parquet, jsonl), by name; None is no captions.
-        count: how many images the whole set has; None if that is not known.
+        name: name by which results are compared.
+        folder: folder that `lr` and `hr` are relative to.
+        lr: folder of LR images.
+        hr: folder of ground truth; None: the set has none.
+        lr_suffix: ending of LR names that is not part of the name, such as RealSR's `_LR4`; files without it are
+            skipped, so that both kinds may lie in one folder.
+        hr_suffix: the same for ground truth.
+        crop: side of centre crops of the ground truth, pixels; None: whole images.
+        captions: folder of `.txt` files or a table (parquet, jsonl), by name; None: no captions.
+        count: number of images in the whole set; None: unknown.
 
     Raises:
-        FileNotFoundError, ValueError: folders that are not there, names without a partner, sizes that do not fit, each
-            with every file that is concerned.
+        FileNotFoundError: a folder does not exist.
+        ValueError: names have no partner or sizes do not fit; the message lists every file concerned.
     """
 
     def __init__(
@@ -91,7 +101,7 @@ class BenchmarkSet:
         self.check_crop()
 
     def items(self, restored: Path) -> list[Item]:
-        """The set's images, whose restored ones are or will be PNG files in `restored`."""
+        """Returns the set's images, whose restored files are or will be PNG files in `restored`."""
         hr = self.hr or {}
         return [
             Item(name, restored / f"{name}.png", hr.get(name), lr, self.captions[name], self.crop)
@@ -99,7 +109,7 @@ class BenchmarkSet:
         ]
 
     def finished(self, images: Path) -> list[Item]:
-        """The set's images, restored by someone else; errors as of the set itself."""
+        """Returns the set's images with existing restored files; errors are those of the set itself."""
         restored = by_name(images)
         check_pairs(restored, self.lr)
         if self.crop is None:
@@ -109,6 +119,7 @@ class BenchmarkSet:
         return [replace(item, sr=restored[item.name]) for item in self.items(images)]
 
     def check_crop(self) -> None:
+        """Raises ValueError unless all images are large enough for the crop."""
         if self.crop is None:
             return
         if self.crop < SCALE or self.crop % SCALE:
@@ -119,7 +130,7 @@ class BenchmarkSet:
 
 
 def finished_images(images: Path, reference: Path | None) -> list[Item]:
-    """Restored images, each with the reference of its name and size; errors as of `BenchmarkSet`."""
+    """Returns restored images, each with the reference of its name and size; errors are those of `BenchmarkSet`."""
     restored = by_name(images)
     if reference is None:
         return [Item(name, path, None) for name, path in restored.items()]
@@ -130,7 +141,9 @@ def finished_images(images: Path, reference: Path | None) -> list[Item]:
 
 
 def by_name(folder: Path, suffix: str = "") -> dict[str, Path]:
-    """A folder's images by name: path below it, without file type and `suffix`, in the order of their paths."""
+    """Returns a folder's images by name (path below it, without file suffix and `suffix`), in the order of their
+    paths.
+    """
     found: dict[str, list[Path]] = {}
     for path in find_images(folder):
         stem = path.relative_to(folder).with_suffix("").as_posix()
@@ -145,7 +158,7 @@ def by_name(folder: Path, suffix: str = "") -> dict[str, Path]:
 
 
 def check_pairs(first: dict[str, Path], second: dict[str, Path]) -> None:
-    """Raises `ValueError` with all files that have no partner of their name on the other side."""
+    """Raises ValueError, which lists all files that have no partner of their name on the other side."""
     alone = [str(first[name]) for name in first if name not in second]
     alone += [str(second[name]) for name in second if name not in first]
     if alone:
@@ -153,7 +166,7 @@ def check_pairs(first: dict[str, Path], second: dict[str, Path]) -> None:
 
 
 def check_sizes(small: dict[str, Path], large: dict[str, Path], scale: int) -> None:
-    """Raises `ValueError` with all pairs in which the second is not `scale` times as large as the first."""
+    """Raises ValueError, which lists all pairs in which the second image is not `scale` times as large as the first."""
     wrong = []
     for name, path in small.items():
         (width, height), (wide, high) = image_size(path), image_size(large[name])
@@ -165,7 +178,7 @@ def check_sizes(small: dict[str, Path], large: dict[str, Path], scale: int) -> N
 
 
 def read(path: Path, crop: int | None = None, step: int = 1) -> Tensor:
-    """`(1, 3, H, W)` in 0..1; of a `crop` from the centre its corner lies on a multiple of `step`."""
+    """Reads an image or its centre crop, `(1, 3, H, W)` in 0..1; the crop's corner lies on a multiple of `step`."""
     image = read_image(path)[None] / 255
     if crop is None:
         return image

@@ -1,10 +1,10 @@
-"""Scoring that goes on where it was killed. While a set is scored, its folder holds
+"""Scoring that resumes after a kill. While a set is scored, its folder holds
 
-    settings.json             what is scored and how; scores of anything else are refused
+    settings.json             the evaluation's identity; scores of anything else are refused
     parts/<i>-of-<n>.jsonl    a line per scored image of this shard
     images/                   restored images
 
-and when the last image of the last shard is scored, the result's files take the place of the parts.
+and when the last image of the last shard is scored, the result's files replace the parts.
 """
 
 import contextlib
@@ -70,13 +70,13 @@ def claim(folder: Path, identity: dict, restores: bool) -> dict:
 
 
 def measured(metrics: dict[str, dict]) -> dict[str, dict]:
-    """Without those whose weights were missing: they may come later."""
+    """Returns the metrics without those whose weights were missing, since these may come later."""
     return {name: options for name, options in metrics.items() if options["measured"]}
 
 
 @contextlib.contextmanager
 def working(folder: Path, shard: tuple[int, int]) -> Iterator[Path]:
-    """The file of a shard's scores, which no other process works at meanwhile."""
+    """Yields the file of a shard's scores, locked against other processes."""
     part = folder / PARTS / "{}-of-{}.jsonl".format(*shard)
     part.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(part.with_suffix(".lock")):
@@ -84,7 +84,7 @@ def working(folder: Path, shard: tuple[int, int]) -> Iterator[Path]:
 
 
 def restore(items: list[Item], method: Method, bar: Bar) -> None:
-    """Writes the restored images that are not there yet."""
+    """Restores the images that do not exist yet and writes them."""
     missing = [item for item in items if not item.sr.exists()]
     if not missing:
         return
@@ -95,7 +95,7 @@ def restore(items: list[Item], method: Method, bar: Bar) -> None:
 
 
 def score(items: list[Item], metrics: dict[str, ImageScore], folder: Path, part: Path, bar: Bar) -> None:
-    """Measures what is not measured yet; each image's scores are in `part` when the next one begins."""
+    """Measures what is not measured yet; an image's scores are written before the next one begins."""
     with locked(folder):
         scored = read_parts(folder)
     left = {item: [name for name in metrics if not has(scored, item, name, metrics[name].score)] for item in items}
@@ -109,14 +109,17 @@ def score(items: list[Item], metrics: dict[str, ImageScore], folder: Path, part:
 
 
 def has(scores: Scores, item: Item, metric: str, measurable: object) -> bool:
-    """Whether an image was measured; nan stands for a metric whose weights were missing."""
+    """Returns whether an image was measured; nan stands for a metric whose weights were missing."""
     value = scores.get(item.name, {}).get(metric)
     return value is not None and not (measurable and math.isnan(value))
 
 
 def tune_malloc() -> None:
-    """Lets glibc keep what is freed: pyiqa's SSIM asks for a gigabyte per image of 512x512 on a CPU, and getting its
-    pages from the system anew takes several times as long as the sums."""
+    """Makes glibc keep freed memory.
+
+    On a CPU pyiqa's SSIM allocates a gigabyte per image of 512x512, and getting its pages from the system anew takes
+    several times as long as the computation.
+    """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)
@@ -124,13 +127,13 @@ def tune_malloc() -> None:
 
 
 def one_score(metric: ImageScore, sr: torch.Tensor, hr: torch.Tensor | None) -> float:
+    """Returns one image's score by one metric."""
     device = metric.device
     return metric.each(sr.to(device), None if hr is None else hr.to(device)).item()
 
 
 def join(items: list[Item], metrics: dict[str, dict], folder: Path, write: Callable[[Scores], None]) -> list[str]:
-    """Writes all scores of `metrics`, as of the settings, in the order of `items` when the last one is there; the names
-    that are still to come."""
+    """Writes all scores in the order of `items` once the last one exists, and returns the names that are missing."""
     with locked(folder):
         scores = read_parts(folder)
         complete = lambda item: all(has(scores, item, name, metrics[name]["measured"]) for name in metrics)  # noqa: E731
@@ -142,7 +145,7 @@ def join(items: list[Item], metrics: dict[str, dict], folder: Path, write: Calla
 
 
 def read_parts(folder: Path) -> Scores:
-    """What has been scored, finished or not."""
+    """Returns all scores so far, finished or not."""
     scores = read_scores(folder / SCORES) if (folder / SCORES).exists() else {}
     for part in sorted((folder / PARTS).glob("*.jsonl")):
         for line in part.read_text().splitlines(keepends=True):
@@ -154,7 +157,7 @@ def read_parts(folder: Path) -> Scores:
 
 @contextlib.contextmanager
 def journal(path: Path) -> Iterator[Callable[[dict], None]]:
-    """Adds rows to a file of lines, after its last whole one."""
+    """Yields a function that appends rows to a file of lines, after its last complete line."""
     with path.open("a+b") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
@@ -168,7 +171,7 @@ def journal(path: Path) -> Iterator[Callable[[dict], None]]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time; a killed one lets go."""
+    """Holds the lock of a folder's settings; a killed process releases it."""
     descriptor = os.open(folder / SETTINGS, os.O_RDWR)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX)

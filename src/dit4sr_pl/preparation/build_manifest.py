@@ -77,7 +77,7 @@ def build_manifest(
     table = pa.Table.from_pylist([rows[file] for file in files], schema=SCHEMA)
     with atomic_write(output) as partial_file:
         pq.write_table(table, partial_file)
-    damaged = [(file, rows[file]["error"]) for file in files if rows[file]["error"] is not None]
+    damaged = sorted((file, rows[file]["error"]) for file in files if rows[file]["error"] is not None)
     return Built(output, len(files), damaged)
 
 

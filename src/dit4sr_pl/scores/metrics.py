@@ -16,15 +16,16 @@ log = logging.getLogger(__name__)
 
 
 class ImageScore(Metric):
-    """Mean over images of one pyiqa score; sums are kept, so that uneven batches and devices reduce rightly.
+    """Mean over images of one pyiqa score. Sums are kept, so uneven batches and devices are reduced correctly.
 
     Args:
-        name: pyiqa's. arguments: pyiqa's own, for this metric.
+        name: pyiqa's name of the metric.
         reference: whether it needs ground truth.
-        lower_is_better: as for distances.
-        smallest_side: of the images it takes, in pixels.
-        weights: the arguments of `Weights`, if it needs weights that no package brings. Where they are missing and
-            may be, all scores are nan.
+        lower_is_better: True for distances.
+        smallest_side: smallest side of the images that it takes, pixels.
+        weights: arguments of `Weights`, if it needs weights that no package brings; where they are missing and may be,
+            all scores are nan.
+        arguments: pyiqa's own for this metric.
     """
 
     higher_is_better = None
@@ -52,12 +53,14 @@ class ImageScore(Metric):
         self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
 
     def each(self, sr: Tensor, hr: Tensor | None) -> Tensor:
-        """Scores `(B,)` of restored images against ground truth, both `(B, 3, H, W)` in 0..1.
+        """Returns scores `(B,)` in float32, whatever autocast and the precision of matrix products are set to.
 
-        In float32, whatever autocast and the precision of matrix products are set to.
+        Args:
+            sr: restored images, `(B, 3, H, W)` in 0..1.
+            hr: ground truth of the same shape; None for a metric without reference.
 
         Raises:
-            ValueError: no ground truth where it is needed, or images that are too small.
+            ValueError: ground truth is missing, or images are too small.
         """
         if self.score is None:
             return torch.full((len(sr),), torch.nan, device=sr.device)
@@ -70,17 +73,19 @@ class ImageScore(Metric):
             return self.score(*images).flatten()
 
     def update(self, sr: Tensor, hr: Tensor | None) -> None:
+        """Adds the scores of a batch."""
         scores = self.each(sr, hr)
         self.total += scores.double().sum()
         self.count += len(scores)
 
     def compute(self) -> Tensor:
+        """Returns the mean score of all images."""
         return (self.total / self.count).float()
 
 
 @contextlib.contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TensorFloat-32 in matrix products, which training turns on."""
+    """Turns off autocast, and TensorFloat-32 in matrix products, which training turns on."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""pyiqa's metrics, made from weight files that are on this machine: all that patches pyiqa is here."""
+"""Makes pyiqa's metrics from weight files on this machine. This module holds everything that patches pyiqa."""
 
 import contextlib
 import functools
@@ -23,10 +23,16 @@ SHIPPED_WEIGHTS = {"stlpips": str(files("stlpips_pytorch") / "weights" / "vST0.0
 
 
 def create(name: str, weights: Weights | None = None, **arguments: Any) -> torch.nn.Module:
-    """pyiqa's own metric on the CPU, from restored and ground truth images `(B, 3, H, W)` in 0..1 to `(B,)`.
+    """Returns pyiqa's own metric on the CPU: a module from restored and ground-truth images `(B, 3, H, W)` to scores
+    `(B,)`.
+
+    Args:
+        name: pyiqa's name of the metric.
+        weights: weight files that the metric needs; None: no package-external files.
+        arguments: pyiqa's own for this metric.
 
     Raises:
-        ValueError: a weight file that cannot be read, or is another metric's; or pyiqa cannot import its CLIP.
+        ValueError: a weight file cannot be read or belongs to another metric, or pyiqa cannot import its CLIP.
     """
     import pyiqa
     from pyiqa.utils.logger import get_root_logger
@@ -48,13 +54,13 @@ def create(name: str, weights: Weights | None = None, **arguments: Any) -> torch
             f"{', '.join(opened) or name}: truncated or not what {name} needs ({reason}); delete and get it again"
         ) from None
     if isinstance(clip := getattr(metric.net, "clip_model", None), list):
-        metric.clip = clip[0]  # pyiqa hides it in a list, where it does not follow to another device
+        metric.clip = clip[0]  # pyiqa keeps it in a list, where it would not move to another device
     return metric
 
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """pyiqa prints the path of every weight file, and reads CLIP in a format that PyTorch is about to leave."""
+    """Hides pyiqa's output: paths of weight files, and a warning about the file format that it reads CLIP in."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", FutureWarning)
         yield
@@ -62,9 +68,9 @@ def quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading_from(name: str, weights: Weights | None, opened: list[str]) -> Iterator[None]:
-    """All doors by which pyiqa gets weights lead to files that are there: no hub, no cache, no pickled code.
+    """Makes pyiqa read weights from given files only: no hub, no cache, no pickled code.
 
-    It has no switches for that. `opened` collects what it reads.
+    pyiqa has no options for that. `opened` collects the paths that it reads.
     """
     import torchvision.models._api as torchvision_api
     from pyiqa.archs import arch_util, clip_model
@@ -78,8 +84,8 @@ def reading_from(name: str, weights: Weights | None, opened: list[str]) -> Itera
     def read(url: str, *_: Any, **__: Any) -> dict[str, Tensor]:
         return torch.load(path(url), map_location="cpu", weights_only=True)
 
-    with contextlib.ExitStack() as doors:
-        enter = doors.enter_context
+    with contextlib.ExitStack() as patches:
+        enter = patches.enter_context
         enter(mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"))
         enter(mock.patch.object(arch_util, "load_file_from_url", path))
         enter(mock.patch.object(clip_model, "_download", path))
@@ -87,12 +93,12 @@ def reading_from(name: str, weights: Weights | None, opened: list[str]) -> Itera
         if name.startswith("maniqa"):
             import timm
 
-            # Its file has the backbone's weights too.
+            # MANIQA's file holds the weights of its vision transformer too.
             backbone = functools.partial(timm.create_model, "vit_base_patch8_224")
             enter(mock.patch.object(timm, "create_model", lambda *_, **__: backbone(pretrained=False)))
         if name.startswith("liqe"):
             from pyiqa.archs import liqe_arch
 
-            # It keeps text features by a name that says nothing of the weights they come from.
+            # LIQE caches text features under a name that does not depend on the weights they come from.
             enter(mock.patch.object(liqe_arch, "DEFAULT_CACHE_DIR", enter(tempfile.TemporaryDirectory())))
         yield

@@ -1,10 +1,10 @@
-"""What scoring leaves in a folder, and what `compare` reads:
+"""The files that scoring writes into a folder, and that `compare` reads:
 
     scores.csv                     per image: `image`, then one column per metric; empty where it was not measured
     results.csv, results.parquet   one row: what was scored, its mean scores, and what it takes to score it again
     images/                        the scored images as PNG by name, where the command made them
 
-No PyTorch in here: tables of many runs are read in a moment.
+No PyTorch, so that tables of many runs are read quickly.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ class Result:
     """Scores of one set of restored images.
 
     Args:
-        run: a name to read, such as `demo/no_lr_residual/seed0`.
+        run: a readable name, such as `demo/no_lr_residual/seed0`.
         method: row of the paper's Table 1, such as `DiT4SR` or `Bicubic`.
-        variant: row of the paper's Table 3 by its name in `conf/ablation/`; empty where there are no variants.
-        dataset: by its name in `conf/dataset/`.
-        seed: of the sampler's noise, or of the training whose validation this is.
-        pictures: folder of the scored images, seen from the result's folder; empty if they were not kept.
-        identity_hash: hash of the settings that scores depend on. weights_hash: hash of the weights; empty without any.
-        versions: of the packages that scores depend on.
-        scores: by image and metric; `nan` where a metric was not measured.
+        variant: row of the paper's Table 3 by its name in `conf/ablation/`; empty if there are no variants.
+        dataset: name in `conf/dataset/`.
+        seed: seed of the sampler's noise, or of the training whose validation this is.
+        pictures: folder of the scored images relative to the result's folder; empty if they were not kept.
+        identity_hash: hash of the settings that scores depend on.
+        weights_hash: hash of the weights; empty without any.
+        versions: versions of the packages that scores depend on.
+        scores: scores by image and metric; `nan` where a metric was not measured.
     """
 
     run: str
@@ -60,11 +61,12 @@ class Result:
 
     @property
     def metrics(self) -> list[str]:
+        """Names of the metrics."""
         return list(next(iter(self.scores.values())))
 
     @property
     def means(self) -> dict[str, float]:
-        """Over all images; `nan` where one of them was not measured."""
+        """Means over all images; `nan` if an image was not measured."""
         columns = {metric: [scores[metric] for scores in self.scores.values()] for metric in self.metrics}
         return {metric: math.fsum(values) / len(values) for metric, values in columns.items()}
 
@@ -74,7 +76,7 @@ FORMER_NAMES = {"identity_hash": "config", "weights_hash": "checkpoint"}  # colu
 
 
 def write_result(result: Result, folder: Path) -> None:
-    """Writes `scores.csv`, `results.csv` and `results.parquet`, each atomically, the row when the scores are there."""
+    """Writes `scores.csv`, `results.csv` and `results.parquet`, each atomically; the row comes after the scores."""
     write_scores(result.scores, folder / SCORES)
     row = {name: getattr(result, name) for name in FIELDS}
     row |= {"versions": json.dumps(result.versions), "images": len(result.scores)} | result.means
@@ -88,7 +90,7 @@ def write_result(result: Result, folder: Path) -> None:
 
 
 def write_scores(scores: dict[str, dict[str, float]], path: Path) -> None:
-    """Per-image scores; the columns are the first image's."""
+    """Writes scores per image; the columns are those of the first image."""
     with atomic_write(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["image", *next(iter(scores.values()))])
         writer.writeheader()
@@ -97,12 +99,12 @@ def write_scores(scores: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def cell(value: object) -> object:
-    """`nan` is an empty cell; numbers keep all their digits."""
+    """Returns a value's cell: `nan` is empty, numbers keep all their digits."""
     return "" if isinstance(value, float) and math.isnan(value) else value
 
 
 def run_name(output: Path | str) -> str:
-    """The path below `outputs/`, such as `default/full/seed0`; of a folder elsewhere its own name."""
+    """Returns the path below `outputs/`, such as `default/full/seed0`; for a folder elsewhere its own name."""
     *above, name = Path(output).resolve().parts
     below = above[::-1].index("outputs") if "outputs" in above else 0
     return "/".join([*above[len(above) - below :], name])
@@ -118,11 +120,11 @@ def versions() -> dict[str, str]:
 
 
 def read_scores(path: Path) -> dict[str, dict[str, float]]:
-    """Scores by image and metric, an empty cell as `nan`.
+    """Reads scores by image and metric; an empty cell is `nan`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a table, or one image twice.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no such table, or holds an image twice.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `evaluate` writes it")
@@ -134,7 +136,7 @@ def read_scores(path: Path) -> dict[str, dict[str, float]]:
         for row in rows:
             image = row.pop("image")
             if image in scores:
-                raise ValueError(f"{path}: {image} stands there twice")
+                raise ValueError(f"{path}: {image} appears twice")
             try:
                 scores[image] = {metric: float("nan" if value == "" else value) for metric, value in row.items()}
             except (TypeError, ValueError):
@@ -145,11 +147,11 @@ def read_scores(path: Path) -> dict[str, dict[str, float]]:
 
 
 def read_result(folder: Path) -> Result:
-    """What `write_result` wrote into a folder.
+    """Reads what `write_result` wrote into a folder.
 
     Raises:
-        FileNotFoundError: no result there.
-        ValueError: files that are no result.
+        FileNotFoundError: the folder holds no result.
+        ValueError: the files are no result.
     """
     path = folder / f"{ROW}.parquet"
     if not path.is_file():

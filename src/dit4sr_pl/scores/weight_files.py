@@ -1,4 +1,4 @@
-"""Weight files of metrics: which a metric needs, whether they are there, and getting them. No PyTorch in here."""
+"""Weight files of metrics: which a metric needs, whether they exist, and how to download them. No PyTorch at import."""
 
 import functools
 import hashlib
@@ -19,15 +19,15 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Weights:
-    """What one metric reads. All metrics share one flat folder.
+    """The weight files of one metric. All metrics share one flat folder.
 
     Args:
-        folder: of the files.
+        folder: folder of the files.
         on_missing: `"stop"`: a missing file is an error; `"skip"`: the metric is left out.
-        files: each with `url`, whose last part is the file's name, and the first digits of its `sha256`, or None.
+        files: each with its `url`, whose last part is the file's name, and the first digits of its `sha256`, or None.
 
     Raises:
-        ValueError: another `on_missing`.
+        ValueError: `on_missing` is another word.
     """
 
     folder: str
@@ -39,18 +39,19 @@ class Weights:
             raise ValueError(f"metric_weights.on_missing={self.on_missing}; choose one of {', '.join(MODES)}")
 
     def path(self, url: str) -> Path:
+        """Returns where the file of a URL lies or should lie."""
         return Path(self.folder).expanduser() / unquote(Path(urlparse(url).path).name)
 
     def missing(self) -> list[str]:
-        """URLs of the files that are not there."""
+        """Returns the URLs of the files that do not exist."""
         return [file["url"] for file in self.files if not self.path(file["url"]).is_file()]
 
     def check(self, metric: str) -> bool:
-        """Whether all files are there.
+        """Returns whether all files exist.
 
         Raises:
-            FileNotFoundError: one is not, and `on_missing` is `"stop"`.
-            ValueError: one is there with other contents.
+            FileNotFoundError: a file is missing and `on_missing` is `"stop"`.
+            ValueError: a file has other contents.
         """
         if missing := self.missing():
             if self.on_missing == "skip":
@@ -66,8 +67,16 @@ class Weights:
 
 
 def check_metrics(metrics: Mapping[str, Mapping], side: int | None = None) -> None:
-    """Raises what `Weights.check` raises, before anything heavy is done, and ValueError for a metric that needs images
-    larger than `side` pixels."""
+    """Checks the weights and image sizes of metrics before anything heavy is done.
+
+    Args:
+        metrics: configs by name.
+        side: smallest side of the images, pixels; None: unknown.
+
+    Raises:
+        FileNotFoundError: see `Weights.check`.
+        ValueError: see `Weights.check`, or a metric needs larger images.
+    """
     for name, metric in metrics.items():
         weights = Weights(**metric["weights"]) if "weights" in metric else None
         left_out = weights is not None and weights.on_missing == "skip" and weights.missing()
@@ -86,17 +95,17 @@ def check_digest(path: Path, sha256: str | None) -> None:
 
 @functools.cache
 def digest(path: Path, size: int, changed: int) -> str:
-    """SHA-256 of a file, taken once per process for its size and time of change."""
+    """Returns a file's SHA-256, computed once per process for its size and time of change."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download(url: str, path: Path, sha256: str | None) -> None:
-    """Downloads a file; it appears under its name when it is whole, and what an earlier call got is kept.
+    """Downloads a file, which appears under its name only when it is complete.
 
     Raises:
-        OSError: no connection, or the server's refusal.
-        ValueError: cut off, or other contents than `sha256`.
+        OSError: there is no connection, or the server refuses.
+        ValueError: the download was cut off, or the contents do not match `sha256`.
     """
     partial = path.with_name(f".{path.name}.partial")
     start = partial.stat().st_size if partial.exists() else 0

@@ -1,11 +1,11 @@
-"""The paper's numbers: `benchmarks.csv` is Table 1, `ablation.csv` Table 3."""
+"""The paper's numbers: `benchmarks.csv` is Table 1, `ablation.csv` is Table 3."""
 
 import csv
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-# Rows of Table 3 by their names in conf/ablation/
+# Rows of Table 3 by their names in conf/ablation/.
 VARIANTS = {
     "full": "FULL",
     "no_lr_integration": "A",
@@ -18,29 +18,32 @@ SWITCHES = ("lr_integration", "lr_residual", "lr_injection")
 
 @cache
 def read(name: str) -> tuple[dict[str, str], ...]:
+    """Returns the rows of one table."""
     with (Path(__file__).parent / f"{name}.csv").open(newline="") as file:
         return tuple(csv.DictReader(file))
 
 
 def methods() -> list[str]:
-    """In Table 1's order."""
+    """Returns the methods in Table 1's order."""
     return list(dict.fromkeys(row["method"] for row in read("benchmarks")))
 
 
 def spelling(dataset: str) -> str:
-    """The paper's spelling of a dataset that it has, in any letter case: `realsr` is RealSR."""
+    """Returns the paper's spelling of a dataset in any letter case: `realsr` is RealSR; other names stay."""
     names = {row["dataset"].casefold(): row["dataset"] for row in read("benchmarks")}
     return names.get(dataset.casefold(), dataset)
 
 
 def switches(variant: str) -> list[str]:
-    """What Table 3 says of a variant; empty cells for one that it does not have."""
+    """Returns Table 3's cells for a variant's switches; empty cells for a variant that it does not have."""
     (row,) = [row for row in read("ablation") if row["variant"] == VARIANTS.get(variant)] or [{}]
     return [row.get(switch, "") for switch in SWITCHES]
 
 
 def ablation(letters: Sequence[str]) -> dict[str, list[float]]:
-    """Table 3's columns for some of its variants, `musiq on RealLQ250` and so on; higher is better in all of them."""
+    """Returns Table 3's columns for some of its variants, such as `musiq on RealLQ250`; higher is better in all of
+    them.
+    """
     rows = {row["variant"]: row for row in read("ablation")}
     metrics = [name for name in rows["FULL"] if name not in ("variant", "dataset", *SWITCHES)]
     return {
@@ -49,9 +52,9 @@ def ablation(letters: Sequence[str]) -> dict[str, list[float]]:
 
 
 def number(dataset: str, method: str, variant: str, metric: str) -> float:
-    """What the paper reports; `nan` where it does not.
+    """Returns the number that the paper reports; `nan` if it reports none.
 
-    Table 3 for a variant where it has the dataset and metric, else Table 1 for a method itself or its full variant.
+    Table 3 comes first for a variant whose dataset and metric it has, then Table 1 for a method or its full variant.
     """
     dataset = spelling(dataset)
     found = [

@@ -18,8 +18,10 @@ class Method(Protocol):
     """A row of the paper's tables.
 
     Attributes:
-        label: the row's name as the paper spells it. variant: by its name in `conf/ablation/`, or empty.
-        weights_hash: hash of the weights; empty without any. identity: all that the restored images depend on.
+        label: name of the row, as the paper spells it.
+        variant: name in `conf/ablation/`, or empty.
+        weights_hash: hash of the weights; empty without any.
+        identity: everything that the restored images depend on.
     """
 
     label: str
@@ -28,12 +30,12 @@ class Method(Protocol):
     identity: dict
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
-        """Names and restored images `(3, 4h, 4w)` in 0..1, one after the other or at the end."""
+        """Yields names and restored images `(3, 4h, 4w)` in 0..1, one by one or all at the end."""
         ...
 
 
 class Finished:
-    """Images that are there already."""
+    """A method whose images exist already."""
 
     variant = weights_hash = ""
 

@@ -10,6 +10,8 @@ from dit4sr_pl.images.resize import enlarge
 
 
 class Bicubic:
+    """Bicubic enlargement."""
+
     variant = weights_hash = ""
 
     def __init__(self, label: str):

@@ -1,4 +1,4 @@
-"""Other people's systems: their own script, in their own checkout and environment."""
+"""Systems of other authors: their own script, in their own checkout and environment."""
 
 import os
 import shutil
@@ -18,15 +18,20 @@ class Command:
     """Restores a folder of PNG files by a command line.
 
     Args:
-        label: as the paper spells it. checkout: the system's repository, in which the command runs.
-        python: the interpreter of its environment. arguments: of it; `{input}` and `{output}` stand for folders of
-            PNG files, `{prompts}` for one of captions as `.txt`, `{seed}` for the seed, `{KEY}` for weights by key.
-        weights: files and folders by key, seen from the checkout. outputs: folder below `{output}` with the results.
-        suffixes: what the script may add to names. side: of the only LR images that it restores, None for any.
-        work: folder for all that, and for `log.txt`.
+        label: name of the row, as the paper spells it.
+        checkout: the system's repository, in which the command runs.
+        python: interpreter of its environment.
+        arguments: arguments of the interpreter. `{input}` and `{output}` stand for folders of PNG files, `{prompts}`
+            for a folder of captions (`.txt`), `{seed}` for the seed, `{KEY}` for weights by key.
+        weights: files and folders by key, relative to the checkout.
+        outputs: folder below `{output}` that holds the results.
+        suffixes: endings that the script may add to names.
+        side: side of the only LR images that the script takes, pixels; None: any.
+        seed: seed.
+        work: folder for inputs, outputs and `log.txt`.
 
     Raises:
-        FileNotFoundError: a checkout, interpreter or weights that are not there.
+        FileNotFoundError: checkout, interpreter or weights do not exist.
     """
 
     variant = ""
@@ -53,12 +58,12 @@ class Command:
         if (interpreter := shutil.which(python)) is None:
             absent.insert(0, f"method.python={python}")
         if absent:
-            raise FileNotFoundError(f"{label}: not there: {', '.join(absent)} (docs/systems.md)")
+            raise FileNotFoundError(f"{label}: these do not exist: {', '.join(absent)} (docs/systems.md)")
         places = {"input": self.work / "lr", "output": self.work / "sr", "prompts": self.work / "prompts"}
         try:
             filled = [part.format(**places, **weights, seed=seed) for part in map(str, arguments)]
         except KeyError as error:
-            raise ValueError(f"method.arguments: {{{error.args[0]}}} stands for nothing there") from None
+            raise ValueError(f"method.arguments: {{{error.args[0]}}} is no placeholder") from None
         self.command = [os.path.abspath(interpreter), *filled]  # the command runs elsewhere
         hashes = {key: file_hash(path) for key, path in weights.items()}
         self.weights_hash = values_hash(hashes) if hashes else ""
@@ -85,6 +90,7 @@ class Command:
             shutil.rmtree(self.work / folder)
 
     def run(self) -> None:
+        """Runs the command; raises ValueError, which names the log, if it fails."""
         log = self.work / "log.txt"
         with log.open("w") as file:
             print(*self.command, file=file, flush=True)
@@ -94,10 +100,10 @@ class Command:
             raise ValueError(f"{self.label}: its command ended with exit code {code} ({last[-200:]}); see {log}")
 
     def collect(self, sizes: dict[str, tuple[int, int]]) -> dict[str, Path]:
-        """Results by name.
+        """Returns the results by name.
 
         Raises:
-            ValueError: some are missing or of another size than `sizes`, with all of them.
+            ValueError: results are missing or have another size than `sizes`; the message lists them.
         """
         try:
             written = by_name(self.outputs)

@@ -19,11 +19,15 @@ from dit4sr_pl.restoration.sampling import Sampler
 
 
 class DiT4SR:
-    """A trained part over its frozen backbone, read when the first image comes.
+    """A trained part over its frozen backbone; both are read when the first image comes.
 
     Args:
-        label: None takes the paper's name of the network that the checkpoint holds. checkpoint: as of `Restorer.load`.
-        backbone, sampler, seed, device: as for `restore`.
+        label: name of the row; None: the paper's name of the network in the checkpoint.
+        checkpoint: see `Restorer.load`.
+        backbone: the frozen pipeline.
+        sampler: how to restore.
+        seed: seed of the noise.
+        device: device of the network.
     """
 
     def __init__(
@@ -37,11 +41,12 @@ class DiT4SR:
         base = {"name": backbone.name, "dtype": str(backbone.dtype), "t5_tokens": backbone.t5_tokens}
         solver, _ = sampler.schedule(backbone.scheduler)
         sampled = asdict(sampler) | {"solver": [type(solver).__name__, dict(solver.config)]}
-        del sampled["tile_memory"]  # what may be lowered to go on
+        del sampled["tile_memory"]  # it changes no result and may be lowered when memory is short
         self.identity = {"weights_hash": self.weights_hash, "base": base, "sampler": sampled, "seed": seed}
 
     @cached_property
     def restorer(self) -> Restorer:
+        """The network, loaded at its first use."""
         return Restorer.load(self.backbone, self.sampler, self.given, torch.device(self.device))
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Feed-forward networks from their published weight files, through spandrel: Real-ESRGAN, SwinIR and their like."""
+"""Feed-forward networks from their published weight files, through spandrel: Real-ESRGAN, SwinIR and others."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,19 +12,22 @@ from dit4sr_pl.common.hashing import file_hash
 from dit4sr_pl.evaluation.benchmark_sets import SCALE
 from dit4sr_pl.evaluation.methods import LRImage
 
-SUFFIXES = (".pth", ".ckpt", ".safetensors")  # spandrel reads them without running what is in them
+SUFFIXES = (".pth", ".ckpt", ".safetensors")  # spandrel reads these without running code in them
 
 
 class SpandrelNet:
     """The network that spandrel finds in a weight file.
 
     Args:
-        label: None takes the architecture's name. weights: `.pth`, `.ckpt` or `.safetensors`.
-        tile: side of the LR tiles that larger images are cut into. margin: LR pixels around a tile that the network
-            sees and that are cut off again.
+        label: name of the row; None: the architecture's name.
+        weights: a `.pth`, `.ckpt` or `.safetensors` file.
+        tile: side of the tiles that larger LR images are cut into, pixels.
+        margin: LR pixels around a tile that the network sees and that are cut off again.
+        device: device of the network.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, no network that spandrel knows, or not one that enlarges x4.
+        FileNotFoundError: there is no such file.
+        ValueError: spandrel finds no network in it, or one that does not enlarge x4.
     """
 
     variant = ""
@@ -42,7 +45,7 @@ class SpandrelNet:
 
 
 def load(path: Path):
-    """spandrel's descriptor of the network in a weight file."""
+    """Returns spandrel's descriptor of the network in a weight file."""
     import spandrel
 
     if not path.is_file():
@@ -61,7 +64,7 @@ def load(path: Path):
 
 
 def in_tiles(net: Callable[[Tensor], Tensor], lr: Tensor, tile: int, margin: int) -> Tensor:
-    """`net` over tiles of `(1, 3, h, w)`, each seen with `margin` more pixels around it where the image has them."""
+    """Runs `net` over tiles of `(1, 3, h, w)`, each with up to `margin` more pixels around it."""
     height, width = lr.shape[-2:]
     sr = lr.new_empty(1, 3, SCALE * height, SCALE * width)
     for top in range(0, height, tile):
