@@ -211,7 +211,9 @@ def test_images_that_the_script_would_crop_and_places_that_are_none_are_told(sta
 
 
 def test_a_checkout_without_its_weights_is_told_before_anything_runs(stand_in):
-    with pytest.raises(FileNotFoundError, match="SeeSR: these do not exist: method.python=nopython, method.weights.x=.*no.ckpt"):
+    with pytest.raises(
+        FileNotFoundError, match="SeeSR: these do not exist: method.python=nopython, method.weights.x=.*no.ckpt"
+    ):
         stand_in(python="nopython", weights={"x": "no.ckpt"})
     with pytest.raises(FileNotFoundError, match="method.checkout=nowhere"):
         stand_in(checkout="nowhere")
