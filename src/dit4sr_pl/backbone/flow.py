@@ -27,8 +27,9 @@ class RectifiedFlow:
         self.weighting = weighting
 
     def draw_timesteps(self, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """Draws a timestep in [0, 1000] and its sigma in [0, 1] per generator: index `floor(1000 u)`, `u` logit-
-        normal(0, 1).
+        """Draws a timestep in [0, 1000] and its sigma in [0, 1] per generator.
+
+        Their index in the scheduler's table is `floor(1000 u)`, where `u` is logit-normal(0, 1).
         """
         normal = torch.cat([torch.randn(1, generator=generator) for generator in generators])
         index = (normal.sigmoid() * len(self.timesteps)).long().clamp(max=len(self.timesteps) - 1)

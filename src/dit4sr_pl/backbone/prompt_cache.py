@@ -22,8 +22,7 @@ INDEX = "index.json"
 
 
 class PromptCache:
-    """Prompt embeddings that `write_embeddings` wrote, in place of a `PromptEncoder`; tensors are mapped from the
-    files.
+    """Prompt embeddings that `write_embeddings` wrote, in place of a `PromptEncoder`; files are memory-mapped.
 
     Args:
         folder: folder of the cache.
@@ -50,8 +49,9 @@ class PromptCache:
         self.opened: dict[str, tuple[safe_open, dict[str, str]]] = {}
 
     def __call__(self, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns prompt embeddings `(B, 77 + t5_tokens, D_text)` and pooled ones `(B, D_pooled)`, for SD3's
-        tokenizers.
+        """Returns prompt embeddings `(B, T, D_text)` and pooled ones `(B, D_pooled)`.
+
+        With SD3's tokenizers T is `77 + t5_tokens`.
 
         Raises:
             ValueError: a prompt is not in the cache, or a file is truncated.

@@ -101,11 +101,11 @@ class Backbone:
             with no_progress_bars():
                 return kind.from_pretrained(self.location, **arguments)
         except (OSError, ValueError) as error:
-            part = arguments.get("subfolder", "text encoders")
+            component = arguments.get("subfolder", "text encoders")
             reason = str(error).strip().splitlines()[0]
             raise FileNotFoundError(
-                f"model.backbone.name={self.name}: its {part} cannot be read ({reason}). Give a folder in diffusers' "
-                "layout, a hub id (for gated models accept the licence and run `hf auth login`), or tiny-sd3"
+                f"model.backbone.name={self.name}: its {component} cannot be read ({reason}). Give a folder in "
+                "diffusers' layout, a hub id (for gated models accept the licence and run `hf auth login`), or tiny-sd3"
             ) from None
 
     def to(self, device: torch.device, offload: bool = False) -> None:
@@ -135,14 +135,14 @@ class Backbone:
 
 
 def encoders_of(pipeline: StableDiffusion3Pipeline) -> list[nn.Module]:
-    """Returns the text encoders that a pipeline has; T5 may be left out."""
+    """Returns the text encoders that a pipeline has."""
     encoders = pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3
     return [encoder for encoder in encoders if encoder is not None]  # T5 may be left out
 
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Hides the libraries' progress bars, which would show one per component and file, while a component is read."""
+    """Hides the progress bars of diffusers and transformers, one per component and file, while the context is open."""
     shown = [each.utils.logging for each in (diffusers, transformers) if each.utils.logging.is_progress_bar_enabled()]
     for logging in shown:
         logging.disable_progress_bar()

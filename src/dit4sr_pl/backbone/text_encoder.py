@@ -23,8 +23,9 @@ class PromptEncoder:
         self.remembered = lru_cache(REMEMBERED)(self.encode)
 
     def __call__(self, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns prompt embeddings `(B, 77 + t5_tokens, D_text)` and pooled ones `(B, D_pooled)`, for SD3's
-        tokenizers.
+        """Returns prompt embeddings `(B, T, D_text)` and pooled ones `(B, D_pooled)`.
+
+        With SD3's tokenizers T is `77 + t5_tokens`.
         """
         embeds, pooled = zip(*(self.remembered(prompt, device) for prompt in prompts), strict=True)
         return torch.cat(embeds).to(device), torch.cat(pooled).to(device)

@@ -20,15 +20,15 @@ def file_hash(path: Path | str) -> str:
     path = Path(path)
     if path.is_dir():
         files = {file.relative_to(path): file.stat().st_size for file in path.rglob("*") if file.is_file()}
-        shown = {name: size for name, size in files.items() if not any(part.startswith(".") for part in name.parts)}
-        return values_hash({name.as_posix(): size for name, size in shown.items()})
+        shown = {path: size for path, size in files.items() if not any(name.startswith(".") for name in path.parts)}
+        return values_hash({path.as_posix(): size for path, size in shown.items()})
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def values_hash(settings: Mapping) -> str:
+def values_hash(values: Mapping) -> str:
     """Returns the hash of plain values, whatever the order of their keys."""
-    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:

@@ -1,11 +1,11 @@
-"""What identifies a training run and an evaluation: one answer for the resume check and for the result's hash.
+"""Identities of training runs and evaluations: the settings that tell whether two of them are the same.
 
     resume_identity(cfg)      settings that a resumed training must share with the run that it continues
     result_identity(cfg)      settings that a training's scores depend on, except the seed
-    evaluation_identity(...)  the same for an evaluation: `settings.json` in its folder
+    evaluation_identity(...)  everything that an evaluation's scores depend on; `settings.json` in its folder
 
-An identity is a dict of plain values. Two runs are the same where their identities are equal. This module lies in
-`common` because training and evaluation, which do not import each other, both ask it.
+An identity is a dict of plain values. Two runs are the same if their identities are equal. This module is in `common`
+because training and evaluation, which do not import each other, both use it.
 """
 
 import math
@@ -14,20 +14,20 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-# Settings that never change a result: paths, what is shown or saved, how fast it goes.
+# Settings that never change a result: they concern paths, display, saving and speed.
 NO_EFFECT = ("output", "ckpt_path", "overwrite", "logger", "callbacks", "metric_weights", "ablation_name", "sharded")
 NO_EFFECT += ("data.num_workers", "data.photos_in_memory", "data.batch_size", "model.compile")
-NO_EFFECT += ("model.network.gradient_checkpointing", "model._target_")  # `_target_`: sharded or not
+NO_EFFECT += ("model.network.gradient_checkpointing", "model._target_")  # `_target_` says whether training is sharded
 NO_EFFECT += ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches", "trainer.strategy")
 NO_EFFECT += ("trainer.accelerator", "trainer.plugins", "trainer.enable_progress_bar", "trainer.log_every_n_steps")
 # Copies of settings that have a key of their own.
 NO_EFFECT += ("model.optimizer", "model.seed", "model.sampler", "data.seed", "data.degradation")
 
-# Settings that a resumed run may have another value of, though its scores depend on them; docs/resume.md says why.
+# Settings that may change when a run is resumed, although its scores depend on them; docs/resume.md says why.
 MAY_CHANGE = ("trainer", "sampler", "metrics")
 MAY_CHANGE += ("data.validation_folders", "data.validation_crop", "data.validation_limit")
 
-# Settings within the two lists above that a resumed run must share all the same.
+# Exceptions to the two lists above: settings that belong to both identities.
 MUST_MATCH = ("callbacks.ema", "trainer.precision", "trainer.gradient_clip_val")
 
 
@@ -63,7 +63,7 @@ def evaluation_identity(
         files: hash of the set's images and captions.
         metrics: options of every metric by its name, with `measured`, which is False where its weights are missing.
         method: the method's label and what its restored images depend on.
-        name: the row's name in tables; None for the method's label.
+        name: the row's name in tables; None: the method's label.
         versions: versions of the packages that scores depend on.
     """
     return {
@@ -77,7 +77,7 @@ def evaluation_identity(
 
 
 def hashed_part(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the part of an evaluation's identity that its hash covers: versions and the row's name stay out."""
+    """Returns what the hash of an evaluation's identity covers: all of it except versions and the row's name."""
     return {key: value for key, value in identity.items() if key not in ("versions", "name")}
 
 
@@ -101,7 +101,7 @@ def flat_settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def without_modules(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings with every `_target_` cut to the name of its class: a class may move to another module."""
+    """Returns the settings with every `_target_` cut to its class's name, since a class may move to another module."""
     return {
         key: value.rpartition(".")[2] if key.split(".")[-1] == "_target_" and isinstance(value, str) else value
         for key, value in settings.items()

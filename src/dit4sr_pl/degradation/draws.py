@@ -53,7 +53,7 @@ class Dice:
 
 
 class Drawn:
-    """Base of the drawn values: each field is a tensor `(B,)` or a further set. An index selects one image's values."""
+    """Base of the drawn values: fields are tensors `(B,)` or `Drawn` themselves; an index selects one image."""
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
@@ -78,9 +78,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class DrawnBlur(Drawn):
-    """The drawn values of a blur: whether it happens, and its kernel's kind, size (pixels), sigmas (pixels), angle,
-    shape.
-    """
+    """The drawn values of a blur: whether it happens, and the arguments of `kernels.blur_kernels`."""
 
     on: Tensor
     kind: Tensor

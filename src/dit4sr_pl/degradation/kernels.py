@@ -51,8 +51,9 @@ def sinc_kernels(size: Tensor, cutoff: Tensor, canvas: int) -> Tensor:
 
 
 def mahalanobis(sigma_x: Tensor, sigma_y: Tensor, angle: Tensor, canvas: int) -> Tensor:
-    """Returns the squared distance `x^T S^-1 x` from the centre, `S = R(angle) diag(sigma_x^2, sigma_y^2)
-    R(angle)^T`.
+    """Returns the squared distance `x^T S^-1 x` from the centre.
+
+    `S` is `R diag(sigma_x^2, sigma_y^2) R^T` with the rotation `R` by `angle`.
     """
     y, x = _grid(canvas)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]

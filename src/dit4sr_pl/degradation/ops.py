@@ -38,8 +38,9 @@ def sharpen(image: Tensor, kernel_size: int, weight: float, threshold: float) ->
 
 
 def blur(image: Tensor, kernel: Tensor) -> Tensor:
-    """Returns the correlation with `kernel` `(K, K)`, K odd, with reflected borders; computed as a product of
-    spectra.
+    """Returns the image's correlation with `kernel`, `(K, K)` with K odd; the borders are reflected.
+
+    It is computed as a product of spectra.
     """
     pad = kernel.shape[-1] // 2
     padded = F.pad(image, (pad, pad, pad, pad), mode="reflect")
@@ -52,7 +53,7 @@ def blur(image: Tensor, kernel: Tensor) -> Tensor:
 def resize(image: Tensor, size: tuple[int, int], mode: int) -> Tensor:
     """Resizes an image by `MODES[mode]` without antialiasing, since aliasing is one of the wanted degradations.
 
-    The whole picture maps onto the whole result. The reference's scale factor would lose up to one pixel of the result
+    The whole image maps onto the whole result. The reference's scale factor would lose up to one pixel of the result
     at the right and the bottom, and shift the image relative to its ground truth.
     """
     return F.interpolate(image, size=size, mode=MODES[mode])
@@ -74,7 +75,7 @@ def add_gaussian_noise(image: Tensor, sigma: float, grey: bool, seed: int) -> Te
 def add_poisson_noise(image: Tensor, scale: float, grey: bool, seed: int) -> Tensor:
     """Adds shot noise and clamps to 0..1.
 
-    A value x of the 8-bit image is counted as Poisson(x n) / n, where n is the number of its distinct values, rounded
+    A value x of the 8-bit image becomes Poisson(x n) / n, where n is the number of the image's distinct values, rounded
     up to a power of two.
 
     Args:

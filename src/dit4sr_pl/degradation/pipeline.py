@@ -75,8 +75,8 @@ class Degradation:
             params: what `draw` returned for them.
 
         Returns:
-            LR images `(B, 3, H/scale, W/scale)`, multiples of 1/255 in 0..1, and their targets `(B, 3, H, W)` in 0..1,
-            both float32.
+            LR images `(B, 3, H/scale, W/scale)`, multiples of 1/255 in 0..1, and their targets `(B, 3, H, W)` in 0..1;
+            both are float32.
 
         Raises:
             ValueError: `params` were drawn for another number of images, or the size cannot be degraded.

@@ -42,7 +42,7 @@ class Sharpen:
 
 @dataclass(frozen=True)
 class BlurSinc:
-    """Sinc in place of a Gaussian family. Cut-offs are in units of pi: one range for sizes under `small`, one above."""
+    """Sinc in place of a Gaussian family; its cut-offs, in units of pi, are `cutoff_small` for sizes under `small`."""
 
     probability: float
     small: int
@@ -57,9 +57,7 @@ class BlurSinc:
 
 @dataclass(frozen=True)
 class Blur:
-    """Settings of a blur: its probability, sizes (odd, pixels), families with their probabilities, and their
-    parameters.
-    """
+    """Settings of a blur: `size` is odd and `sigma` positive, both in pixels; `kinds` are families by probability."""
 
     probability: float
     size: Range
@@ -187,9 +185,7 @@ class FinalSinc:
 
 @dataclass(frozen=True)
 class Final:
-    """The last steps; `jpeg_first` is the probability that JPEG comes before the resize to the LR size and the sinc
-    filter.
-    """
+    """The last steps; `jpeg_first` is the probability that JPEG precedes the last resize and the sinc filter."""
 
     jpeg_first: float
     sinc: FinalSinc

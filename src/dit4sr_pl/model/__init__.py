@@ -1,14 +1,16 @@
-"""The network, from the outside in: transformer <- block <- lr_stream <- variant, with the controlnet baseline next to
-it.
+"""The network: `variant` says what is in it, `lr_stream` is trained, `block` and `transformer` run it over SD3.
 
-Words that the whole project uses:
+`controlnet` is the paper's baseline. Words that the whole project uses:
 
     base            SD3's transformer, frozen
     backbone        the whole frozen pipeline: base, autoencoder, text encoders, scheduler
     frozen          a block's frozen half, a diffusers module
     trained part    the module that is trained and saved, `net.trained`: an LR stream or a ControlNet
     network_config  how a network was made: its kind and its variant
-    noise, lr, text the three streams of tokens: noisy latent (X in the paper), LR latent (L), prompt (C)
+    identity        the settings that a run or an evaluation depends on
+    checkpoint      a training state (.ckpt), which resumes a run
+    LR-stream file  lr_stream.safetensors, the trained weights alone
+    noise, lr, text the three streams of tokens: noisy latent (X in the paper), LR latent (L), prompt
     image           pixels; a picture is a file with its metadata, a photo is an HR training image
 """
 

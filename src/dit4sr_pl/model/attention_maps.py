@@ -1,6 +1,4 @@
-"""Attention maps between the streams of a block (paper Figure 4) and the LR tokens that leave it (supplement Figure
-2).
-"""
+"""Attention maps between a block's streams (paper Figure 4) and the LR tokens after it (supplement Figure 2)."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,7 +17,7 @@ Maps = dict[tuple[str, str], Tensor]
 
 @dataclass
 class Record:
-    """The maps and LR tokens of one block, from the last evaluation of its network.
+    """The attention maps and LR tokens of one block, from the last forward pass of its network.
 
     Args:
         attn: maps of the joint attention by the streams of queries and keys, float32, means over heads. X -> L is
@@ -37,11 +35,15 @@ class Record:
 
 @contextmanager
 def record(net: DiT4SRTransformer, blocks: Iterable[int]) -> Iterator[dict[int, Record]]:
-    """Records these blocks while the context is open, one at a time; what the network returns stays the same.
+    """Records attention maps and LR tokens while the context is open; the network's output stays the same.
 
         with record(net, blocks=[3, 6]) as records:
             net(noisy_latent, lr_latent, timestep, prompt_embeds, pooled_prompt_embeds)
         records[6].attn["noise", "lr"]
+
+    Args:
+        net: the network to record.
+        blocks: indices of its blocks.
 
     Raises:
         ValueError: the network has no such block.
@@ -76,7 +78,7 @@ def recorded(block: MMDiTControlBlock, kept: Record) -> Iterator[None]:
 
 
 def maps_of(streams: Mapping[str, QKV], joint: bool) -> Maps:
-    """Returns the maps as the block attends: from one softmax, or in variant A from two, the LR stream's own apart."""
+    """Returns the maps of one softmax over all streams or, in variant A, of two: one is the LR stream's alone."""
     if joint:
         return attention_maps(streams)
     others = {name: qkv for name, qkv in streams.items() if name != "lr"}
@@ -85,7 +87,14 @@ def maps_of(streams: Mapping[str, QKV], joint: bool) -> Maps:
 
 @torch.no_grad()
 def attention_maps(streams: Mapping[str, QKV]) -> Maps:
-    """Returns one softmax over the keys of all streams, averaged over heads, cut by the streams of queries and keys."""
+    """Returns one softmax over the keys of all streams, averaged over heads and split by pairs of streams.
+
+    Args:
+        streams: (query, key, value) by stream, each `(B, heads, tokens, D/heads)`; the query may be None.
+
+    Returns:
+        `(B, tokens, tokens)` by the streams of queries and keys, float32.
+    """
     queries = {name: q.float() for name, (q, _, _) in streams.items() if q is not None}
     keys = {name: k.float() for name, (_, k, _) in streams.items()}
     every_query, every_key = torch.cat([*queries.values()], dim=2), torch.cat([*keys.values()], dim=2)
@@ -96,7 +105,7 @@ def attention_maps(streams: Mapping[str, QKV]) -> Maps:
 
     rows = weights.split([q.shape[2] for q in queries.values()], dim=1)
     return {
-        (asking, asked): part
+        (asking, asked): weights_between
         for asking, row in zip(queries, rows, strict=True)
-        for asked, part in zip(keys, row.split([k.shape[2] for k in keys.values()], dim=2), strict=True)
+        for asked, weights_between in zip(keys, row.split([k.shape[2] for k in keys.values()], dim=2), strict=True)
     }

@@ -13,7 +13,7 @@ QKV = tuple[Tensor | None, Tensor, Tensor]
 
 
 class MMDiTControlBlock(nn.Module):
-    """Three streams through one block; `noise` and `lr` share every frozen weight, `text` has its own.
+    """One block that takes three streams; `noise` and `lr` share every frozen weight, `text` has its own.
 
         noise ──norm1──┬────────┬──────┬─────+──norm2──MLP.in──φ──(+)──MLP.out──+──
                        │ joint  │ noise│     │                     │ s·injection
@@ -26,7 +26,7 @@ class MMDiTControlBlock(nn.Module):
     Args:
         frozen: diffusers' block.
         lr: the block's trainable share of the LR stream.
-        variant: which parts of the LR stream are in.
+        variant: which units of the LR stream the network has.
     """
 
     def __init__(self, frozen: JointTransformerBlock, lr: LRBlock, variant: Variant):
@@ -49,12 +49,12 @@ class MMDiTControlBlock(nn.Module):
             grid: `(h, w)`, the sides of the token grid.
 
         Returns:
-            The three streams after the block. The last block returns the text unchanged, and so the LR tokens that
-            nothing needs.
+            The three streams after the block. The last block returns the text unchanged and leaves out those steps of
+            the LR stream that nothing reads.
         """
         frozen = self.frozen
 
-        # 1. Modulation: noise and LR share it.
+        # 1. Norms and modulation, which noise and LR share.
         time = F.silu(time)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *dual = modulation(frozen.norm1.linear, time)
         noise_norm, lr_norm = frozen.norm1.norm(noise), frozen.norm1.norm(lr)
@@ -64,14 +64,14 @@ class MMDiTControlBlock(nn.Module):
             text_shift, text_scale, text_gate, *text_mlp = modulation(frozen.norm1_context.linear, time)
         text_in = modulate(frozen.norm1_context.norm(text), text_shift, text_scale)
 
-        # 2. LR Integration and LR Residual.
+        # 2. LR Integration, one attention over [X, L, text], and LR Residual, L_out = W_out^L (Attention_L + L_in).
         noise_in, lr_in = modulate(noise_norm, shift, scale), modulate(lr_norm, shift, scale)
         noise_attn, lr_attn, text_attn = self.attend(noise_in, lr_in, text_in)
         noise = gated(noise, gate, noise_attn)
         if self.lr.needs_output:
             lr = gated(lr, gate, lr_attn)
 
-        # 3. SD3.5's second attention, without text.
+        # 3. SD3.5's second attention over [X, L], without text.
         if dual:
             shift2, scale2, gate2 = dual
             noise_in2, lr_in2 = modulate(noise_norm, shift2, scale2), modulate(lr_norm, shift2, scale2)
@@ -80,7 +80,7 @@ class MMDiTControlBlock(nn.Module):
             if self.lr.needs_output:
                 lr = gated(lr, gate2, lr_attn2)
 
-        # 4. MLPs with LR Injection between them: phi(X) += s * injection(eta(L)).
+        # 4. MLPs with LR Injection between their layers: phi(X) += s * DWConv3x3(eta(L)).
         phi = mlp_in(frozen.ff, modulate(frozen.norm2(noise), shift_mlp, scale_mlp))
         if self.lr.needs_output:
             eta = mlp_in(frozen.ff, modulate(frozen.norm2(lr), shift_mlp, scale_mlp))
@@ -90,7 +90,7 @@ class MMDiTControlBlock(nn.Module):
         if not self.lr.last:
             lr = gated(lr, gate_mlp, mlp_out(frozen.ff, eta))
 
-        # 5. Text.
+        # 5. The text stream, as in SD3.
         if not frozen.context_pre_only:
             text_shift_mlp, text_scale_mlp, text_gate_mlp = text_mlp
             text = gated(text, text_gate, text_attn)
@@ -101,7 +101,7 @@ class MMDiTControlBlock(nn.Module):
     def attend(self, noise: Tensor, lr: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns the output of `attn` over `[noise, lr, text]` or, if `text` is None, of `attn2` over `[noise, lr]`.
 
-        Each stream has passed its output projection; a stream without queries is None.
+        Each output has passed its stream's output projection; it is None for a stream without queries.
         """
         frozen, ours = (self.frozen.attn2, self.lr.attn2) if text is None else (self.frozen.attn, self.lr.attn)
         noise_qkv, lr_qkv, *text_qkv = self.projections(frozen, ours, noise, lr, text)
@@ -139,8 +139,8 @@ def joint_attention(*streams: QKV) -> tuple[Tensor | None, ...]:
     keys = torch.cat([k for _, k, _ in streams], dim=2)
     values = torch.cat([v for _, _, v in streams], dim=2)
     attended = attention(queries, keys, values).transpose(1, 2).flatten(2)
-    parts = iter(attended.split([q.shape[2] for q, _, _ in streams if q is not None], dim=1))
-    return tuple(next(parts) if q is not None else None for q, _, _ in streams)
+    by_stream = iter(attended.split([q.shape[2] for q, _, _ in streams if q is not None], dim=1))
+    return tuple(next(by_stream) if q is not None else None for q, _, _ in streams)
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class LRAttention(nn.Module):
 
     Args:
         dim: width D of a token.
-        variant: which parts of the LR stream are in.
+        variant: which units of the LR stream the network has.
         needs_output: False where only keys and values matter. In the last block of a variant without LR Injection the
             LR stream's own output goes nowhere, and a weight without a gradient would stop DDP.
     """
@@ -48,11 +48,9 @@ class LRAttention(nn.Module):
         return normed(frozen.norm_q, self.project("q", frozen, lr)) if self.needs_output else None
 
     def keys(self, frozen: Attention, lr: Tensor, noise_keys: Tensor) -> Tensor:
-        """Returns LR keys; `noise_keys`, which are normalised already, stand in for them in releases with legacy
-        keys.
-        """
+        """Returns LR keys from LR tokens or, with legacy keys, from the noise keys, which are normalised already."""
         if self.legacy_keys:
-            return normed(frozen.norm_k, noise_keys)  # noise keys come normalised: this is the second time
+            return normed(frozen.norm_k, noise_keys)  # normalised a second time, as in those releases
         return normed(frozen.norm_k, self.project("k", frozen, lr))
 
     def values(self, frozen: Attention, lr: Tensor) -> Tensor:
@@ -64,16 +62,14 @@ class LRAttention(nn.Module):
         return self.out(attended + lr if self.residual else attended)
 
     def project(self, name: str, frozen: Attention, lr: Tensor) -> Tensor:
-        """Returns the tokens through the product of the trainable and the frozen projection, cut into heads."""
+        """Returns `W^L (W L)` of the projection `name`, cut into heads."""
         ours = getattr(self, name)
         projected = ours(lr) if self.merged else F.linear(lr, *product(ours, getattr(frozen, f"to_{name}")))
         return heads(frozen, projected)
 
     @torch.no_grad()
     def merge(self, frozen: Attention) -> None:
-        """Replaces each weight by its product with the frozen one, computed in float32, kept in the frozen weight's
-        dtype.
-        """
+        """Replaces each weight by its float32 product with the frozen one, stored in the frozen weight's dtype."""
         for name in ("q", "k", "v") if self.needs_output else ("k", "v"):
             ours, theirs = getattr(self, name).float(), getattr(frozen, f"to_{name}")
             for kind, value in zip(("weight", "bias"), product(ours, copy.deepcopy(theirs).float()), strict=True):
@@ -91,7 +87,7 @@ def product(ours: nn.Linear, frozen: nn.Linear) -> tuple[Tensor, Tensor]:
 
 
 class ConvInjection(nn.Module):
-    """LR Injection: a depth-wise 3x3 convolution of the LR stream's MLP activations on the token grid."""
+    """LR Injection, `phi(X) += s * DWConv3x3(eta(L))`: a depth-wise convolution of the LR stream's MLP activations."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -106,7 +102,7 @@ class ConvInjection(nn.Module):
 
 
 class LinearInjection(nn.Module):
-    """Variant D's LR Injection: a linear layer per token in place of the convolution."""
+    """Variant D's LR Injection, `phi(X) += s * Linear(eta(L))`: no token sees its neighbours."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -122,14 +118,13 @@ class LRBlock(nn.Module):
 
     Args:
         dim: width D of a token.
-        variant: which parts of the LR stream are in.
+        variant: which units of the LR stream the network has.
         dual_attention: whether the frozen block has SD3.5's second attention.
         last: whether it is the last block, whose LR tokens matter through its injection alone.
     """
 
     def __init__(self, dim: int, variant: Variant, dual_attention: bool, last: bool):
         super().__init__()
-        # The last block's LR tokens matter only through its injection.
         needs_output = not last or variant.lr_injection != "none"
         self.attn = LRAttention(dim, variant, needs_output)
         self.attn2 = LRAttention(dim, variant, needs_output) if dual_attention else None
@@ -145,7 +140,7 @@ class LRStream(nn.Module):
     Args:
         dim: width D of a token.
         dual_attention: for every block, whether it has SD3.5's second attention.
-        variant: which parts of the LR stream are in.
+        variant: which units of the LR stream the network has.
     """
 
     def __init__(self, dim: int, dual_attention: list[bool], variant: Variant):

@@ -49,8 +49,8 @@ def read_released(folder: Path) -> tuple[SD3Transformer2DModel, dict[str, Tensor
 def write_released(base: SD3Transformer2DModel, lr_stream: LRStream, folder: Path) -> None:
     """Writes `transformer/` of a released folder, which the reference implementation can run.
 
-    The layout has no place for `legacy_lr_keys` and `injection_scale`, which the reference keeps in its source. The
-    text projections that it expects in `attn2`, but never reads, are written as zeros.
+    The layout has no place for `legacy_lr_keys` and `injection_scale`, which the reference keeps in its source. It
+    expects text projections in `attn2` and never uses them; they are written as zeros.
 
     Raises:
         ValueError: the reference implementation cannot run this variant.

@@ -1,4 +1,4 @@
-"""Trained parts in and out: one safetensors file that names its network and the base that it was trained over."""
+"""Files of trained parts: one safetensors file that names its network and the base that it was trained over."""
 
 import hashlib
 import json
@@ -16,16 +16,16 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.model.variant import Variant
 
-SAMPLES = 64  # values per weight that a base's fingerprint covers
+SAMPLES = 64  # values per weight that the fingerprint of a base covers
 
 
 @dataclass(frozen=True)
 class TrainedPart:
-    """The weights that a training made: an LR stream or a ControlNet.
+    """Weights of a trained part, an LR stream or a ControlNet, and what they belong to.
 
     Args:
         network_config: kind of the network (`network`) and the switches that it was made with.
-        base: `name` and `fingerprint` of the frozen transformer below it.
+        base: `name` and `fingerprint` of the base that the weights were trained over.
         state: weights by name.
     """
 
@@ -42,9 +42,7 @@ def method_and_variant(network_config: dict) -> tuple[str, str]:
 
 
 def fingerprint(base: SD3Transformer2DModel) -> str:
-    """Returns a hash of a base transformer from a few values per weight; float32, bfloat16 and float16 give the
-    same.
-    """
+    """Returns a hash of a few values per weight of a base; it is the same in float32, bfloat16 and float16."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(base.state_dict().items()):
         values = weight.flatten()[:: max(1, weight.numel() // SAMPLES)][:SAMPLES]
@@ -55,14 +53,14 @@ def fingerprint(base: SD3Transformer2DModel) -> str:
 
 
 def base_of(net: nn.Module, name: str) -> dict[str, str]:
-    """Returns what a trained part keeps of the frozen transformer that it was trained over."""
+    """Returns name and fingerprint of a network's base, which identify it in files."""
     return {"name": name, "fingerprint": fingerprint(net.base)}
 
 
 def part_of(net: nn.Module, base: dict[str, str]) -> TrainedPart:
     """Returns the trained part of a network, with its weights on the CPU in float32.
 
-    All devices must call this if the network is sharded over them; only the first gets weights.
+    If the network is sharded, every process must call this, and only the first one gets weights.
     """
     state = get_model_state_dict(net.trained, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return TrainedPart(net.network_config(), base, {name: tensor.float() for name, tensor in state.items()})
@@ -71,10 +69,7 @@ def part_of(net: nn.Module, base: dict[str, str]) -> TrainedPart:
 def save_part(part: TrainedPart, path: str | Path) -> None:
     """Writes a trained part as one safetensors file, atomically."""
     state = {name: tensor.contiguous() for name, tensor in part.state.items()}
-    # The key `settings`, here and in checkpoints, is the name that files have had from the start.
-    # The key `settings`, here and in checkpoints, is the name that files have had from the start.
-    # The key `settings`, here and in checkpoints, is the name that files have had from the start.
-    # The key `settings`, here and in checkpoints, is the name that files have had from the start.
+    # Files and checkpoints keep the key `settings` for the network config, so that older ones can be read.
     header = {"settings": json.dumps(part.network_config), "base": json.dumps(part.base)}
     with atomic_write(Path(path)) as partial:
         save_file(state, partial, header)
@@ -85,7 +80,7 @@ def load_part(path: str | Path) -> TrainedPart:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or something else.
+        ValueError: the file is truncated or of another kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -118,9 +113,9 @@ def load_checkpoint(path: Path) -> TrainedPart:
 
 
 def check_network_config(net: nn.Module, network_config: dict, source: str | Path) -> None:
-    """Checks that a network was made as a trained part's was.
+    """Checks that a network has the config of the one that a trained part comes from.
 
-    Variants B and FULL have the same weights by name: only the config tells them apart.
+    Variants B and FULL have the same weights by name; only the config tells them apart.
 
     Raises:
         ValueError: the network was made with another config.
@@ -140,7 +135,7 @@ def fit_part(net: nn.Module, part: TrainedPart, source: str | Path) -> None:
 
 
 def check_base(base: SD3Transformer2DModel, trained_over: dict[str, str], source: str | Path) -> None:
-    """Raises ValueError unless `base` is the model that a part was trained over."""
+    """Raises ValueError unless `base` is the model that a trained part belongs to."""
     if trained_over["fingerprint"] != fingerprint(base):
         raise ValueError(
             f"{source}: trained over {trained_over['name']}, and this base model has other weights; "
@@ -149,7 +144,7 @@ def check_base(base: SD3Transformer2DModel, trained_over: dict[str, str], source
 
 
 def fit_state(trained: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copies weights into a module; raises ValueError for keys or shapes that differ, with the first few of them."""
+    """Copies weights into a module; raises ValueError, with the first few differences, if keys or shapes differ."""
     ours = {name: tuple(tensor.shape) for name, tensor in trained.state_dict().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if ours != theirs:

@@ -18,7 +18,7 @@ class DiT4SRTransformer(nn.Module):
 
     Args:
         base: diffusers' SD3 or SD3.5 transformer with its pretrained weights; frozen here.
-        variant: which parts of the LR stream are in.
+        variant: which units of the LR stream the network has.
         gradient_checkpointing: whether every block is recomputed in the backward pass instead of keeping its
             activations.
         lr_stream: a trained LR stream, which brings its variant; None: a new one.
@@ -51,11 +51,10 @@ class DiT4SRTransformer(nn.Module):
     def from_reference(
         cls, folder: str | Path, legacy_lr_keys: bool = False, injection_scale: float = 1.2
     ) -> "DiT4SRTransformer":
-        """Loads a released DiT4SR: a diffusers folder with `config.json` and safetensors, `transformer/` or the one
-        above.
+        """Loads a released DiT4SR.
 
         Args:
-            folder: the released folder.
+            folder: the released folder or its `transformer/`, with `config.json` and safetensors.
             legacy_lr_keys: True for `dit4sr_q` and `dit4sr_f`, False for `dit4sr_r1`.
             injection_scale: 1.2 in all releases.
 

@@ -1,4 +1,4 @@
-"""The parts of the LR stream that are in: the paper's Section 5 and supplement Figure 3, as data."""
+"""The paper's ablation as data (Section 5 and supplement Figure 3): which units of the LR stream a network has."""
 
 from dataclasses import asdict, dataclass
 
@@ -41,9 +41,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The variant's name in `conf/ablation/`, which do not set scale and keys; several changes are joined by
-        `+`.
-        """
+        """The variant's name in `conf/ablation/`, of its switches alone; several changes are joined by `+`."""
         changes = {
             "no_lr_integration": self.lr_integration == "none",
             "no_lr_residual": not self.lr_residual,
