@@ -1,11 +1,11 @@
-"""Images per second of the degradation, and of the same degradation as a plain loop, in one process.
+"""Compares the degradation's images per second with those of the same degradation as a plain loop, in one process.
 
     python benchmarks/degradation.py [--batch 8] [--size 512] [--repeats 3] [--device cpu]
 
-The loop (testing/slow_degradation.py) runs on the CPU: one image at a time, one kernel at a time, built value by
-value, every blur a full 2-D convolution, the 51x51 one of the sharpening too. Resize, noise and JPEG are the same
-code on both sides, so the ratio shows what the kernels, the separable sharpening and the blurs by FFT are worth, and
-no more. Both sides get the same images and the same drawn parameters; the best of the repeats counts for each.
+The loop (testing/slow_degradation.py) runs on the CPU. It takes one image at a time, builds each kernel value by value,
+and every blur is a full 2-D convolution, including the 51x51 one of the sharpening. Resize, noise and JPEG are the same
+code on both sides, so the ratio shows only what the kernels, the separable sharpening and the blurs by FFT are worth.
+Both sides get the same images and the same drawn parameters, and the fastest of the repeats counts.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from testing import slow_degradation  # noqa: E402
 
 
 def images_per_second(run: Callable[[], object], images: int, repeats: int) -> float:
-    """Of the fastest of `repeats` runs, after one to warm up."""
+    """Returns the images per second of the fastest of `repeats` runs, after one to warm up."""
     run()
     seconds = []
     for _ in range(repeats):
@@ -38,6 +38,7 @@ def images_per_second(run: Callable[[], object], images: int, repeats: int) -> f
 
 
 def main() -> None:
+    """Prints the images per second of both and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=512)

@@ -1,9 +1,10 @@
-"""A forward pass of DiT4SR, merged as for restoring, against diffusers' own SD3 transformer over the same weights.
+"""Compares a forward pass of DiT4SR, merged as for restoring, with one of diffusers' SD3 transformer.
 
     [OMP_NUM_THREADS=2] python benchmarks/forward.py [--dtype float32] [--repeats 9]
 
-The networks and the batch are those of `training_step.py`; the two take turns, without autograd. `products` is the
-part of a pass that goes into matrix products and attention: less than ours alone, and nothing is left but them.
+Networks and batch are those of `training_step.py`, and both networks have the same base weights. They take turns,
+without autograd. The column `products s` has the seconds that a pass spends in matrix products and attention, which no
+implementation can do without.
 """
 
 import argparse
@@ -16,6 +17,7 @@ PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::_scaled_dot_product_f
 
 
 def main() -> None:
+    """Prints the times of both networks and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=9)
@@ -34,7 +36,7 @@ def main() -> None:
 
 
 def in_products(contest: Contest, run: str) -> float:
-    """Seconds of one pass in matrix products and attention."""
+    """Returns the seconds that one pass spends in matrix products and attention."""
     with profile() as profiler:
         getattr(contest, run)()
     return sum(event.self_cpu_time_total for event in profiler.key_averages() if event.key in PRODUCTS) / 1e6

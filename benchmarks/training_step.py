@@ -1,15 +1,16 @@
-"""A training step and a forward pass against one forward pass of diffusers' own SD3 transformer, in one process.
+"""Compares a training step and a forward pass with one forward pass of diffusers' SD3 transformer, in one process.
 
     python benchmarks/training_step.py [--repeats 5] [--batch 2] [--profile]
 
-8 blocks, width 512, 8 heads, second attention in blocks 0-3, 48x48 latents of 16 channels, 154 text tokens of 1024;
-float32 on the CPU. A step is forward, squared error, backward to the LR stream, over a frozen base and without
-checkpointing; the optimizer's step is not in it. Forward passes run without autograd. Both networks have the same
-random base weights and take turns. `cpu` is processor time, which other programs on the machine disturb less.
+The networks have 8 blocks, width 512, 8 heads and a second attention in blocks 0-3. They get 48x48 latents of 16
+channels and 154 text tokens of width 1024, in float32 on the CPU. A step is a forward pass, a squared error and a
+backward pass to the LR stream over a frozen base, without gradient checkpointing and without the optimizer's step. The
+forward passes run without autograd. Both networks have the same random base weights and take turns. `cpu` is processor
+time, which other programs on the machine disturb less.
 
-`floor` is the ratio of operations in matrix products alone, attention's included: at equal efficiency nothing is
-faster. The fused attention does not keep its softmax and computes the scores again in the backward pass: `recomputed`
-counts that.
+`bound` is the ratio of operations in matrix products, including attention's: at equal efficiency no step takes less.
+The fused attention does not keep its softmax and computes the scores again in the backward pass, which `recomputed`
+includes.
 """
 
 import argparse
@@ -45,14 +46,19 @@ RUNS = ("diffusers", "forward", "step")
 
 
 class Contest:
-    """Both networks over one base, and one batch for them."""
+    """Both networks over one base, and one batch for them.
+
+    Args:
+        batch: number of latents.
+        dtype: dtype of weights and batch.
+    """
 
     def __init__(self, batch: int, dtype: torch.dtype = torch.float32):
         torch.manual_seed(0)
         self.base = SD3Transformer2DModel(**CONFIG)
         self.net = DiT4SRTransformer(self.base)
         for parameter in self.net.lr_stream.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)  # off the zero start: no product with zeros
+            torch.nn.init.normal_(parameter, std=0.02)  # no products with the zeros of the start
         self.net.to(dtype)
         self.noisy_latent, self.lr_latent, self.target = torch.randn(3, batch, 16, 48, 48, dtype=dtype)
         self.timestep = torch.rand(batch) * 1000
@@ -61,22 +67,26 @@ class Contest:
 
     @torch.no_grad()
     def diffusers(self) -> None:
+        """Runs diffusers' transformer."""
         self.base(self.noisy_latent, self.embeds, self.pooled, self.timestep)
 
     @torch.no_grad()
     def forward(self) -> None:
+        """Runs DiT4SR without autograd."""
         self.velocity()
 
     def step(self) -> None:
+        """Runs a training step without the optimizer's."""
         (self.velocity() - self.target).square().mean().backward()
         self.net.zero_grad()
 
     def velocity(self) -> Tensor:
+        """Returns DiT4SR's output for the batch."""
         return self.net(self.noisy_latent, self.lr_latent, self.timestep, self.embeds, self.pooled)
 
 
 def take_turns(contest: Contest, repeats: int, runs: tuple[str, ...]) -> dict[str, list[tuple[float, float]]]:
-    """`(seconds, processor seconds)` of every run, after one of each to warm up."""
+    """Returns `(seconds, processor seconds)` of every run, after one of each to warm up."""
     times = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name in runs:
@@ -87,19 +97,20 @@ def take_turns(contest: Contest, repeats: int, runs: tuple[str, ...]) -> dict[st
 
 
 def products(run: Callable[[], None]) -> int:
-    """Floating-point operations of a run's matrix products, softmax kept; the counter sees through plain attention."""
+    """Returns the floating-point operations of a run's matrix products, with attention that keeps its softmax."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
-    # It takes the depth-wise convolution's backward for a dense one's; that convolution is 0.1% of the whole.
+    # The counter takes the depth-wise convolution's backward pass for a dense one's; that convolution is 0.1% of all.
     return sum(n for op, n in counter.get_flop_counts()["Global"].items() if "convolution" not in str(op))
 
 
 def attention_scores(blocks: int, tokens: int, batch: int) -> int:
+    """Returns the floating-point operations of the attention scores of all blocks."""
     return 2 * blocks * batch * tokens**2 * CONFIG["num_attention_heads"] * CONFIG["attention_head_dim"]
 
 
-def floors(batch: int) -> dict[str, tuple[float, float]]:
-    """Products in units of those of diffusers' forward pass: with the softmax kept, and with the scores recomputed."""
+def bounds(batch: int) -> dict[str, tuple[float, float]]:
+    """Returns every run's operations over diffusers' forward pass's: with the softmax kept, and scores recomputed."""
     with torch.device("meta"):
         contest = Contest(batch)
         counts = {name: products(getattr(contest, name)) for name in RUNS}
@@ -111,24 +122,25 @@ def floors(batch: int) -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
+    """Prints the times of all runs and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--profile", action="store_true", help="print where the time of one step goes")
     args = parser.parse_args()
 
-    contest, floor = Contest(args.batch), floors(args.batch)
+    contest, bound = Contest(args.batch), bounds(args.batch)
     times = take_turns(contest, args.repeats, RUNS)
     print(
         f"batch {args.batch}, {torch.get_num_threads()} threads, {args.repeats} repeats; ratios to diffusers' forward"
     )
     print(f"{'':10s}" + "".join(f"{head:>11s}" for head in ("median s", "min s", "cpu min s")), end="")
-    print("".join(f"{head:>11s}" for head in ("median", "min", "cpu min", "floor", "recomputed")))
+    print("".join(f"{head:>11s}" for head in ("median", "min", "cpu min", "bound", "recomputed")))
     summary = {name: summarise(runs) for name, runs in times.items()}
     for name, seconds in summary.items():
         ratios = [ours / theirs for ours, theirs in zip(seconds, summary["diffusers"], strict=True)]
         print(f"{name:10s}" + "".join(f"{s:11.3f}" for s in seconds), end="")
-        print("".join(f"{ratio:11.2f}" for ratio in (*ratios, *floor[name])))
+        print("".join(f"{ratio:11.2f}" for ratio in (*ratios, *bound[name])))
 
     if args.profile:
         with profile() as profiler:
@@ -137,6 +149,7 @@ def main() -> None:
 
 
 def summarise(runs: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """Returns median and smallest seconds and smallest processor seconds."""
     seconds, cpu = zip(*runs, strict=True)
     return median(seconds), min(seconds), min(cpu)
 

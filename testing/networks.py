@@ -1,4 +1,4 @@
-"""Small networks that tests compare."""
+"""The five variants of the ablation, and random weights for small networks that tests compare."""
 
 import torch
 
@@ -14,7 +14,7 @@ VARIANTS = {
 
 
 def randomise(module: torch.nn.Module) -> None:
-    """Leaves the zero start, where half of the LR stream has no effect yet."""
+    """Adds noise to all parameters: at its zero start, half of the LR stream has no effect."""
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in module.parameters():

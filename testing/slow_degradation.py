@@ -1,9 +1,9 @@
 """The degradation as a plain loop: one image, one kernel and one full 2-D convolution at a time.
 
-The oracle of the tests and the baseline of the benchmark. Kernels are summed up value by value from the formulas with
-NumPy and SciPy, and every blur, the 51x51 one of the sharpening too, is `kornia.filters.filter2d` in two dimensions.
-Resize, JPEG and noise are the package's own operations, which have tests of their own: what is compared is the
-synthesis of kernels, the way to blur and sharpen, and the order of the chain.
+Tests use it as their oracle and the benchmark as its baseline. NumPy and SciPy compute the kernels value by value from
+the formulas, and every blur, including the 51x51 one of the sharpening, is `kornia.filters.filter2d` in two dimensions.
+Resize, JPEG and noise are the package's own operations, which have tests of their own. So this module checks the
+kernels, the blurs, the sharpening and the order of the steps.
 """
 
 import math
@@ -22,12 +22,13 @@ from dit4sr_pl.degradation.kernels import KINDS
 
 @torch.no_grad()
 def degrade(degradation: Degradation, images: Tensor, params: DrawnDegradation) -> tuple[Tensor, Tensor]:
-    """What `degradation(images, params)` gives, one image after the other."""
+    """Returns what `degradation(images, params)` returns, computed for one image after the other."""
     pairs = [degrade_one(degradation, image[None], params[i]) for i, image in enumerate(images)]
     return torch.cat([lr for lr, _ in pairs]), torch.cat([hr for _, hr in pairs])
 
 
 def degrade_one(degradation: Degradation, image: Tensor, drawn: DrawnDegradation) -> tuple[Tensor, Tensor]:
+    """Returns the LR image and the target of one image `(1, 3, H, W)`."""
     height, width = image.shape[-2:]
     lr_size = (height // degradation.scale, width // degradation.scale)
     hr = image
@@ -55,6 +56,7 @@ def degrade_one(degradation: Degradation, image: Tensor, drawn: DrawnDegradation
 
 
 def sharpen(image: Tensor, kernel_size: int, weight: float, threshold: float) -> Tensor:
+    """Returns the image after unsharp masking; arguments are those of `ops.sharpen`."""
     sigma = 0.3 * ((kernel_size - 1) * 0.5 - 1) + 0.8
     kernel = get_gaussian_kernel2d((kernel_size, kernel_size), (sigma, sigma))
     residual = image - filter2d(image, kernel)
@@ -63,17 +65,19 @@ def sharpen(image: Tensor, kernel_size: int, weight: float, threshold: float) ->
 
 
 def resize(image: Tensor, base: tuple[int, int], factor: float, mode: int) -> Tensor:
+    """Resizes an image to `factor` times the size `base`."""
     return ops.resize(image, (max(1, int(base[0] * factor)), max(1, int(base[1] * factor))), mode)
 
 
 def add_noise(image: Tensor, drawn: DrawnNoise) -> Tensor:
+    """Adds the drawn noise."""
     if drawn.poisson:
         return ops.add_poisson_noise(image, float(drawn.poisson_scale), bool(drawn.grey), int(drawn.seed))
     return ops.add_gaussian_noise(image, float(drawn.sigma), bool(drawn.grey), int(drawn.seed))
 
 
 def gaussian_family(drawn: DrawnBlur) -> Tensor:
-    """One kernel `(1, size, size)` of a drawn blur."""
+    """Returns the kernel `(1, size, size)` of a drawn blur."""
     kind, half = KINDS[int(drawn.kind)], int(drawn.size) // 2
     if kind == "sinc":
         return sinc(drawn)
@@ -89,7 +93,7 @@ def gaussian_family(drawn: DrawnBlur) -> Tensor:
 
 
 def sinc(drawn: DrawnSinc | DrawnBlur) -> Tensor:
-    """One sinc kernel `(1, size, size)`."""
+    """Returns the sinc kernel `(1, size, size)` of a drawn filter."""
     half, cutoff = int(drawn.size) // 2, float(drawn.cutoff)
     kernel = np.empty((2 * half + 1, 2 * half + 1))
     for y in range(-half, half + 1):
@@ -100,4 +104,5 @@ def sinc(drawn: DrawnSinc | DrawnBlur) -> Tensor:
 
 
 def normalised(kernel: np.ndarray) -> Tensor:
+    """Returns a kernel `(1, size, size)` with the sum 1."""
     return torch.from_numpy(kernel / kernel.sum()).float()[None]

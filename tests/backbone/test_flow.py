@@ -9,7 +9,7 @@ SCHEDULER = FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
 def test_one_euler_step_of_diffusers_along_the_true_velocity_ends_at_the_image():
-    """The scheduler is the oracle of all signs: interpolate, velocity and timestep must be what it samples with."""
+    """The scheduler is the oracle of all signs: it samples with the same interpolation, velocity and timestep."""
     clean, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER.config)
     scheduler.set_timesteps(3)
@@ -53,7 +53,8 @@ def test_unknown_weighting_is_refused():
 
 
 def test_the_timesteps_of_a_seed_stay_what_they_are():
-    """Runs that are resumed by a later version depend on these values."""
+    """A run that a later version resumes depends on these values."""
     flow = RectifiedFlow(SCHEDULER, "released")
-    timestep, _ = flow.draw_timesteps([generator("cpu", "flow", 0, position) for position in range(3)])
+    timestep, sigma = flow.draw_timesteps([generator("cpu", "flow", 0, position) for position in range(3)])
     torch.testing.assert_close(timestep, torch.tensor([821.8807, 636.9390, 612.4260]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(sigma, torch.tensor([0.8218807, 0.6369390, 0.6124260]), atol=1e-6, rtol=0)

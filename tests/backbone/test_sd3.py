@@ -2,9 +2,11 @@ import json
 import shutil
 import weakref
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import AutoencoderDC, AutoencoderKL, StableDiffusion3Pipeline
 from PIL import Image
 
@@ -23,13 +25,36 @@ def test_tiny_sd3_is_a_whole_pipeline_of_at_most_40_mb(tiny_backbone):
     assert tiny_backbone.scheduler.config.shift == 3.0
 
 
-def test_parts_are_read_only_when_asked_for(monkeypatch):
+def test_components_are_read_only_when_asked_for(monkeypatch):
     read = []
     monkeypatch.setattr(Backbone, "read", lambda self, kind, **arguments: read.append(arguments.get("subfolder")))
     backbone = Backbone("tiny-sd3", "float32", 8)
     assert read == []
     _ = backbone.scheduler
     assert read == ["scheduler"]
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_reading_a_component_leaves_progress_bars_as_they_were(shown):
+    libraries = [diffusers.utils.logging, transformers.utils.logging]
+    before = [each.is_progress_bar_enabled() for each in libraries]
+    seen = []
+
+    class Component:
+        @classmethod
+        def from_pretrained(cls, *_, **__):
+            seen.extend(each.is_progress_bar_enabled() for each in libraries)
+            raise OSError("there is none")
+
+    try:
+        for each in libraries:
+            each.enable_progress_bar() if shown else each.disable_progress_bar()
+        with pytest.raises(FileNotFoundError):
+            Backbone("tiny-sd3", "float32", 8).read(Component)
+        assert seen == [False, False] and [each.is_progress_bar_enabled() for each in libraries] == [shown, shown]
+    finally:
+        for each, enabled in zip(libraries, before, strict=True):
+            each.enable_progress_bar() if enabled else each.disable_progress_bar()
 
 
 def test_moving_reads_nothing_and_counts_for_what_is_read_later():
@@ -81,9 +106,9 @@ def test_prompts_equal_diffusers_and_are_encoded_once(tiny_backbone, monkeypatch
 def test_without_t5_its_tokens_are_zeros_as_diffusers_has_them(tiny_backbone, tmp_path):
     folder = tmp_path / "sd3"
     shutil.copytree(ASSETS / "tiny-sd3", folder, ignore=shutil.ignore_patterns("*_3"))
-    parts = json.loads((folder / "model_index.json").read_text())
-    parts |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
-    (folder / "model_index.json").write_text(json.dumps(parts))
+    components = json.loads((folder / "model_index.json").read_text())
+    components |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(components))
     embeds, pooled = Backbone(str(folder), "float32", 8).prompts(["a cat"], torch.device("cpu"))
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         folder, vae=None, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
@@ -109,7 +134,7 @@ def test_prompts_that_came_last_are_remembered_and_no_more(tiny_backbone, monkey
 
     monkeypatch.setattr(tiny_backbone.text_encoders, "encode_prompt", counted)
     for image in range(9):
-        for prompts in ([f"caption {image}"], ["negative"]):  # as guidance asks
+        for prompts in ([f"caption {image}"], ["negative"]):  # as with guidance
             encoder(prompts, torch.device("cpu"))
     assert len(alive) == 3 and calls.count("negative") == 1 and len(calls) == 10
     batch = [f"caption {image}" for image in range(9)]
@@ -181,7 +206,7 @@ def test_tiles_of_an_autoencoder_are_blended_as_diffusers_does(tiny_backbone, ki
     assert not torch.equal(ours, latents) and not torch.equal(decoded, whole)
 
 
-def test_offloaded_parts_give_the_same_and_leave_the_device_after_they_ran(tiny_backbone):
+def test_offloaded_components_give_the_same_and_leave_the_device_after_they_ran(tiny_backbone):
     image, cpu = enlarge(torch.rand(1, 3, 4, 4, generator=generator("cpu", 0)), (64, 64)), torch.device("cpu")
     backbone = Backbone("tiny-sd3", "float32", 8)
     early = backbone.vae
@@ -211,8 +236,8 @@ def test_windows_of_an_enlarged_image_are_those_of_the_whole_and_go_on_as_reflec
 
 
 def test_enlarging_equals_pillow():
-    small = (torch.rand(3, 12, 20) * 128 + 64).byte()  # mid-grey: Pillow also clips between its two passes
+    small = (torch.rand(3, 12, 20) * 128 + 64).byte()  # mid-grey, since Pillow clips between its two passes
     pillow = Image.fromarray(small.permute(1, 2, 0).numpy()).resize((80, 48), Image.Resampling.BICUBIC)
     ours = enlarge(small[None] / 255, (48, 80))[0] * 255
     difference = ours.permute(1, 2, 0) - torch.from_numpy(np.array(pillow))
-    assert difference.abs().max() <= 1.5  # and rounds there
+    assert difference.abs().max() <= 1.5  # Pillow rounds between them, too

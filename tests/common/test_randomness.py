@@ -9,7 +9,7 @@ from dit4sr_pl.common.randomness import derive_seed, generator, permutation
 
 
 def test_values_are_pinned():
-    """A run can only be replayed if these never change."""
+    """A run can be replayed only if these values never change."""
     assert derive_seed() == 4090036724241674979
     assert derive_seed("a", 1) == 1202366693309484190
     assert permutation(0, 0, 10).tolist() == [5, 7, 8, 2, 4, 9, 3, 6, 0, 1]

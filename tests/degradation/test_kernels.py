@@ -1,4 +1,4 @@
-"""Kernels against the formulas summed up one value at a time, then what every kernel must satisfy."""
+"""Kernels are compared with the formulas, computed value by value; then follow properties of every kernel."""
 
 import math
 
@@ -13,7 +13,7 @@ CANVAS = 21
 
 
 def drawn_blur(kind: str, size: int) -> DrawnBlur:
-    """Three kernels of one kind and size, of three widths, turns, shapes and cut-offs."""
+    """Three kernels of one kind and size, with three widths, angles, shapes and cut-offs."""
     isotropic = kind == "iso" or kind.endswith("_iso")
     sigma_x, plain = torch.tensor([0.2, 1.3, 3.0], dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     return DrawnBlur(

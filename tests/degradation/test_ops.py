@@ -1,4 +1,4 @@
-"""Operations against Kornia, SciPy and Pillow, then what they must satisfy."""
+"""Operations are compared with Kornia, SciPy and Pillow; then follow properties of each."""
 
 import io
 

@@ -13,7 +13,7 @@ def variant(request) -> Variant:
 
 @pytest.fixture
 def base() -> SD3Transformer2DModel:
-    """A small SD3.5: dual attention in two of three blocks, all weights random."""
+    """A small SD3.5 with random weights; two of its three blocks have a second attention."""
     torch.manual_seed(0)
     return SD3Transformer2DModel(
         sample_size=16,

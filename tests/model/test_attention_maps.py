@@ -1,4 +1,4 @@
-"""What is recorded of a block: against the attention itself, and that nothing else changes."""
+"""Recorded maps and tokens are compared with the attention itself, and the network with one that is not recorded."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ KINDS = VARIANTS | {"legacy": Variant(legacy_lr_keys=True)}
 
 @pytest.fixture(params=KINDS)
 def net(base, request) -> DiT4SRTransformer:
-    """One head, so that a map is the attention itself and no mean."""
+    """A network with one head, so that a map is the attention itself and not a mean."""
     config = dict(base.config) | {"num_attention_heads": 1, "attention_head_dim": 32}
     net = DiT4SRTransformer(SD3Transformer2DModel.from_config(config).eval(), KINDS[request.param])
     randomise(net.lr_stream)
@@ -46,8 +46,8 @@ def test_maps_times_values_is_what_the_attention_returns(net, inputs, monkeypatc
             for asking, expected in zip(names, attended, strict=True):
                 assert streams_of(maps, asking) == ([] if expected is None else names)
                 if expected is not None:
-                    parts = [maps[asking, asked] @ value[:, 0] for asked, value in zip(names, values, strict=True)]
-                    torch.testing.assert_close(sum(parts), expected, atol=1e-5, rtol=0)
+                    terms = [maps[asking, asked] @ value[:, 0] for asked, value in zip(names, values, strict=True)]
+                    torch.testing.assert_close(sum(terms), expected, atol=1e-5, rtol=0)
     assert not calls
 
 

@@ -25,7 +25,7 @@ def test_starts_as_the_base_and_then_depends_on_the_lr_latent(base, inputs, dual
 def test_every_trainable_weight_gets_a_gradient_and_no_frozen_one(base, inputs, checkpointing):
     base = type(base).from_config(dict(base.config) | {"num_layers": 4})
     net = SD3ControlNet(base, num_layers=2, gradient_checkpointing=checkpointing).train()
-    randomise(net.controlnet)  # behind zero layers nothing has a gradient yet
+    randomise(net.controlnet)  # behind layers of zeros nothing gets a gradient
     net(**inputs).square().mean().backward()
     assert all((p.grad is not None) == p.requires_grad for p in net.parameters())
     assert not any(p.requires_grad for p in net.base.parameters())

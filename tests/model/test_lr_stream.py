@@ -9,8 +9,8 @@ from dit4sr_pl.model.lr_stream import ConvInjection, LinearInjection, product
 from testing.networks import randomise
 
 
-def test_folded_projections_equal_one_after_the_other():
-    """Output and gradients, of the tokens too."""
+def test_multiplied_projections_equal_one_after_the_other():
+    """Compares output and gradients, including those of the tokens."""
     frozen, ours = (torch.nn.Linear(6, 6, dtype=torch.float64) for _ in range(2))
     frozen.requires_grad_(False)
     tokens, seen = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True), torch.randn(2, 5, 6)
@@ -23,7 +23,7 @@ def test_folded_projections_equal_one_after_the_other():
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
-def test_folding_changes_no_output_and_no_frozen_weight(base, inputs, variant, dtype, tolerance):
+def test_merging_changes_no_output_and_no_frozen_weight(base, inputs, variant, dtype, tolerance):
     net = DiT4SRTransformer(base, variant)
     randomise(net.lr_stream)
     expected, frozen, size = net(**inputs), copy.deepcopy(base.state_dict()), sum(p.numel() for p in net.parameters())
@@ -37,7 +37,7 @@ def test_folding_changes_no_output_and_no_frozen_weight(base, inputs, variant, d
 
 
 @torch.no_grad()
-def test_a_folded_network_multiplies_no_matrices_of_weights(base, inputs, monkeypatch):
+def test_a_merged_network_multiplies_no_matrices_of_weights(base, inputs, monkeypatch):
     net = DiT4SRTransformer(base)
     net.lr_stream.merge(base)
     monkeypatch.setattr(lr_stream, "product", lambda *_: pytest.fail("weights multiplied again"))
@@ -47,7 +47,7 @@ def test_a_folded_network_multiplies_no_matrices_of_weights(base, inputs, monkey
 @torch.no_grad()
 @pytest.mark.parametrize("grid", [(8, 32), (32, 8), (16, 16), (1, 5)])
 def test_injection_convolves_on_the_token_grid(grid):
-    """Against the sum over the nine neighbours of every token, written out."""
+    """Compares it with the written-out sum over the nine neighbours of every token."""
     height, width = grid
     injection = ConvInjection(6)
     randomise(injection)

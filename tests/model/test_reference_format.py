@@ -10,16 +10,17 @@ from dit4sr_pl.model.reference_format import WEIGHTS, write_released
 from testing.networks import randomise
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+UNUSED = (".attn2.add_", ".attn2.to_add_out", ".attn2.norm_added")
 
 
 @pytest.mark.parametrize("name", ["r1_dual", "r1_single", "q_dual"])
 def test_round_trip_of_the_reference_folders(name, tmp_path):
-    """Every weight that is used comes out as it went in; the unused ones come out as zeros of their shapes."""
+    """Used weights are written as they were read, unused ones as zeros of the same shapes."""
     net = DiT4SRTransformer.from_reference(GOLDEN / name, legacy_lr_keys=name == "q_dual")
     write_released(net.base, net.lr_stream, tmp_path)
     theirs, ours = (load_file(folder / "transformer" / WEIGHTS) for folder in (GOLDEN / name, tmp_path))
     assert {n: t.shape for n, t in theirs.items()} == {n: t.shape for n, t in ours.items()}
-    dead = {n for n in theirs if any(part in n for part in (".attn2.add_", ".attn2.to_add_out", ".attn2.norm_added"))}
+    dead = {n for n in theirs if any(unused in n for unused in UNUSED)}
     assert all(torch.equal(theirs[n], ours[n]) for n in theirs.keys() - dead)
     assert all(not ours[n].any() for n in dead)
 
@@ -44,8 +45,7 @@ def test_released_folder_drops_dead_weights_and_nothing_else(tmp_path):
     folder = tmp_path / "transformer"
     shutil.copytree(GOLDEN / "r1_dual" / "transformer", folder)
     state = load_file(folder / WEIGHTS)
-    unused = (".attn2.add_", ".attn2.to_add_out", ".attn2.norm_added")
-    dead = [name for name in state if any(part in name for part in unused)]
+    dead = [name for name in state if any(unused in name for unused in UNUSED)]
     net = DiT4SRTransformer.from_reference(tmp_path)
     assert sum(p.numel() for p in net.parameters()) + net.base.pos_embed.pos_embed.numel() == sum(
         tensor.numel() for name, tensor in state.items() if name not in dead

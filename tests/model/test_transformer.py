@@ -27,7 +27,7 @@ SD35_MEDIUM = dict(
 
 
 # diffusers computes the frequencies of the time embedding with float32 `exp`, whose last bit depends on the processor.
-# At timestep 960 that bit moves the phase by 6e-5 and the output by 1.5e-5: the tests take the reference's own table.
+# At timestep 960 that bit moves the phase by 6e-5 and the output by 1.5e-5, so the tests use the reference's own table.
 FREQUENCIES = load_file(GOLDEN / "time_frequencies.safetensors")["frequencies"]
 
 
@@ -78,7 +78,7 @@ def test_equals_sd3_when_lr_keys_are_masked(base, inputs, monkeypatch, qk_norm, 
 
 
 def test_zero_start_is_not_identity(base, inputs):
-    """Zero LR tokens take their share of the softmax, so the masked oracle above does not hold without the mask."""
+    """LR tokens of zeros take their share of the softmax, so only with the mask above does the network equal SD3."""
     expected = base(
         inputs["noisy_latent"], inputs["prompt_embeds"], inputs["pooled_prompt_embeds"], inputs["timestep"]
     ).sample
