@@ -89,7 +89,7 @@ def test_a_longer_or_differently_validated_run_resumes_and_has_another_result(cf
 def test_precision_and_averaging_belong_to_both_identities(cfg, identity):
     other = changed(cfg, trainer__precision="64-true")
     assert differences(identity(other), identity(cfg)) == ["trainer.precision"]
-    without = differences(identity(composed("callbacks=no_ema")), identity(cfg))
+    without = differences(identity(composed("callbacks=default")), identity(cfg))
     assert without and all(name.startswith("callbacks.ema") for name in without)
 
 
