@@ -1,9 +1,10 @@
-"""300 malformed and odd files through `python -m dit4sr_pl.restore`, with bicubic in the network's place.
+"""Restores 300 malformed and odd files by `python -m dit4sr_pl.restore`, with bicubic in the place of the network.
 
     python benchmarks/fuzz.py [--count 300]
 
-Prints how many of each kind were refused by name, restored and passed over (folders), and what went wrong: a crash, a
-result of a bad file, a result that shows another picture than the whole file, a file that is not named, a leftover.
+It prints how many files of each kind were refused by name, restored and skipped (folders), and every mistake: a crash,
+a result of a bad file, a result that shows another picture than the undamaged file, a file that is neither named nor
+restored, a leftover.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from testing.fuzz import fuzz
 
 
 def main() -> None:
+    """Runs the benchmark and prints its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=300)
     count = parser.parse_args().count
@@ -26,7 +28,7 @@ def main() -> None:
         start = time.perf_counter()
         report = fuzz(Path(folder), count, patch)
         seconds = time.perf_counter() - start
-    columns = {"refused": report.refused, "restored": report.restored, "passed over": report.passed_over}
+    columns = {"refused": report.refused, "restored": report.restored, "skipped": report.skipped}
     for kind in sorted(set().union(*columns.values())):
         print(f"{kind:22}", *(f"{counter[kind]:3} {name}" for name, counter in columns.items()), sep="  ")
     totals = ", ".join(f"{counter.total()} {name}" for name, counter in columns.items())

@@ -1,4 +1,4 @@
-"""What restoring costs with tiny-dit4sr: peak memory and time per output megapixel, each run in a new process.
+"""Measures what restoring costs with tiny-dit4sr: peak memory and time per output megapixel, each in a new process.
 
     python benchmarks/restoring.py sizes [--sizes 512 1024x2048 ...] [--without-networks] [--overrides key=value ...]
     python benchmarks/restoring.py knobs [--sizes 1024]
@@ -6,11 +6,11 @@
     python benchmarks/restoring.py seams [--backbone NAME]
 
 `sizes` restores one photo x4 to each size, from file to file as the command does; memory is the process's peak, with
-PyTorch and all weights; time is processor time, which other programs on the machine disturb least. With
-`--without-networks` means of 8x8 pixels stand in for latents and the LR latent for the result's, which leaves the cost
-of all else. `knobs` does so at one size with other tiles, steps and images at once. `tiles` counts what a forward pass
-over tiles holds at its peak, on tensors without memory. `seams` compares the autoencoder in tiles with the whole.
-Overrides are those of `dit4sr_pl.restore`.
+PyTorch and all weights; time is processor time, which other programs on the machine disturb least.
+`--without-networks` takes means of 8x8 pixels as latents and the LR latent as the result's, so that the cost of
+everything except the networks remains. `knobs` measures one size with other tiles, steps and batch sizes. `tiles`
+counts the values that a forward pass over tiles keeps at its peak, on tensors without memory. `seams` compares the
+autoencoder in tiles with the whole. Overrides are those of `dit4sr_pl.restore`.
 """
 
 import argparse
@@ -35,6 +35,7 @@ KNOBS = [
 
 
 def main() -> None:
+    """Runs the benchmark that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["sizes", "knobs", "tiles", "seams", "one"])
     parser.add_argument("--sizes", nargs="+", help="SIDE or HEIGHTxWIDTH")
@@ -59,11 +60,13 @@ def main() -> None:
 
 
 def area(size: str) -> tuple[int, int]:
+    """Returns height and width of `SIDE` or `HEIGHTxWIDTH`."""
     sides = [int(side) for side in size.split("x")]
     return sides[0], sides[-1]
 
 
 def sizes(sizes: list[str], without_networks: bool, overrides: list[str]) -> None:
+    """Prints time and memory of each size, and the memory that each pixel more takes."""
     print("| output | processor seconds | per megapixel | peak memory, MiB | bytes per pixel more |")
     print("|---|---|---|---|---|")
     before = None
@@ -77,7 +80,7 @@ def sizes(sizes: list[str], without_networks: bool, overrides: list[str]) -> Non
 
 
 def measured(size: str, without_networks: bool, overrides: list[str]) -> tuple[float, float]:
-    """`one` in a new process."""
+    """Returns the result of `one` in a new process."""
     command = [sys.executable, __file__, "one", "--sizes", size, "--overrides", *overrides]
     command += ["--without-networks"] * without_networks
     result = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -86,8 +89,10 @@ def measured(size: str, without_networks: bool, overrides: list[str]) -> tuple[f
 
 
 def one(size: tuple[int, int], without_networks: bool, overrides: list[str]) -> tuple[float, float]:
-    """Processor seconds of an image from file to file, `batch_size` of them at once, models loaded; the process's peak
-    memory in MiB."""
+    """Returns the processor seconds per image, from file to file with loaded models, and the peak memory in MiB.
+
+    `batch_size` images go through at once.
+    """
     import torch
     import torch.nn.functional as F
     from hydra import compose, initialize_config_dir
@@ -125,7 +130,7 @@ def one(size: tuple[int, int], without_networks: bool, overrides: list[str]) -> 
 
 
 def tiles() -> None:
-    """Numbers held at the peak of a forward pass, per token of all streams and unit of width."""
+    """Prints the values in memory at the peak of a forward pass, per token of all streams and unit of width."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -155,7 +160,7 @@ def tiles() -> None:
 
 
 def seams(backbone: str) -> None:
-    """Differences in levels of 255 between an autoencoder in tiles and whole, near the tiles' edges and elsewhere."""
+    """Prints how an autoencoder in tiles differs from the whole, where tiles overlap and elsewhere."""
     import torch
     from skimage.data import astronaut
 

@@ -1,10 +1,10 @@
-"""Scores of tiny-dit4sr over the number of network evaluations, for every solver in `conf/sampler/solver/`.
+"""Scores tiny-dit4sr by the number of network evaluations, for every solver in `conf/sampler/solver/`.
 
     python benchmarks/solvers.py [--crops 2] [--evaluations 5 10 20 40] [--figure docs/solvers.png]
 
-128x128 crops of the held-out photos as in `tiny.py`. `to the solution` is the root mean square difference to the
-image that 200 Euler steps give from the same noise, in levels of 255: how far a solver is from converged, whatever a
-score makes of it. Heun gets as many steps as fit into the evaluations; Euler alone gets the last number of them.
+The images are 128x128 crops of the held-out photos, as in `tiny.py`. `to the solution` is the root mean square
+difference to the image that 200 Euler steps give from the same noise, in levels of 255: it shows how far a solver is
+from convergence. Heun gets as many steps as fit into the evaluations; only Euler gets the last number of evaluations.
 """
 
 import argparse
@@ -27,6 +27,7 @@ HEADS = ("solver", "evaluations", "ST-LPIPS", "PSNR", "to the solution")
 
 
 def main() -> None:
+    """Runs the benchmark and prints its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--crops", type=int, default=2, help="at most, per photo")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[5, 10, 20, 40])
@@ -63,19 +64,21 @@ def main() -> None:
 
 
 def at_most(evaluations: int, solver: str = "euler") -> Sampler:
-    """tiny-dit4sr's sampler with as many steps of a solver as take no more network evaluations."""
+    """Returns tiny-dit4sr's sampler with the most steps of a solver that these network evaluations allow."""
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         sampler = instantiate(compose("train", ["output=unused", f"sampler/solver={solver}"]).sampler)
     return replace(sampler, steps=(evaluations + 1) // 2 if solver == "heun" else evaluations)
 
 
 def report(rows: list[tuple]) -> None:
+    """Prints the rows as a Markdown table."""
     print("| " + " | ".join(HEADS) + " |\n" + "|---" * len(HEADS) + "|")
     for name, evaluations, stlpips, decibels, distance in rows:
         print(f"| {name} | {evaluations} | {stlpips:.4f} | {decibels:.2f} | {distance:.2f} |")
 
 
 def draw(rows: list[tuple], path: str) -> None:
+    """Writes a chart of the rows: a panel per score, a line per solver."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(10, 3), layout="constrained")

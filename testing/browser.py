@@ -1,4 +1,4 @@
-"""Headless Chromium, for tests of pages as users see them."""
+"""A headless Chromium for tests of pages as users see them."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.remote.webelement import WebElement
 
-# Nothing of the browser's own asks the network for anything.
+# The browser itself sends nothing to the network.
 OPTIONS = [
     "--headless",
     "--no-sandbox",
@@ -36,9 +36,9 @@ EVERYWHERE = """
 
 @contextmanager
 def chromium(profile: Path, size: tuple[int, int] = (1600, 1000)) -> Iterator[Chrome]:
-    """A window of `size` pixels over a new profile in the folder `profile`.
+    """Opens a window of `size` pixels with a new profile in the folder `profile`.
 
-    Without Chromium and its driver a test is skipped; under CI, which has to install them, it fails.
+    If Chromium or its driver is missing, the test is skipped; under CI, which has to install them, it fails.
     """
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if binary is None or driver is None:
@@ -56,5 +56,5 @@ def chromium(profile: Path, size: tuple[int, int] = (1600, 1000)) -> Iterator[Ch
 
 
 def everywhere(window: Chrome, selector: str) -> list[WebElement]:
-    """Elements of a CSS selector in the document and in all of its shadow roots."""
+    """Returns the elements of a CSS selector in the document and in all of its shadow roots."""
     return window.execute_script(EVERYWHERE, selector)

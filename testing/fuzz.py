@@ -1,4 +1,4 @@
-"""A folder of odd files through `python -m dit4sr_pl.restore`, with bicubic in the network's place at scale 1."""
+"""Restores a folder of odd files by the command, with bicubic in the place of the network, and checks the results."""
 
 import signal
 import time
@@ -16,26 +16,34 @@ from pytest import MonkeyPatch
 from testing.odd_files import Odd, odd_files
 from testing.stand_ins import Bicubic, command
 
-LIMIT = 10  # seconds a file may take
+LIMIT = 10  # seconds that reading, restoring or writing one file may take
 
 
 class Hang(BaseException):
-    """Nothing that is caught on the way."""
+    """The error of a file that takes too long. It is no Exception, so that no code on the way catches it."""
 
 
 @dataclass
 class Report:
-    """What became of the files, by kind; the longest reading, restoring or writing, in seconds; and what should not
-    have been."""
+    """The results of a run.
+
+    Args:
+        refused: number of files that the command named as not restored, by kind.
+        restored: number of files with a result, by kind.
+        skipped: number of the others (folders), by kind.
+        slowest: the longest reading, restoring or writing of a file, in seconds.
+        wrong: a line for every mistake of the command.
+    """
 
     refused: Counter = field(default_factory=Counter)
     restored: Counter = field(default_factory=Counter)
-    passed_over: Counter = field(default_factory=Counter)
+    skipped: Counter = field(default_factory=Counter)
     slowest: float = 0.0
     wrong: list[str] = field(default_factory=list)
 
 
 def fuzz(work: Path, count: int, monkeypatch: MonkeyPatch) -> Report:
+    """Restores `count` odd files in the folder `work` at scale 1 and reports the results."""
     files, report = write(work / "in", odd_files(count)), Report()
     for part in ("PictureRestorer.__call__", "read_picture", "write_picture"):
         watch(f"dit4sr_pl.restoration.pictures.{part}", report, monkeypatch)
@@ -54,6 +62,7 @@ def fuzz(work: Path, count: int, monkeypatch: MonkeyPatch) -> Report:
 
 
 def write(folder: Path, files: list[Odd]) -> dict[Path, Odd]:
+    """Writes the files into a new folder and returns them by path."""
     folder.mkdir()
     paths = {folder / f"{i:03}{odd.suffix}": odd for i, odd in enumerate(files)}
     for path, odd in paths.items():
@@ -65,7 +74,7 @@ def write(folder: Path, files: list[Odd]) -> dict[Path, Odd]:
 
 
 def watch(name: str, report: Report, monkeypatch: MonkeyPatch) -> None:
-    """Times the calls of a function, and ends those that take too long."""
+    """Times the calls of a function and raises Hang in those that take longer than LIMIT."""
     from pydoc import locate
 
     part: Callable = locate(name)
@@ -87,8 +96,9 @@ def watch(name: str, report: Report, monkeypatch: MonkeyPatch) -> None:
 
 
 def judge(odd: Odd, path: Path, named: bool, result: Path, report: Report) -> None:
+    """Adds a file to the report; `named` says whether the command named it as not restored."""
     there = result.exists()
-    counter = report.refused if named else report.restored if there else report.passed_over
+    counter = report.refused if named else report.restored if there else report.skipped
     counter[odd.kind] += 1
     if named and there:
         report.wrong.append(f"{path.name}, {odd.kind}: named, but there is a result")
@@ -101,5 +111,6 @@ def judge(odd: Odd, path: Path, named: bool, result: Path, report: Report) -> No
 
 
 def same_picture(original: bytes, result: Path) -> bool:
+    """Returns whether two image files have the same pixels."""
     with Image.open(BytesIO(original)) as expected, Image.open(result) as image:
         return np.array_equal(np.asarray(expected.convert(image.mode)), np.asarray(image))

@@ -1,4 +1,4 @@
-"""Malformed and odd image files from a seed, each with what restoring must make of it."""
+"""Malformed and odd image files, drawn from a seed, each with the result that restoring must give."""
 
 import os
 import random
@@ -19,8 +19,15 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class Odd(NamedTuple):
-    """A file's content, or what makes it at a path; `original`: the image it was made of, whose pixels a result must
-    show if there is one; `refused`: whether there must be none (True), must be one (False), or either (None)."""
+    """A malformed or odd file.
+
+    Args:
+        kind: name of its kind.
+        suffix: suffix of its name.
+        content: its bytes, or a function that makes it at a path.
+        refused: whether it must be refused; None: it may be refused or restored.
+        original: an image file whose pixels the result must show, if there is a result; None: any pixels.
+    """
 
     kind: str
     suffix: str
@@ -30,13 +37,13 @@ class Odd(NamedTuple):
 
 
 def odd_files(count: int, seed: int = 0) -> list[Odd]:
-    """`count` files, the kinds in turn."""
+    """Returns `count` files, the kinds in turn."""
     draws = random.Random(seed)
     return [KINDS[i % len(KINDS)](draws) for i in range(count)]
 
 
 def photo(draws: random.Random, format: str, **options) -> bytes:
-    """A smooth image of a random size and mode that the format has."""
+    """Returns a smooth image file of a random size, in a random mode that the format has."""
     modes = {"PNG": ("L", "LA", "RGB", "RGBA", "P"), "JPEG": ("L", "RGB", "CMYK"), "TIFF": ("L", "RGB", "RGBA", "CMYK")}
     mode = draws.choice(modes.get(format, ("RGB",)))
     small = np.random.default_rng(draws.getrandbits(32)).integers(0, 256, (4, 4, 4), dtype=np.uint8)
@@ -48,6 +55,7 @@ def photo(draws: random.Random, format: str, **options) -> bytes:
 
 
 def png(*chunks: tuple[bytes, bytes], width: int = 4, height: int = 4) -> bytes:
+    """Returns a PNG file of these chunks after the header; width and height are what the header says."""
     file = BytesIO()
     file.write(SIGNATURE)
     putchunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
@@ -62,7 +70,7 @@ PACKED = zlib.compress(bytes(50_000_000))  # 49 kB
 
 
 def truncated(format: str, **options) -> Callable[[random.Random], Odd]:
-    """Cut at a random byte: refused, unless what is cut off is nothing that shows."""
+    """Makes files that are cut at a random byte. A result, if any, must show the whole image."""
 
     def make(draws: random.Random) -> Odd:
         whole = photo(draws, format, **options)
@@ -73,7 +81,7 @@ def truncated(format: str, **options) -> Callable[[random.Random], Odd]:
 
 
 def flipped(format: str) -> Callable[[random.Random], Odd]:
-    """One bit differs: PNG's checksums show it; other formats may show another picture, or none."""
+    """Makes files with one changed bit. PNG's checksums reveal it; other formats may show another picture."""
 
     def make(draws: random.Random) -> Odd:
         whole = photo(draws, format)
@@ -86,7 +94,7 @@ def flipped(format: str) -> Callable[[random.Random], Odd]:
 
 
 def deep(draws: random.Random) -> Odd:
-    """16 bits per channel, cut or with one byte changed."""
+    """Makes a file of 16 bits per channel, cut or with one byte changed."""
     levels = np.random.default_rng(draws.getrandbits(32)).integers(0, 65536, (20, 30, 3), dtype=np.uint16)
     if draws.random() < 0.5:
         suffix, whole = ".png", imagecodecs.png_encode(levels)
@@ -102,7 +110,7 @@ def deep(draws: random.Random) -> Odd:
 
 
 def noise(draws: random.Random) -> Odd:
-    """Random bytes behind a true signature."""
+    """Makes random bytes after the signature of an image format."""
     head = draws.choice(
         [SIGNATURE, b"\xff\xd8\xff\xe0", b"II*\0\x08\0\0\0", b"RIFF\xff\0\0\0WEBPVP8 ", b"GIF89a", b"BM"]
     )
@@ -110,19 +118,21 @@ def noise(draws: random.Random) -> Odd:
 
 
 def wrong_suffix(draws: random.Random) -> Odd:
+    """Makes a whole image whose suffix may be that of another format."""
     format = draws.choice(("PNG", "JPEG", "TIFF", "WEBP", "BMP"))
     whole = photo(draws, format, **({"lossless": True} if format == "WEBP" else {}))
     return Odd("wrong suffix", draws.choice((".jpg", ".png", ".tif")), whole, False, whole)
 
 
 def text(draws: random.Random) -> Odd:
+    """Makes a file that is no image."""
     return Odd(
         "text", ".jpg", draws.choice((b"", b"\0" * 5000, b"not an image\n" * 40, b"%!PS-Adobe\n showpage\n")), True
     )
 
 
 def bomb(draws: random.Random) -> Odd:
-    """A few bytes that say they are 30,000 x 30,000 pixels."""
+    """Makes a small file whose header says 30,000 x 30,000 pixels."""
     if draws.random() < 0.5:
         return Odd("bomb", ".png", png((b"IDAT", ROWS), END, width=30000, height=30000), True)
     content = bytearray(photo(draws, "BMP"))
@@ -131,12 +141,15 @@ def bomb(draws: random.Random) -> Odd:
 
 
 def text_bomb(draws: random.Random) -> Odd:
+    """Makes a PNG with 50 MB of compressed metadata."""
     name = draws.choice((b"zTXt", b"iCCP", b"iTXt"))
     head = {b"zTXt": b"x\0\0", b"iCCP": b"x\0\0", b"iTXt": b"x\0\1\0\0\0"}[name]
     return Odd(f"bomb in {name.decode()}", ".png", png((name, head + PACKED), (b"IDAT", ROWS), END), True)
 
 
 def nan_tiff(draws: random.Random) -> Odd:
+    """Makes a TIFF whose pixels are not finite numbers."""
+
     def make(path: Path) -> None:
         levels = np.full((9, 9), np.nan, draws.choice((np.float16, np.float32, np.float64)))
         tifffile.imwrite(path, levels, photometric="minisblack")
@@ -145,7 +158,7 @@ def nan_tiff(draws: random.Random) -> Odd:
 
 
 def endless_tiff(draws: random.Random) -> Odd:
-    """Its directory names itself as the next."""
+    """Makes a TIFF whose directory names itself as the next one."""
     content = bytearray(photo(draws, "TIFF"))
     first = struct.unpack_from("<I", content, 4)[0]
     following = first + 2 + 12 * struct.unpack_from("<H", content, first)[0]
@@ -155,6 +168,7 @@ def endless_tiff(draws: random.Random) -> Odd:
 
 
 def huge_exif(draws: random.Random) -> Odd:
+    """Makes a PNG with megabytes of EXIF data."""
     exif = Image.Exif()
     exif[0x010E] = "x" * draws.randrange(1_000_000, 8_000_000)
     whole = photo(draws, "PNG", exif=exif)
@@ -162,17 +176,19 @@ def huge_exif(draws: random.Random) -> Odd:
 
 
 def bad_exif(draws: random.Random) -> Odd:
+    """Makes a JPEG whose EXIF data are random bytes."""
     whole = photo(draws, "JPEG", exif=b"Exif\0\0" + draws.choice((b"II*\0", b"MM\0*")) + draws.randbytes(200))
     return Odd("bad EXIF", ".jpg", whole, None, None)
 
 
 def bad_icc(draws: random.Random) -> Odd:
+    """Makes an image whose colour profile is random bytes."""
     whole = photo(draws, draws.choice(("PNG", "JPEG")), icc_profile=draws.randbytes(draws.randrange(1, 3000)))
     return Odd("bad ICC", ".png", whole, False, whole)
 
 
 def thin(draws: random.Random) -> Odd:
-    """One pixel wide or high."""
+    """Makes an image that is one pixel wide or high."""
     length, file = draws.randrange(1, 3000), BytesIO()
     size = draws.choice(((1, length), (length, 1)))
     Image.new(draws.choice(("L", "RGB", "RGBA", "1")), size).save(file, "PNG")
@@ -180,6 +196,7 @@ def thin(draws: random.Random) -> Odd:
 
 
 def wrong_chunks(draws: random.Random) -> Odd:
+    """Makes a PNG with missing, repeated or malformed chunks, or with an impossible size."""
     data = (b"IDAT", ROWS)
     chunks = [(END,), (data,), (data, data, END), ((b"PLTE", b"x"), data, END), ((b"IDAT", b"not deflated"), END)]
     chunks += [((b"IDAT", zlib.compress(bytes(5))), END), ((b"tRNS", b""), data, END)]
@@ -189,10 +206,12 @@ def wrong_chunks(draws: random.Random) -> Odd:
 
 
 def folder(draws: random.Random) -> Odd:
+    """Makes a folder that is named like an image."""
     return Odd("folder", ".png", Path.mkdir, None)
 
 
 def link(draws: random.Random) -> Odd:
+    """Makes a link to itself, to the folder above or to nothing."""
     targets = draws.choice(("self", "up", "nowhere"))
 
     def make(path: Path) -> None:
@@ -202,10 +221,12 @@ def link(draws: random.Random) -> Odd:
 
 
 def pipe(draws: random.Random) -> Odd:
+    """Makes a named pipe, which would block a reader."""
     return Odd("pipe", ".png", os.mkfifo, True)
 
 
 def animation(draws: random.Random) -> Odd:
+    """Makes a file of several frames or pages."""
     file = BytesIO()
     frames = [Image.new("RGB", (9, 9), (draws.randrange(256), i, 0)) for i in range(draws.randrange(2, 9))]
     format = draws.choice(("GIF", "PNG", "WEBP", "TIFF"))

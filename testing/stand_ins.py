@@ -1,4 +1,4 @@
-"""Bicubic enlargement in the network's place: what restoring does around the network can then be told exactly."""
+"""Bicubic enlargement in the place of the network: everything that restoring does around it has a known result."""
 
 import sys
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ from dit4sr_pl.restore import main
 
 
 class Bicubic:
-    """Called as a `Restorer`; remembers what it was asked for."""
+    """A stand-in for a `Restorer`, called like it; `calls` records the arguments of every call."""
 
     evaluations = 1
 
@@ -22,17 +22,23 @@ class Bicubic:
         return enlarge(lr, size)
 
 
-def command(monkeypatch, restorer, *arguments) -> str | None:
-    """`python -m dit4sr_pl.restore` in this process; returns the line it ends with if it fails."""
-    loads = []
-    load = lambda *_: loads.append(1) or restorer  # noqa: E731
-    monkeypatch.setattr("dit4sr_pl.restoration.restorer.Restorer.load", load)
+def run_restore(monkeypatch, *arguments) -> str | None:
+    """Runs `python -m dit4sr_pl.restore` in this process and returns the line that it ends with if it fails."""
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     monkeypatch.setattr(sys, "argv", ["restore", "device=cpu", *map(str, arguments)])
     try:
         main()
     except SystemExit as exit:
         return exit.code
+    return None
+
+
+def command(monkeypatch, restorer, *arguments) -> str | None:
+    """Does what `run_restore` does, with `restorer` in the place of the network; `restorer.loads` counts its loads."""
+    loads = []
+    load = lambda *_: loads.append(1) or restorer  # noqa: E731
+    monkeypatch.setattr("dit4sr_pl.restoration.restorer.Restorer.load", load)
+    try:
+        return run_restore(monkeypatch, *arguments)
     finally:
         restorer.loads = len(loads)
-    return None

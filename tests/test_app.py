@@ -1,4 +1,4 @@
-"""The page as a user sees it: the command, its server, a browser."""
+"""The page as a user sees it, with the command, its server and a browser."""
 
 import dataclasses
 import io
@@ -76,6 +76,8 @@ def pixels(url: str) -> torch.Tensor:
         return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
+@pytest.mark.slow
+@pytest.mark.browser
 def test_the_page_shows_what_the_restorer_restores_and_says_what_is_wrong(address, browser, photo, restorer, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(photo.read_bytes()[:-200])

@@ -1,12 +1,13 @@
-"""Released weights through the command, both ways, on the reference folders."""
+"""The command that converts released weights, in both directions, on the reference folders."""
 
-import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from dit4sr_pl.convert import main
 from dit4sr_pl.model import load_part
 from dit4sr_pl.model.reference_format import WEIGHTS, read_released
 from dit4sr_pl.model.trained_part import fit_part
@@ -15,14 +16,24 @@ from dit4sr_pl.restoration.restorer import build_network
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def convert(cwd: Path, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "dit4sr_pl.convert", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200)
+@pytest.fixture
+def convert(tmp_path, monkeypatch):
+    """A function that runs the command in `tmp_path` and returns the line that it ends with if it fails."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def run(*arguments) -> str | None:
+        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as end:
+            return end.code
+
+    return run
 
 
-def test_a_release_becomes_an_lr_stream_file_and_a_release_again(tmp_path):
-    result = convert(tmp_path, "release=dit4sr_q", f"input={GOLDEN / 'q_dual'}", "output=q.safetensors")
-    assert result.returncode == 0, result.stderr
+def test_a_release_becomes_an_lr_stream_file_and_a_release_again(convert, tmp_path):
+    assert convert("release=dit4sr_q", f"input={GOLDEN / 'q_dual'}", "output=q.safetensors") is None
     part = load_part(tmp_path / "q.safetensors")
     assert part.network_config["variant"]["legacy_lr_keys"] and part.network_config["variant"]["injection_scale"] == 1.2
     assert part.base["name"] == "stabilityai/stable-diffusion-3.5-medium"
@@ -38,14 +49,13 @@ def test_a_release_becomes_an_lr_stream_file_and_a_release_again(tmp_path):
     base.save_pretrained(tmp_path / "sd3" / "transformer")
     (tmp_path / "sd3" / "model_index.json").write_text("{}")
     arguments = ["input=q.safetensors", "output=back", "model.backbone.name=./sd3", "model.backbone.dtype=float32"]
-    result = convert(tmp_path, *arguments)
-    assert result.returncode == 0, result.stderr
+    assert convert(*arguments) is None
     theirs, ours = (load_file(f / "transformer" / WEIGHTS) for f in (GOLDEN / "q_dual", tmp_path / "back"))
     lr_stream = [name for name in theirs if "_control" in name]
     assert lr_stream and all(torch.equal(theirs[name], ours[name]) for name in lr_stream)
 
 
-def test_mistakes_get_one_line(tmp_path):
+def test_mistakes_get_one_line(convert):
     folder = GOLDEN / "q_dual"
     for arguments, message in (
         ([f"input={folder}", "output=x.safetensors"], "no value for release"),
@@ -53,5 +63,5 @@ def test_mistakes_get_one_line(tmp_path):
         (["input=nowhere", "output=x"], "input=nowhere: no such file"),
         (["output=x"], "no value for input"),
     ):
-        result = convert(tmp_path, *arguments)
-        assert result.returncode == 1 and result.stderr.count("\n") == 1 and message in result.stderr, result.stderr
+        line = convert(*arguments)
+        assert line.startswith("error: ") and message in line and "\n" not in line

@@ -1,4 +1,4 @@
-"""The command: with the network of the package, and with bicubic in its place where the result must be known."""
+"""The command, with the network of the package or, where the result must be known, with bicubic in its place."""
 
 import dataclasses
 import errno
@@ -22,7 +22,7 @@ from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.files import find_images, read_image, write_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration.restorer import Restorer
-from testing.stand_ins import Bicubic, command
+from testing.stand_ins import Bicubic, command, run_restore
 from testing.toy_llava import save_toy_llava
 from testing.toy_runs import SAMPLER
 
@@ -45,42 +45,39 @@ def folder(tmp_path):
     return tmp_path / "in"
 
 
-def restore(tmp_path, *arguments):
-    command = [sys.executable, "-m", "dit4sr_pl.restore", *map(str, arguments), "sampler.steps=2"]
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-
-
 def images(folder) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(Image.open(path)).astype(int) for path in find_images(folder)}
 
 
-def test_a_file_and_its_folder_give_the_same_picture_four_times_as_large(photo, tmp_path):
-    one = restore(tmp_path, f"input={photo}", "output=one")
-    many = restore(tmp_path, f"input={photo.parent}", "output=many")
-    assert one.returncode == many.returncode == 0, one.stderr + many.stderr
+def test_a_file_and_its_folder_give_the_same_picture_four_times_as_large(photo, tmp_path, monkeypatch):
+    for source, output in ((photo, "one"), (photo.parent, "many")):
+        arguments = [f"input={source}", f"output={tmp_path / output}", "sampler.steps=2"]
+        assert run_restore(monkeypatch, *arguments) is None
     assert read_image(tmp_path / "one" / "photo.png").shape == (3, 72, 52)
     assert torch.equal(read_image(tmp_path / "one" / "photo.png"), read_image(tmp_path / "many" / "photo.png"))
 
 
+@pytest.mark.slow
 def test_a_bad_file_does_not_stop_the_folder_and_is_named_at_the_end(photo, tmp_path):
     (tmp_path / "in" / "broken.png").write_bytes(photo.read_bytes()[:60])
-    result = restore(tmp_path, "input=in", "output=out", "scale=1.5")
+    command = [sys.executable, "-m", "dit4sr_pl.restore", "input=in", "output=out", "scale=1.5", "sampler.steps=2"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert result.returncode == 1 and "1 of 2 images restored" in result.stdout
     assert "broken.png" in result.stderr and result.stderr.count("\n") == 1
     with Image.open(tmp_path / "out" / "deep" / "photo.png") as image:
         assert image.size == (20, 27)
 
 
-def test_a_checkpoint_that_is_no_lr_stream_is_named(photo, tmp_path):
-    result = restore(tmp_path, f"input={photo}", "output=out", f"checkpoint={photo}")
-    assert result.returncode == 1 and result.stderr.count("\n") == 1
-    assert "photo.png: truncated or not safetensors" in result.stderr
+def test_a_checkpoint_that_is_no_lr_stream_is_named(photo, tmp_path, monkeypatch):
+    message = run_restore(monkeypatch, f"input={photo}", f"output={tmp_path / 'out'}", f"checkpoint={photo}")
+    assert "photo.png: truncated or not safetensors" in message and "\n" not in message
 
 
-def test_the_networks_results_do_not_depend_on_the_batch(folder, tmp_path):
+@pytest.mark.slow
+def test_the_networks_results_do_not_depend_on_the_batch(folder, tmp_path, monkeypatch):
     for size in (1, 3):
-        result = restore(tmp_path, "input=in", f"output=out{size}", f"batch_size={size}", "device=cpu")
-        assert result.returncode == 0, result.stderr
+        arguments = [f"input={folder}", f"output={tmp_path / f'out{size}'}", f"batch_size={size}", "sampler.steps=2"]
+        assert run_restore(monkeypatch, *arguments) is None
     alone, together = images(tmp_path / "out1"), images(tmp_path / "out3")
     assert alone.keys() == together.keys() == {f"{i}.png" for i in range(5)}
     assert all(np.abs(alone[name] - together[name]).max() <= 1 for name in alone)  # the last digit of a sum
@@ -195,7 +192,6 @@ def test_a_network_that_fails_on_one_image_goes_on_and_a_full_disk_does_not(fold
 def test_an_image_without_enough_memory_is_named_and_the_others_go_on(
     stage, error, folder, tmp_path, monkeypatch, capsys
 ):
-    """At any stage."""
     count, restorer, room = iter(range(9)), Bicubic(), "dit4sr_pl.restoration.pictures"
     owner, name = (Bicubic, "__call__") if stage == "network" else (importlib.import_module(room), stage)
     whole = getattr(owner, name)
@@ -221,7 +217,7 @@ def test_ctrl_c_leaves_whole_images_and_says_how_many(folder, tmp_path, monkeypa
             return super().__call__(*arguments, **options)
 
     restorer, arguments = Interrupted(), [f"input={folder}", f"output={tmp_path / 'out'}"]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore SIGINT otherwise
     message = command(monkeypatch, restorer, *arguments)
     signal.signal(signal.SIGINT, before)
     assert message.startswith("interrupted: 2 of 5 images restored into") and "\n" not in message

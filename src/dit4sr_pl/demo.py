@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dit4sr_pl.cli.checks import check_readable, check_writable
+from dit4sr_pl.cli.checks import check_extra, check_readable, check_writable
 from dit4sr_pl.cli.command import command
 
 
@@ -12,6 +12,7 @@ from dit4sr_pl.cli.command import command
 def main(cfg: DictConfig) -> None:
     check_readable(cfg.trained, "trained")
     check_writable(cfg.output, "output")
+    check_extra("the demo", "demo", "skimage", "sklearn")
 
     import torch
     from hydra.utils import instantiate

@@ -28,21 +28,21 @@ def main(cfg: DictConfig) -> None:
 
     options = {key: cfg[key] for key in ("prompt", "overwrite", "keep_suffix", "first_frame")}
     worklist = make_worklist(Path(cfg.input), Path(cfg.output), **options)
-    pictures, done = worklist.pictures, worklist.done
+    total, done = worklist.total, worklist.done
     if worklist.entries:
         cfg.device = choose_device(cfg.device)
         if cfg.get("captioner") is not None:
             caption(worklist, cfg)
     if worklist.entries:
         restore(worklist, cfg)
-    if done == pictures:
+    if done == total:
         print(f"nothing to do: {done} of {done} images are in {cfg.output} already; overwrite=true restores them again")
     else:
         print(
-            f"{len(worklist.entries)} of {pictures} images restored into {cfg.output}"
+            f"{len(worklist.entries)} of {total} images restored into {cfg.output}"
             + f"; {done} were there" * (done > 0)
         )
-    report(worklist.failures, pictures)
+    report(worklist.failures, total)
 
 
 def restore(worklist: "Worklist", cfg: DictConfig) -> None:
@@ -56,7 +56,7 @@ def restore(worklist: "Worklist", cfg: DictConfig) -> None:
 
     device, backbone = torch.device(cfg.device), instantiate(cfg.model.backbone)
     restorer = Restorer.load(backbone, instantiate(cfg.sampler), cfg.checkpoint, device, cfg.offload)
-    pictures = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, cfg.first_frame)
+    picture_restorer = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, cfg.first_frame)
     waiting, worklist.entries = worklist.entries, []
     pixels = {
         entry: entry.size[0] * entry.size[1] * (2 if entry.alpha and cfg.alpha == "network" else 1) for entry in waiting
@@ -67,7 +67,7 @@ def restore(worklist: "Worklist", cfg: DictConfig) -> None:
         step = lambda evaluated: bar.advance(task, evaluated / evaluations)  # noqa: E731
         finished = 0
         try:
-            for entry, failure, notes in pictures.run(batches(waiting, cfg.batch_size), step):
+            for entry, failure, notes in picture_restorer.run(batches(waiting, cfg.batch_size), step):
                 finished += pixels[entry]
                 bar.update(task, completed=finished, done=len(worklist.entries) + 1)
                 if failure is None:
@@ -120,14 +120,14 @@ def progress_bar() -> "Progress":
     return Progress(count, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
 
 
-def report(failures: list[str], pictures: int) -> None:
+def report(failures: list[str], total: int) -> None:
     """Raises ValueError if there are failures: a single one is the error, several are printed first, a line each."""
     lines = [f"not restored: {' '.join(failure.split())}" for failure in sorted(failures)]
     if len(lines) == 1:
         raise ValueError(lines[0])
     if lines:
         print(*lines, sep="\n", file=sys.stderr)
-        raise ValueError(f"{len(lines)} of {pictures} images not restored, for the reasons above")
+        raise ValueError(f"{len(lines)} of {total} images not restored, for the reasons above")
 
 
 def check(cfg: DictConfig) -> None:

@@ -6,9 +6,9 @@ from testing.odd_files import KINDS
 
 
 def test_odd_files_are_restored_right_or_named_and_leave_nothing(tmp_path, monkeypatch):
-    """Twice every kind; with COMPLETE=1 the 300 of benchmarks/fuzz.py."""
+    """Every kind occurs twice; COMPLETE=1 takes the 300 files of benchmarks/fuzz.py."""
     count = 300 if os.environ.get("COMPLETE") == "1" else 2 * len(KINDS)
     report = fuzz(tmp_path, count, monkeypatch)
     assert report.wrong == []
     assert 0 < report.slowest < LIMIT
-    assert sum(map(Counter.total, (report.refused, report.restored, report.passed_over))) == count
+    assert sum(map(Counter.total, (report.refused, report.restored, report.skipped))) == count

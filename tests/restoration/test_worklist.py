@@ -31,7 +31,7 @@ def test_files_that_would_share_a_result_are_all_named_and_can_keep_their_suffix
     for name in ("a.png", "a.jpg", "b.png"):
         save(tmp_path / "in" / name)
     worklist = make_worklist(tmp_path / "in", tmp_path / "out")
-    assert [entry.name for entry in worklist.entries] == ["b"] and worklist.pictures == 3
+    assert [entry.name for entry in worklist.entries] == ["b"] and worklist.total == 3
     assert [failure.split(": ")[0] for failure in worklist.failures] == [
         str(tmp_path / f"in/a.{s}") for s in ("jpg", "png")
     ]
@@ -46,7 +46,7 @@ def test_no_result_replaces_an_input_or_is_restored_again(tmp_path):
     save(tmp_path / "in/out/a.png")
     save(tmp_path / "in/out/deep/b.png")
     worklist = make_worklist(tmp_path / "in", tmp_path / "in/out")
-    assert (worklist.entries, worklist.done, worklist.pictures) == ([], 1, 1)
+    assert (worklist.entries, worklist.done, worklist.total) == ([], 1, 1)
     worklist = make_worklist(tmp_path / "in", tmp_path / "in" / "deep" / ".." / "out", overwrite=True)
     assert [entry.name for entry in worklist.entries] == ["a"]
     worklist = make_worklist(tmp_path / "in/a.png", tmp_path / "in", overwrite=True)

@@ -42,7 +42,7 @@ class Worklist:
     failures: list[str] = field(default_factory=list)
 
     @property
-    def pictures(self) -> int:
+    def total(self) -> int:
         """Number of all pictures."""
         return len(self.entries) + self.done + len(self.failures)
 
