@@ -59,7 +59,7 @@ def test_bicubic_is_pillows(tmp_path):
 
 def test_dit4sr_gives_four_times_the_size_in_the_enlarged_images_colours():
     tiny = method("sampler.steps=2")
-    assert (tiny.label, tiny.variant) == ("DiT4SR", "full") and len(tiny.checkpoint) == 32
+    assert (tiny.label, tiny.variant) == ("DiT4SR", "full") and len(tiny.weights_hash) == 32
     lr = photo(9, 11)
     sr = restored(tiny, lr)["a"]
     assert sr.shape == (3, 36, 44)
@@ -98,7 +98,7 @@ def weights(kind, folder):
 def test_published_weight_files_give_what_their_network_gives(kind, label, tmp_path):
     net, path = weights(kind, tmp_path)
     found = method(f"method={kind}", f"weights={path}")
-    assert (found.label, found.checkpoint) == (label, file_hash(path))
+    assert (found.label, found.weights_hash) == (label, file_hash(path))
     lr = photo(16, 24)
     torch.testing.assert_close(restored(found, lr)["a"], net(lr.lr)[0].clamp(0, 1), atol=1e-6, rtol=0)
     assert restored(found, photo(9, 11))["a"].shape == (3, 36, 44)
@@ -206,7 +206,7 @@ def test_what_goes_wrong_in_a_command_is_told_in_one_line(stand_in, options, mes
 def test_images_that_the_script_would_crop_and_places_that_are_none_are_told(stand_in):
     with pytest.raises(ValueError, match="a: 6x5; SeeSR's script takes 8x8"):
         restored(stand_in(side=8), photo(5, 6, "a"))
-    with pytest.raises(ValueError, match="method.arguments: {word} stands for nothing"):
+    with pytest.raises(ValueError, match="method.arguments: {word} is no placeholder"):
         stand_in(arguments=["test.py", "{word}"])
 
 
