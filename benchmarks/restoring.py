@@ -136,16 +136,16 @@ def tiles() -> None:
 
     from dit4sr_pl.common.files import ASSETS
     from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet
-    from dit4sr_pl.planning.meta_backbone import Skeleton
+    from dit4sr_pl.planning.meta_backbone import MetaBackbone
     from dit4sr_pl.planning.step_cost import CostCounter, give_storage
 
     print("| network | tiles | T5 tokens | numbers per token and unit of width |\n|---|---|---|---|")
     for folder in (ASSETS / "tiny-sd3", ASSETS / "published/stabilityai/stable-diffusion-3.5-medium"):
         for kind in (DiT4SRTransformer, lambda base: SD3ControlNet(base, len(base.transformer_blocks) // 2)):
             for count, side, t5_tokens in ((1, 64, 77), (2, 64, 256), (8, 64, 256), (2, 128, 256)):
-                skeleton = Skeleton(folder, "float32")
-                net = skeleton.network(kind).eval()
-                config, text = net.base.config, skeleton.text_tokens(t5_tokens)
+                backbone = MetaBackbone(folder, "float32")
+                net = backbone.network(kind).eval()
+                config, text = net.base.config, backbone.text_tokens(t5_tokens)
                 with FakeTensorMode(), CostCounter() as counter, torch.no_grad():
                     give_storage(net)
                     latents = torch.empty(count, config.in_channels, side, side)

@@ -13,7 +13,7 @@ from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant
 from dit4sr_pl.plan import find_configs, images_per_step, make_budget
 from dit4sr_pl.planning.budget import Spread, count, trainable
-from dit4sr_pl.planning.meta_backbone import Skeleton
+from dit4sr_pl.planning.meta_backbone import MetaBackbone
 from testing.commands import run
 
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
@@ -55,18 +55,18 @@ def budget(cfg, pipeline):
     ],
 )
 def test_parameters_at_the_papers_size(network, trained, everything):
-    net = Skeleton(ASSETS / "published" / SD35, "bfloat16").network(network)
+    net = MetaBackbone(ASSETS / "published" / SD35, "bfloat16").network(network)
     assert count(net.parameters()) == everything
     assert trained is None or count(trainable(net)) == trained
     assert all(parameter.is_meta for parameter in net.parameters())
 
 
 def test_published_parts_have_their_published_sizes():
-    skeleton = Skeleton(ASSETS / "published" / SD35, "bfloat16")
-    assert count(skeleton.coder().vae.parameters()) == 83_819_683
-    sizes = [count(encoder.parameters()) for encoder in skeleton.text_encoders()]
+    backbone = MetaBackbone(ASSETS / "published" / SD35, "bfloat16")
+    assert count(backbone.coder().vae.parameters()) == 83_819_683
+    sizes = [count(encoder.parameters()) for encoder in backbone.text_encoders()]
     assert sizes == [123_650_304, 694_659_840, 4_762_310_656]
-    assert skeleton.text_tokens(t5_tokens=77) == 154
+    assert backbone.text_tokens(t5_tokens=77) == 154
 
 
 @pytest.mark.parametrize("name, source", [("tiny-sd3", "shipped"), (SD35, "published"), (None, "folder")])

@@ -1,4 +1,4 @@
-"""python -m dit4sr_pl.demo: what `make demo` shows after its training."""
+"""python -m dit4sr_pl.demo: restores and scores held-out photos; `make demo` runs it after its training."""
 
 from pathlib import Path
 
@@ -10,9 +10,11 @@ from dit4sr_pl.cli.command import command
 
 @command("demo")
 def main(cfg: DictConfig) -> None:
+    """Writes `comparison.png` and `scores.md` into the output folder and prints the table."""
     check_readable(cfg.trained, "trained")
     check_writable(cfg.output, "output")
     check_extra("the demo", "demo", "skimage", "sklearn")
+    print("loading PyTorch and the held-out photos", flush=True)
 
     import torch
     from hydra.utils import instantiate
@@ -27,7 +29,8 @@ def main(cfg: DictConfig) -> None:
     streams = {"trained here": Path(cfg.trained) / "lr_stream.safetensors", "shipped": cfg.shipped}
 
     columns = {"bicubic": [enlarge(batch["lr"], batch["hr"].shape[-2:]) for batch in batches]}
-    for name, checkpoint in streams.items():
+    for number, (name, checkpoint) in enumerate(streams.items(), 1):
+        print(f"restoring with the LR stream {name} ({number} of {len(streams)})", flush=True)
         restorer = Restorer.load(instantiate(cfg.model.backbone), sampler, checkpoint, device)
         columns[name] = [
             restorer(batch["lr"], batch["hr"].shape[-2:], batch["prompt"], batch["name"], cfg.seed) for batch in batches
@@ -35,6 +38,7 @@ def main(cfg: DictConfig) -> None:
     columns["ground truth"] = [batch["hr"] for batch in batches]
 
     write_image(output / "comparison.png", comparison([batch["lr"] for batch in batches], columns))
+    print(f"scoring: {', '.join(cfg.metrics)}\n", flush=True)
     table = score_table(columns, instantiate(cfg.metrics))
     (output / "scores.md").write_text(table)
     print(table)
@@ -45,7 +49,12 @@ def main(cfg: DictConfig) -> None:
 
 
 def comparison(lr: list, columns: dict[str, list]):
-    """One row per photo: LR with its pixels enlarged, then every column's image; `(3, rows*H, columns*W)`."""
+    """Returns a picture `(3, photos*H, columns*W)`: for each photo LR with its pixels enlarged, then `columns`.
+
+    Args:
+        lr: batches of LR images `(B, 3, h, w)` in 0..1.
+        columns: batches of images `(B, 3, H, W)` in 0..1 by the name of their column.
+    """
     import torch
 
     from dit4sr_pl.training.callbacks.validation_scores import validation_strip
@@ -55,7 +64,7 @@ def comparison(lr: list, columns: dict[str, list]):
 
 
 def score_table(columns: dict[str, list], metrics: dict) -> str:
-    """Mean scores against the last column, as Markdown."""
+    """Returns the mean scores of every column against the last one as a Markdown table."""
     rows = ["| | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
     *restored, truth = columns
     for name in restored:

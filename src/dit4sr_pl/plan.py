@@ -1,6 +1,8 @@
-"""python -m dit4sr_pl.plan [+ablation=NAME] [experiment=NAME] [key=value ...]: what that training costs, unrun"""
+"""python -m dit4sr_pl.plan [+ablation=NAME] [experiment=NAME] [key=value ...]: what a training costs, before it runs"""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -8,12 +10,18 @@ from dit4sr_pl.cli.checks import check_readable
 from dit4sr_pl.cli.command import command
 from dit4sr_pl.common.files import ASSETS
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dit4sr_pl.planning.budget import Budget, Spread
+
 PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
 GIB = 2**30
 
 
 @command("plan")
 def main(cfg: DictConfig) -> None:
+    """Prints parameters, FLOPs and memory of the training."""
     OmegaConf.resolve(cfg)
     images = images_per_step(cfg)
     folder, source = find_configs(cfg.model.backbone.name)
@@ -32,7 +40,11 @@ def main(cfg: DictConfig) -> None:
 
 
 def images_per_step(cfg: DictConfig) -> int:
-    """The global batch; raises ValueError for what cannot be planned."""
+    """Returns the global batch.
+
+    Raises:
+        ValueError: the number of GPUs or the precision cannot be planned with.
+    """
     devices = cfg.trainer.devices
     if not isinstance(devices, int) or devices < 1:
         raise ValueError(f"trainer.devices={devices}: give the number of GPUs")
@@ -42,7 +54,13 @@ def images_per_step(cfg: DictConfig) -> int:
 
 
 def find_configs(name: str) -> tuple[Path, str]:
-    """The folder with the pipeline's `config.json` files, and in words where it is from; nothing is downloaded."""
+    """Returns the folder with the pipeline's `config.json` files, and in words where it is from.
+
+    Nothing is downloaded.
+
+    Raises:
+        FileNotFoundError: the config files are not on this machine.
+    """
     is_path = name.startswith((".", "/", "~"))
     if is_path:
         check_readable(Path(name) / "model_index.json", "model.backbone.name")
@@ -55,13 +73,13 @@ def find_configs(name: str) -> tuple[Path, str]:
         if (folder / "transformer" / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
             return folder, source
     raise FileNotFoundError(
-        f"model.backbone.name={name}: neither here nor in the hub's cache, and its config is not in this package; "
+        f"model.backbone.name={name}: no such folder, not in the hub's cache, and its config is not in this package; "
         "download it, or plan with stabilityai/stable-diffusion-3.5-medium"
     )
 
 
 def hub_cache(name: str) -> Path:
-    """Where a hub id's files lie if they have been downloaded; an empty path for anything else."""
+    """Returns the folder of a hub id's downloaded files, an empty path if there are none."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         return Path()
     from huggingface_hub import try_to_load_from_cache
@@ -70,17 +88,17 @@ def hub_cache(name: str) -> Path:
     return Path(cached).parents[1] if isinstance(cached, str) else Path()
 
 
-def make_budget(cfg: DictConfig, folder: Path):
+def make_budget(cfg: DictConfig, folder: Path) -> "Budget":
+    """Returns the needs of a training whose pipeline has its config files in `folder`."""
     from hydra.utils import instantiate
 
     from dit4sr_pl.planning.budget import Budget
-    from dit4sr_pl.planning.meta_backbone import Skeleton
+    from dit4sr_pl.planning.meta_backbone import MetaBackbone
 
-    backbone = cfg.model.backbone
-    skeleton = Skeleton(folder, backbone.dtype)
+    backbone = MetaBackbone(folder, cfg.model.backbone.dtype)
     averages = any(str(callback.get("_target_")).endswith("WeightAveraging") for callback in cfg.callbacks.values())
     return Budget(
-        skeleton,
+        backbone,
         {
             checkpointing: instantiate(cfg.model.network, gradient_checkpointing=checkpointing)
             for checkpointing in (False, True)
@@ -88,15 +106,15 @@ def make_budget(cfg: DictConfig, folder: Path):
         instantiate(cfg.optimizer),
         batch=cfg.data.batch_size,
         image=cfg.data.crop_size,
-        text_tokens=skeleton.text_tokens(backbone.t5_tokens),
+        text_tokens=backbone.text_tokens(cfg.model.backbone.t5_tokens),
         precision=cfg.trainer.precision,
-        reads_text_encoders=backbone.embeddings is None,
+        reads_text_encoders=cfg.model.backbone.embeddings is None,
         averages=averages,
     )
 
 
-def new_table(*columns: str):
-    """A table that reads as one in a terminal and in Markdown."""
+def new_table(*columns: str) -> "Table":
+    """Returns an empty table that is legible both in a terminal and as Markdown."""
     from rich import box
     from rich.table import Table
 
@@ -106,14 +124,16 @@ def new_table(*columns: str):
     return table
 
 
-def parameter_table(budget):
+def parameter_table(budget: "Budget") -> "Table":
+    """Returns the table of parameters."""
     table = new_table("parameters", "")
     for name, count in budget.parameters().items():
         table.add_row(name, f"{count:,}")
     return table
 
 
-def flops_table(cfg: DictConfig, budget, images: int):
+def flops_table(cfg: DictConfig, budget: "Budget", images: int) -> "Table":
+    """Returns the table of TFLOPs of a step of `images` images."""
     devices = cfg.trainer.devices
     table = new_table(
         "TFLOPs of one step", "per image", f"per GPU of {devices} ({images // devices} images)", f"all {images} images"
@@ -123,8 +143,8 @@ def flops_table(cfg: DictConfig, budget, images: int):
     return table
 
 
-def memory_table(cfg: DictConfig, budget, images: int):
-    """One column per way to spread the global batch over GPUs."""
+def memory_table(cfg: DictConfig, budget: "Budget", images: int) -> "Table":
+    """Returns the table of memory, with a column for each way to distribute a step of `images` images over GPUs."""
     from dit4sr_pl.planning.budget import Spread
 
     gpus = [count for count in cfg.plan.gpus if images % count == 0]
@@ -150,8 +170,8 @@ def memory_table(cfg: DictConfig, budget, images: int):
     return table
 
 
-def verdict(budget, spread, wanted: int, free: float) -> str:
-    """Whether `wanted` images at a time fit, and else how many do."""
+def verdict(budget: "Budget", spread: "Spread", wanted: int, free: float) -> str:
+    """Returns in words whether `wanted` images at a time fit into `free` bytes, and if not, how many do."""
     fit = budget.fitting(spread, free)
     if fit is None:
         return "no"
@@ -161,10 +181,12 @@ def verdict(budget, spread, wanted: int, free: float) -> str:
 
 
 def rows(*columns: list) -> zip:
+    """Returns the rows of columns of the same length."""
     return zip(*columns, strict=True)
 
 
-def gib(counts) -> list[str]:
+def gib(counts: Iterable[float]) -> list[str]:
+    """Returns bytes as GiB in words."""
     return [f"{count / GIB:.2f}" for count in counts]
 
 

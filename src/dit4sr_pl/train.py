@@ -48,6 +48,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Trains in a folder that is locked and checked; arguments and results are those of `train`."""
+    log.info("%s: training to step %d; loading PyTorch, photos and network", folder, cfg.trainer.max_steps)
     import torch
 
     # Optimizer moments that decay into denormals make a CPU ten times slower. It must be set before threads start.
@@ -82,6 +83,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
         if "scores" in callbacks and callbacks.scores.restored:
             write_result(result_of(cfg, part, callbacks.scores.restored), folder)
         finish(folder, trainer.global_step)
+        log.info("%s: finished at step %d", folder, trainer.global_step)
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
 
 

@@ -14,27 +14,27 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit4sr_pl.backbone.autoencoder import LatentCoder
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.model import DiT4SRTransformer, Variant, block
-from dit4sr_pl.planning.meta_backbone import Skeleton
+from dit4sr_pl.planning.meta_backbone import MetaBackbone
 from dit4sr_pl.planning.step_cost import CostCounter, StepCost, normalise_in_float32, step_cost
 
 BATCH, IMAGE, TEXT = 2, 64, 16
 SHORT = {"num_layers": 3, "dual_attention_layers": [0, 1]}
 
 
-class ShortSkeleton(Skeleton):
+class ShortMetaBackbone(MetaBackbone):
     """tiny-sd3 with three blocks."""
 
     def config(self, part: str) -> dict:
         return super().config(part) | (SHORT if part == "transformer" else {})
 
 
-def skeleton(precision: str) -> Skeleton:
-    return ShortSkeleton(ASSETS / "tiny-sd3", "float32" if precision == "32-true" else "bfloat16")
+def backbone(precision: str) -> MetaBackbone:
+    return ShortMetaBackbone(ASSETS / "tiny-sd3", "float32" if precision == "32-true" else "bfloat16")
 
 
 @cache
 def counted(precision: str, image: int = IMAGE, **network) -> StepCost:
-    shapes = skeleton(precision)
+    shapes = backbone(precision)
     sizes = {"batch": BATCH, "image": image, "text_tokens": TEXT, "precision": precision}
     net = shapes.network(partial(DiT4SRTransformer, **network))
     return step_cost(net, shapes.coder(), partial(torch.optim.AdamW, lr=1e-4), **sizes)
@@ -42,7 +42,7 @@ def counted(precision: str, image: int = IMAGE, **network) -> StepCost:
 
 def real_step(precision: str, **network):
     """A function that runs the same step on real tensors, with gradients and moments already there."""
-    shapes = skeleton(precision)
+    shapes = backbone(precision)
     net = DiT4SRTransformer(SD3Transformer2DModel.from_config(shapes.config("transformer")), **network)
     coder = LatentCoder(AutoencoderDC.from_config(shapes.config("vae")))
     nn.Module.to(net.base, shapes.dtype), nn.Module.to(coder.vae, shapes.dtype)

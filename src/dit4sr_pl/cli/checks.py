@@ -1,4 +1,4 @@
-"""What commands check of a user's config before anything heavy is imported. No PyTorch at import."""
+"""Checks of a user's config that commands make before they import PyTorch."""
 
 import re
 from importlib.util import find_spec
@@ -11,10 +11,10 @@ SCALES = (1, 8)
 
 
 def choose_device(name: str) -> str:
-    """The first CUDA device for `auto` where there is one.
+    """Returns the device to use; for `auto` it is the first CUDA device, or the CPU if there is none.
 
     Raises:
-        ValueError: a device that is not there.
+        ValueError: the device cannot be used.
     """
     import torch
 
@@ -22,25 +22,39 @@ def choose_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
-    except Exception as error:  # as many kinds as there are devices
+    except Exception as error:  # every kind of device has its own error
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={name}: cannot be used ({reason}); take auto, cpu or cuda:N") from None
     return name
 
 
 def check_readable(path: str | Path, what: str) -> None:
-    """Raises FileNotFoundError unless `path` is there; `what` names the config key that gave it."""
+    """Checks that a file or folder exists.
+
+    Args:
+        path: the file or folder.
+        what: the config key that gave it, for the message.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+    """
     if not Path(path).exists():
         raise FileNotFoundError(f"{what}={path}: no such file or folder")
 
 
 def check_data(data: DictConfig, written: str = "") -> None:
-    """Raises FileNotFoundError for a path of the data config that is not there, ValueError if it names no photos.
+    """Checks the paths of a data config.
 
-    `written` is the option of the sets that the command writes: what it names need not be there.
+    Args:
+        data: the config.
+        written: option of the sets that names what the command itself writes, which need not exist.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: the config names no photos.
     """
     for key in ("folders", "validation_folders"):
-        for folder in [] if "photos" in data else data[key]:  # the demo writes its own
+        for folder in [] if "photos" in data else data[key]:  # the demo writes its photos itself
             check_readable(folder, f"data.{key}")
     named = {name: options for name, options in data.sets.items() if options.folder is not None}
     for name, options in named.items():
@@ -54,14 +68,24 @@ def check_data(data: DictConfig, written: str = "") -> None:
 
 
 def check_scale(scale: float) -> None:
-    """Raises ValueError unless images can be restored at this scale."""
+    """Checks that images can be restored at this scale.
+
+    Raises:
+        ValueError: they cannot.
+    """
     if not isinstance(scale, int | float) or not SCALES[0] <= scale <= SCALES[1]:
         raise ValueError(f"scale={scale}: must be a number from {SCALES[0]} to {SCALES[1]}")
 
 
 def check_backbone(backbone: DictConfig) -> None:
-    """Raises ValueError for an unknown dtype, FileNotFoundError for a model folder or embeddings that are not there; a
-    name without `.`, `/` or `~` in front may be a hub id or a shipped model, which only loading can tell."""
+    """Checks the config of a backbone.
+
+    A name that does not begin with `.`, `/` or `~` may be a hub id or a model in this package; only loading tells.
+
+    Raises:
+        ValueError: the dtype is unknown.
+        FileNotFoundError: the folder of the model or of the embeddings does not exist.
+    """
     if backbone.dtype not in DTYPES:
         raise ValueError(f"model.backbone.dtype={backbone.dtype}: choose one of {', '.join(DTYPES)}")
     if backbone.name.startswith((".", "/", "~")):
@@ -71,22 +95,30 @@ def check_backbone(backbone: DictConfig) -> None:
 
 
 def check_writable(folder: str | Path, what: str) -> None:
-    """Raises ValueError unless files can be made in `folder`, which is made if need be."""
+    """Checks that files can be written into a folder, and creates it.
+
+    Args:
+        folder: the folder.
+        what: the config key that gave it, for the message.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink(missing_ok=True)  # several processes of a run may look at once
+        probe.unlink(missing_ok=True)  # several processes of a run may check at the same time
     except OSError as error:
         raise ValueError(f"{what}={folder}: cannot be written ({error.strerror}); choose another folder") from None
 
 
 def read_shard(text: str) -> tuple[int, int]:
-    """`i/n`, this task's number from 1 and how many there are.
+    """Returns (i, n) of `i/n`: this task's number, from 1, and the number of tasks.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the text is something else.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", str(text))
     if match is None or not 1 <= int(match[1]) <= int(match[2]):

@@ -47,6 +47,18 @@ def gpus(accelerator: str, devices: int) -> int | None:
     return None if accelerator == "cpu" else devices
 
 
+def cpu_precision() -> str:
+    """Returns the faster precision of this CPU: bf16-mixed if it has instructions for it, else 32-true.
+
+    bf16-mixed is two to three times as fast with them and thirty times as slow without: `${cpu_precision:}`.
+    """
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not on Linux
+        return "32-true"
+    return "bf16-mixed" if "amx_bf16" in flags or "avx512_bf16" in flags else "32-true"
+
+
 def run_folder(name: str) -> str:
     """Returns the absolute folder of a training whose `output` was not given: `${run_folder:NAME}`.
 
@@ -68,7 +80,7 @@ def relative_path(path: str, folder: str) -> str:
     return os.path.relpath(path, folder)
 
 
-for resolver in (choice, ablation_name, gpus, run_folder, relative_path):
+for resolver in (choice, ablation_name, gpus, cpu_precision, run_folder, relative_path):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 

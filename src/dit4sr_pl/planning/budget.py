@@ -1,4 +1,4 @@
-"""What a whole training takes: parameters, FLOPs, and every GPU's memory by part."""
+"""The needs of a whole training: parameters, FLOPs, and the memory of each GPU by part."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,15 +8,21 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dit4sr_pl.planning.meta_backbone import Skeleton
+from dit4sr_pl.planning.meta_backbone import MetaBackbone
 from dit4sr_pl.planning.step_cost import step_cost
 
-PREFETCHED = 2  # FSDP gathers the next block while one runs
+PREFETCHED = 2  # blocks: FSDP gathers the next one while one runs
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A step over several GPUs: `images` on each of `gpus`; `sharded`: FSDP, else DDP."""
+    """A way to distribute a step over GPUs.
+
+    Args:
+        gpus: number of GPUs.
+        sharded: True for FSDP, False for DDP.
+        images: images per GPU.
+    """
 
     gpus: int
     sharded: bool
@@ -27,20 +33,23 @@ class Spread:
 
 
 class Budget:
-    """One training's needs, each from the network itself at its real size.
+    """The needs of one training, counted on the network itself at its real size.
 
     Args:
-        skeleton: the frozen pipeline's shapes.
-        networks: by whether they checkpoint, what makes the network over the frozen transformer.
-        make_optimizer: from parameters to an optimizer.
-        batch: images that a GPU holds at a time, of `image` pixels a side. text_tokens: of the text stream.
-        precision: see `step_cost`.
-        reads_text_encoders: False with cached embeddings. averages: whether weights are averaged as they train.
+        backbone: the frozen pipeline on the meta device.
+        networks: makes the network over the frozen transformer; True: with gradient checkpointing, False: without.
+        make_optimizer: makes an optimizer of parameters.
+        batch: images that a GPU processes at a time.
+        image: side of an image in pixels.
+        text_tokens: length of the text stream.
+        precision: precision of Lightning's Trainer, see `step_cost`.
+        reads_text_encoders: False if prompt embeddings are cached.
+        averages: True if an average of the weights is kept during training.
     """
 
     def __init__(
         self,
-        skeleton: Skeleton,
+        backbone: MetaBackbone,
         networks: dict[bool, Callable[[SD3Transformer2DModel], nn.Module]],
         make_optimizer: Callable[[Any], Optimizer],
         *,
@@ -51,15 +60,15 @@ class Budget:
         reads_text_encoders: bool,
         averages: bool,
     ):
-        self.network = skeleton.network(networks[True])
-        self.vae = skeleton.coder().vae
-        self.text_encoders = skeleton.text_encoders() if reads_text_encoders else []
+        self.network = backbone.network(networks[True])
+        self.vae = backbone.coder().vae
+        self.text_encoders = backbone.text_encoders() if reads_text_encoders else []
         self.averages = averages
         self.batch = batch
         sizes = {"image": image, "text_tokens": text_tokens, "precision": precision}
         self.costs = {
             checkpointing: {
-                count: step_cost(skeleton.network(make), skeleton.coder(), make_optimizer, batch=count, **sizes)
+                count: step_cost(backbone.network(make), backbone.coder(), make_optimizer, batch=count, **sizes)
                 for count in (1, max(2, batch))
             }
             for checkpointing, make in networks.items()
@@ -67,9 +76,11 @@ class Budget:
 
     @property
     def trained_part(self) -> nn.Module:
+        """The module that is trained and saved."""
         return self.network.trained
 
     def parameters(self) -> dict[str, int]:
+        """Returns numbers of parameters by what they are."""
         trained = count(trainable(self.network))
         everything = count(self.network.parameters())
         counts = {
@@ -84,7 +95,7 @@ class Budget:
         return counts
 
     def flops_per_image(self) -> dict[str, float]:
-        """Forward, backward and encoding (HR and LR image) at `batch` images a time."""
+        """Returns FLOPs per image by what they are spent on, at `batch` images at a time."""
         images = max(self.costs[False])
         plain, checkpointed = self.costs[False][images], self.costs[True][images]
         return {
@@ -97,8 +108,10 @@ class Budget:
         }
 
     def per_gpu(self, spread: Spread) -> dict[str, int]:
-        """Bytes on each GPU but for activations. FSDP shares out the network; autoencoder, text encoders and the
-        running average, which Lightning keeps whole, are on every GPU."""
+        """Returns the bytes on each GPU by part, without activations.
+
+        FSDP divides the network. Autoencoder, text encoders and the running average are complete on every GPU.
+        """
         share = spread.gpus if spread.sharded else 1
         trained = weight_bytes(self.trained_part)
         return {
@@ -113,14 +126,16 @@ class Budget:
         }
 
     def activations(self, images: int, checkpointing: bool) -> int:
-        """The step's bytes above the parts of `per_gpu`, on the line through the two steps that were counted."""
+        """Returns the bytes of activations, by the straight line through the two steps that were counted."""
         (low, at_low), (high, at_high) = sorted(self.costs[checkpointing].items())
         slope = (at_high.activations - at_low.activations) / (high - low)
         return round(at_low.activations + slope * (images - low))
 
     def fitting(self, spread: Spread, free: float) -> tuple[int, bool] | None:
-        """How many images at a time `free` bytes hold (a divisor of the GPU's share, `batch` at most), and whether
-        checkpointed; None if not even one."""
+        """Returns how many images at a time fit into `free` bytes, and whether they need gradient checkpointing.
+
+        The number divides the GPU's share and is at most `batch`. None: not even one image fits.
+        """
         fixed = sum(self.per_gpu(spread).values())
         for images in range(min(self.batch, spread.images), 0, -1):
             for checkpointing in (False, True):
@@ -130,19 +145,21 @@ class Budget:
 
 
 def trainable(module: nn.Module) -> list[Tensor]:
+    """Returns the parameters with a gradient."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def count(tensors: Iterable[Tensor]) -> int:
+    """Returns how many numbers the tensors have together."""
     return sum(tensor.numel() for tensor in tensors)
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Parameters and buffers: SD3.5's table of positions alone is 226M numbers."""
+    """Returns the bytes of parameters and buffers; SD3.5's table of positions, a buffer, has 226M numbers."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def gathered_bytes(network: nn.Module) -> int:
-    """The largest block of every stack of blocks (`base.transformer_blocks`, ...): what FSDP gathers to run one."""
+    """Returns the bytes that FSDP gathers to run a block: the largest of each stack (`base.transformer_blocks` ...)."""
     parts = (module for part in network.children() for module in part.children())
     return sum(max(map(weight_bytes, stack)) for stack in parts if isinstance(stack, nn.ModuleList))

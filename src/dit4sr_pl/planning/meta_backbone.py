@@ -1,4 +1,4 @@
-"""A pipeline's shapes without its weights: diffusers' modules on the meta device, made from their configs alone."""
+"""The modules of a frozen SD3 pipeline on the meta device: real shapes, no weights, made from config files alone."""
 
 import json
 from collections.abc import Callable
@@ -16,36 +16,39 @@ CLIP_ENCODERS = ("text_encoder", "text_encoder_2")
 TEXT_ENCODERS = (*CLIP_ENCODERS, "text_encoder_3")
 
 
-class Skeleton:
-    """What `Backbone` would read, at its real size and without a byte of weights.
+class MetaBackbone:
+    """The modules that `Backbone` would read, at their real size and without memory for weights.
 
     Args:
-        folder: with `transformer/config.json`, `vae/config.json` and, where they run, the text encoders' configs.
-        dtype: of the frozen weights: `float32`, `bfloat16` or `float16`.
+        folder: holds `transformer/config.json`, `vae/config.json` and, if text encoders run, their config files.
+        dtype: type of the frozen weights: `float32`, `bfloat16` or `float16`.
     """
 
     def __init__(self, folder: Path, dtype: str):
         self.folder = folder
         self.dtype = getattr(torch, dtype)
 
-    # `nn.Module.to`: diffusers' own warns of weights to keep in float32, of which these models have none.
+    # `nn.Module.to` is called below because diffusers' `to` warns about weights to keep in float32. SD3 has none.
 
     def config(self, part: str) -> dict:
+        """Returns the config of one subfolder of the pipeline."""
         return json.loads((self.folder / part / "config.json").read_text())
 
     def network(self, make: Callable[[SD3Transformer2DModel], nn.Module]) -> nn.Module:
-        """`make`'s network over the frozen transformer; what is trained is in float32."""
+        """Returns the network that `make` builds over the frozen transformer, with its trained part in float32."""
         with torch.device("meta"):
             network = make(nn.Module.to(SD3Transformer2DModel.from_config(self.config("transformer")), self.dtype))
         network.trained.float()
         return network
 
     def coder(self) -> LatentCoder:
+        """Returns the autoencoder with its latents' scale and shift."""
         config = self.config("vae")
         with torch.device("meta"):
             return LatentCoder(nn.Module.to(getattr(diffusers, config["_class_name"]).from_config(config), self.dtype))
 
     def text_encoders(self) -> list[nn.Module]:
+        """Returns both CLIP encoders and T5."""
         encoders = []
         for part in TEXT_ENCODERS:
             config = self.config(part)
@@ -55,5 +58,5 @@ class Skeleton:
         return encoders
 
     def text_tokens(self, t5_tokens: int) -> int:
-        """CLIP's and T5's tokens stand one after another; both CLIP encoders share theirs."""
+        """Returns the length of the text stream: CLIP's tokens, which both CLIP encoders share, and T5's after them."""
         return self.config(CLIP_ENCODERS[0])["max_position_embeddings"] + t5_tokens

@@ -1,8 +1,8 @@
-"""What a training step costs in FLOPs and bytes: the real step, run on tensors that have shapes and no memory."""
+"""FLOPs and bytes of a training step, counted while the real step runs on tensors that have shapes and no memory."""
 
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,21 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dit4sr_pl.backbone.autoencoder import LatentCoder
 
-# The steps run as on a CPU, where the network goes its own way in bfloat16: float16 takes the same bytes.
+# The step runs on fake CPU tensors, and on a CPU the network treats bfloat16 specially. float16 takes the same bytes.
 AUTOCAST = {"bf16-mixed": torch.float16, "16-mixed": torch.float16, "32-true": None}
 STAND_IN = {torch.bfloat16: torch.float16}
 
 
 def conv_backward_flop(grad_shape, x_shape, weight_shape, *_, out_shape=None, **__) -> int:
-    """PyTorch's own formula takes a depth-wise convolution's backward for a dense one's; each gradient that is asked
-    for costs what the forward does."""
+    """Returns the FLOPs of a convolution's backward: each requested gradient costs as much as the forward.
+
+    PyTorch's own formula counts a depth-wise convolution as a dense one.
+    """
     return sum(shape is not None for shape in out_shape[:2]) * conv_flop_count(x_shape, weight_shape, grad_shape)
 
 
 aten = torch.ops.aten
-FORMULAS = flop_registry | {  # where PyTorch has none, or a wrong one
+FORMULAS = flop_registry | {  # where PyTorch has no formula or a wrong one
     aten.convolution_backward: shape_wrapper(conv_backward_flop),
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
@@ -39,14 +41,14 @@ FORMULAS = flop_registry | {  # where PyTorch has none, or a wrong one
 
 
 class CostCounter(TorchDispatchMode):
-    """Counts the FLOPs of what runs under it, and the bytes of every tensor made under it for as long as it lives.
+    """Counter of the FLOPs of all operations within it and of the bytes of all live tensors that they have made.
 
-    PyTorch's `FlopCounterMode` uses the same formulas, but holds on to the tensors of recomputed blocks.
+    PyTorch's `FlopCounterMode` uses the same formulas, but keeps the tensors of recomputed blocks alive.
     """
 
     def __init__(self):
         super().__init__()
-        self.known = WeakIdKeyDictionary()  # storages: views count once
+        self.known = WeakIdKeyDictionary()  # storages, so that views count once
         self.flops = self.now = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -58,6 +60,7 @@ class CostCounter(TorchDispatchMode):
         return result
 
     def see(self, tensor: Tensor) -> None:
+        """Adds the bytes of a new tensor until its storage is freed."""
         storage = tensor.untyped_storage()
         if storage not in self.known:
             self.known[storage] = True
@@ -66,13 +69,21 @@ class CostCounter(TorchDispatchMode):
             weakref.finalize(storage, self.forget, storage.nbytes())
 
     def forget(self, count: int) -> None:
+        """Subtracts the bytes of a freed storage."""
         self.now -= count
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one step. FLOPs: encoding HR and LR, forward, backward (with what checkpointing computes again).
-    Bytes: the optimizer's moments, and the step's peak above weights, gradients and moments."""
+    """The cost of one step.
+
+    Args:
+        encode_flops: FLOPs of encoding the HR and the LR images.
+        forward_flops: FLOPs of the network's forward.
+        backward_flops: FLOPs of its backward, including what checkpointing computes again.
+        moments: bytes of the optimizer's moments.
+        activations: bytes of the step's peak above weights, gradients and moments.
+    """
 
     encode_flops: int
     forward_flops: int
@@ -82,6 +93,7 @@ class StepCost:
 
     @property
     def flops(self) -> int:
+        """All FLOPs of the step."""
         return self.encode_flops + self.forward_flops + self.backward_flops
 
 
@@ -94,14 +106,18 @@ def step_cost(
     text_tokens: int,
     precision: str,
 ) -> StepCost:
-    """One step of `SuperResolutionModule` on `batch` images of `image` pixels a side, as a GPU would run it.
+    """Returns the cost of one step of `SuperResolutionModule` as a GPU would run it.
+
+    Gradients exist before the step, as they do with accumulation and in DDP's buckets.
 
     Args:
-        network, coder: on the meta device; they are left on fake tensors.
-        make_optimizer: from parameters to an optimizer.
-        text_tokens: of the text stream. precision: of Lightning's Trainer, a key of `AUTOCAST`.
-
-    Gradients are there before the step, as with accumulation and in DDP's buckets.
+        network: the network on the meta device; afterwards its weights are fake tensors.
+        coder: the autoencoder on the meta device; afterwards its weights are fake tensors.
+        make_optimizer: makes an optimizer of parameters.
+        batch: number of images.
+        image: side of an image in pixels.
+        text_tokens: length of the text stream.
+        precision: precision of Lightning's Trainer, a key of `AUTOCAST`.
     """
     if AUTOCAST[precision] is not None:
         normalise_in_float32(network)
@@ -135,13 +151,14 @@ def step_cost(
     return StepCost(encode, forward - encode, counter.flops - forward, moments, counter.peak - start)
 
 
-def autocast(precision: str):
+def autocast(precision: str) -> AbstractContextManager:
+    """Returns the autocast context of a precision."""
     dtype = AUTOCAST[precision]
     return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
 
 def give_storage(module: nn.Module) -> None:
-    """Meta tensors belong to no device and escape autocast; under `FakeTensorMode` these are on a CPU, still empty."""
+    """Replaces meta tensors, which autocast ignores, by fake ones on the CPU, which take no memory either."""
     for part in module.modules():
         for name, weight in part._parameters.items():
             if weight is not None:
@@ -152,11 +169,12 @@ def give_storage(module: nn.Module) -> None:
 
 
 def normalise_in_float32(module: nn.Module) -> None:
-    """As autocast does on a GPU and not on a CPU: what is float32 there is kept for the backward."""
+    """Makes normalisations run in float32, as autocast does on a GPU only; the backward then keeps float32 tensors."""
     for part in module.modules():
         if isinstance(part, nn.LayerNorm | nn.GroupNorm):
             part.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
 def empty(like: Tensor) -> Tensor:
+    """Returns a tensor of the same shape and of a type with as many bytes."""
     return torch.empty(like.shape, dtype=STAND_IN.get(like.dtype, like.dtype))
