@@ -42,6 +42,7 @@ def test_what_is_tested_is_not_trained_on():
     assert not set(TRAIN) & set(TEST) and {"astronaut", "china"} <= set(TEST)
 
 
+@pytest.mark.slow
 def test_several_processes_may_write_the_photos_at_once(tmp_path):
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(write_demo_photos, [tmp_path] * 2))

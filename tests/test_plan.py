@@ -11,10 +11,9 @@ from hydra.utils import instantiate
 from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant
-from dit4sr_pl.plan import find_configs, images_per_step, make_budget
+from dit4sr_pl.plan import find_configs, images_per_step, main, make_budget
 from dit4sr_pl.planning.budget import Spread, count, trainable
 from dit4sr_pl.planning.meta_backbone import MetaBackbone
-from testing.commands import run
 
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
 FULL = 350_877_696
@@ -123,8 +122,11 @@ def test_variant_a_has_keys_of_its_own_in_the_papers_experiment():
     instantiate(cfg.model.network.variant)  # with legacy_lr_keys it would be refused
 
 
-def test_the_command_prints_what_fits(pipeline, tmp_path):
-    result = run("dit4sr_pl.plan", f"model.backbone.name={pipeline}", "+ablation=no_lr_residual", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "| fits 24 GB" in result.stdout and "yes" in result.stdout
+def test_the_command_prints_what_fits(pipeline, budget, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dit4sr_pl.plan.make_budget", lambda cfg, folder: budget)
+    monkeypatch.setattr("sys.argv", ["plan", f"model.backbone.name={pipeline}", "data.batch_size=8"])
+    main()
+    printed = capsys.readouterr().out
+    assert "| fits 24 GB" in printed and "yes" in printed
     assert not list(tmp_path.iterdir())

@@ -41,7 +41,7 @@ def counted(precision: str, image: int = IMAGE, **network) -> StepCost:
 
 
 def real_step(precision: str, **network):
-    """A function that runs the same step on real tensors, with gradients and moments already there."""
+    """Returns a function that runs the same step on real tensors, with gradients and moments already there."""
     shapes = backbone(precision)
     net = DiT4SRTransformer(SD3Transformer2DModel.from_config(shapes.config("transformer")), **network)
     coder = LatentCoder(AutoencoderDC.from_config(shapes.config("vae")))
@@ -76,8 +76,8 @@ def test_flops_are_those_of_pytorchs_counter(injection, checkpointing):
 
 
 def test_flops_of_a_depthwise_convolution():
-    """PyTorch's counter is wrong by the number of channels here, so by hand: 9 multiplications and additions per
-    value, and in the backward as many for each of the two gradients."""
+    """PyTorch's counter is wrong by the number of channels, so the expected number is worked out by hand: 9
+    multiplications and additions per value, and in the backward as many for each of the two gradients."""
     conv = nn.Conv2d(8, 8, kernel_size=3, padding=1, groups=8)
     images = torch.randn(2, 8, 5, 7, requires_grad=True)
     with CostCounter() as counter:
@@ -100,7 +100,7 @@ def test_memory_is_what_the_profiler_sees(precision, checkpointing, monkeypatch)
 
 
 def highest_sum(profiled: profile) -> int:
-    """The most bytes allocated at once, above those at the start."""
+    """Returns the most bytes allocated at once, above those at the start."""
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -119,7 +119,7 @@ def test_checkpointing_trades_memory_for_flops():
 
 
 def test_activations_grow_with_the_tokens_and_not_with_their_square():
-    """As with the fused attention of a GPU; a CPU's plain one would keep every score."""
+    """A GPU's fused attention keeps no scores; the plain one of a CPU would keep them all."""
     small, large = (counted("bf16-mixed", image=image).activations for image in (256, 512))
     assert large == pytest.approx(4 * small, rel=0.1)
 
