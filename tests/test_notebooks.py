@@ -72,7 +72,9 @@ def test_streams_of_the_shipped_network_where_there_are_no_runs(outputs, capsys)
 
 def test_runs_side_by_side(outputs, run, capsys):
     for variant in ("full", "no_lr_residual"):
-        run(f"outputs/ablation/{variant}/seed0", f"+ablation={variant}", "metrics=[psnr]")
+        # The notebook of the streams reads runs over its own backbone, tiny-sd3.
+        overrides = [f"+ablation={variant}", "metrics=[psnr]", "model.backbone.name=tiny-sd3"]
+        run(f"outputs/ablation/{variant}/seed0", *overrides)
     run_notebook("03_ablation.ipynb")
     printed = capsys.readouterr().out
     assert "FULL" in printed and "B: no_lr_residual" in printed and "psnr" in printed
