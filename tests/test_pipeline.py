@@ -1,4 +1,4 @@
-"""The diffusers pipeline, against the restorer behind the command."""
+"""The diffusers pipeline gives what the restorer behind the command gives."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def test_it_restores_what_the_restorer_restores(pipe, lr):
     assert not torch.equal(pipe(lr, scale=2, seed=4, **SETTINGS).images, pipe(lr, scale=2, seed=3, **SETTINGS).images)
 
 
-def test_projections_are_folded_once_a_call_and_what_is_saved_stays(pipe, lr, monkeypatch):
+def test_projections_are_merged_once_a_call_and_what_is_saved_stays(pipe, lr, monkeypatch):
     before = {name: tensor.clone() for name, tensor in pipe.lr_stream.state_dict().items()}
     products, merged = [], []
     product, network = lr_stream.product, pipe.network
@@ -120,7 +120,7 @@ def test_generators_stand_in_for_the_seed(pipe, lr):
 
 
 def test_offloading_moves_each_component_before_it_works(pipe, lr, monkeypatch):
-    """The CPU stands in for the accelerator: `cpu:0` is not `cpu` to the hooks."""
+    """The CPU stands in for the accelerator; the hooks treat `cpu:0` and `cpu` as two devices."""
     expected, moved = pipe(lr, **SETTINGS).images, []
     pipe.enable_model_cpu_offload(device="cpu")
     names = {id(component): name for name, component in pipe.components.items()}

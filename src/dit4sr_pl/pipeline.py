@@ -132,8 +132,7 @@ class DiT4SRPipeline(DiffusionPipeline):
 
         Args:
             name: a folder that `save_pretrained` wrote, or `tiny-dit4sr`, which is in this package. With `lr_stream`:
-                the
-                folder or hub id of the SD3 pipeline below it, or `tiny-sd3`.
+                the folder or hub id of the SD3 pipeline that it was trained over, or `tiny-sd3`.
             lr_stream: an LR-stream file or a training checkpoint.
             arguments: diffusers' own (`dtype`, `revision`, components) and those of the class. With `lr_stream`, the
                 others are taken from `conf/model/` and `conf/sampler/`.
@@ -233,7 +232,9 @@ class DiT4SRPipeline(DiffusionPipeline):
 
     def enable_sequential_cpu_offload(self, *_, **__):
         """Raises NotImplementedError: this pipeline cannot offload layer by layer."""
-        raise NotImplementedError("DiT4SRPipeline reads weights beside their layers; use enable_model_cpu_offload()")
+        raise NotImplementedError(
+            "DiT4SRPipeline reads weights outside of their layers; use enable_model_cpu_offload()"
+        )
 
     enable_group_offload = enable_sequential_cpu_offload
 

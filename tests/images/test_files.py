@@ -38,7 +38,7 @@ def test_every_suffix_is_found_and_read(tmp_path, rgb, suffix):
 
 
 def test_find_images_is_recursive_sorted_and_skips_what_is_hidden(tmp_path, rgb):
-    tmp_path = tmp_path / ".photos"  # but for the folder itself
+    tmp_path = tmp_path / ".photos"  # the folder itself may be hidden
     names = ["b.png", "a.JPG", "sub/c.png", "._b.png", "notes.txt", ".thumbnails/b.png", "sub/.git/deep/d.png"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def test_interrupted_write_leaves_the_old_image(tmp_path, monkeypatch):
 def test_demo_photos_are_written_once_and_read_back(tmp_path):
     from skimage import data
 
-    for part in ("train", "test"):  # all but three stand-ins are there already: encoding every photo takes seconds
+    for part in ("train", "test"):  # existing stand-ins for all but three: encoding every photo takes seconds
         for name in set({"train": TRAIN, "test": TEST}[part]) - {"coins", "china", "motorcycle"}:
             write_image(tmp_path / part / f"{name}.png", torch.zeros(3, 2, 2))
     write_demo_photos(tmp_path)

@@ -1,4 +1,4 @@
-"""Each kind of file against its pixels by hand; then back into a file through the restorer's own path."""
+"""Every kind of file is read, sent through the restorer and written; its pixels are known by hand."""
 
 import struct
 import zlib
@@ -27,7 +27,7 @@ def draw(channels: int, dtype=np.uint8, seed: int = 0) -> np.ndarray:
 
 
 def png16(levels: np.ndarray, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG written out by hand: no filter, one IDAT."""
+    """Returns a PNG file made by hand, without filters and with one IDAT."""
     channels = levels.shape[2] if levels.ndim == 3 else 1
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     rows = levels.astype(">u2").tobytes()
@@ -42,7 +42,7 @@ def png16(levels: np.ndarray, *chunks: tuple[bytes, bytes]) -> bytes:
 
 
 def levels_of_png(path) -> np.ndarray:
-    """A PNG's samples, unfiltered by hand."""
+    """Returns a PNG's samples, unfiltered by hand."""
     data, at, idat = path.read_bytes(), 8, b""
     while at < len(data):
         length, name = struct.unpack(">I4s", data[at : at + 8])
@@ -70,7 +70,7 @@ def levels_of_png(path) -> np.ndarray:
 
 
 def through(path, scale=1, alpha="bicubic", restorer=None, **options) -> Picture:
-    """What is written for a file, read again by hand."""
+    """Restores a file, writes the result as `out/a.png` next to it and returns the result."""
     pictures = PictureRestorer(restorer or Bicubic(), scale, alpha, 0)
     picture = read_picture(path, **options)
     assert read_header(path, **options).alpha == (picture.alpha is not None)
@@ -193,7 +193,7 @@ def test_sixteen_bit_tiff_whose_white_is_zero_or_whose_colour_is_premultiplied(t
 
 
 def cmyk_profile() -> bytes:
-    """A CMYK profile small enough to write by hand: an `lut8` from CMYK to Lab whose corners fade with the ink."""
+    """Returns a small CMYK profile made by hand: an `lut8` from CMYK to Lab whose corners fade with the ink."""
     corners = np.array([(c, m, y, k) for c in (0, 1) for m in (0, 1) for y in (0, 1) for k in (0, 1)])
     light = 255 * (1 - 0.25 * corners[:, :3].sum(1)) * (1 - 0.9 * corners[:, 3])
     a = 128 + 50 * (corners[:, 1] - corners[:, 0])
@@ -241,7 +241,7 @@ def test_cmyk_goes_through_its_profile_or_without_one_by_the_formula(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["png", "jpg", "tif", "deep.png", "deep.tif"])
 def test_every_orientation_comes_out_upright(tmp_path, orientation, kind):
-    """Row 0 and column 0 of what lies in the file are the sides that EXIF's table names."""
+    """EXIF's table names the sides that row 0 and column 0 of the stored pixels are."""
     dtype = np.uint16 if "deep" in kind else np.uint8
     upright = np.zeros((16, 24, 3), dtype)
     upright[:8, :8, 0] = upright[8:, 16:, 1] = upright[:8, 16:, 2] = np.iinfo(dtype).max

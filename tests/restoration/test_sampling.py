@@ -147,7 +147,7 @@ def test_tiles_that_do_not_fit_are_fewer_from_then_on_with_one_warning(run, net,
 
 
 def test_tiles_at_once_take_the_memory_that_the_sampler_gives_them(net):
-    """Counted: all tensors that a forward pass makes, at its peak."""
+    """The memory of all tensors that a forward pass makes is counted, at its peak."""
     with FakeTensorMode(allow_non_fake_inputs=True), CostCounter() as counter, torch.no_grad():
         latents, embeds, pooled = torch.empty(2, 16, 32, 32), torch.empty(2, 77 + 8, 64), torch.empty(2, 64)
         net(latents, latents, torch.empty(2), embeds, pooled)
@@ -159,7 +159,7 @@ def test_tiles_at_once_take_the_memory_that_the_sampler_gives_them(net):
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "dpm", "unipc"])
 def test_solvers_come_closer_to_the_solution_with_more_steps_and_count_their_evaluations(solver, tiny_backbone):
-    """Of a flow whose solution is known: data are a point, the velocity leads straight to it, bent in time."""
+    """The flow has a known solution: dz/dsigma = z + cos(sigma)."""
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         sampler = instantiate(compose("restore", ["input=x", f"sampler/solver={solver}"]).sampler)
     noise = torch.linspace(-1, 1, 64, dtype=torch.float32).view(1, 1, 8, 8)
