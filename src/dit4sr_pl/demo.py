@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from dit4sr_pl.cli.checks import check_extra, check_readable, check_writable
 from dit4sr_pl.cli.command import command
+from dit4sr_pl.common.markdown import markdown_table
 
 
 @command("demo")
@@ -65,17 +66,17 @@ def comparison(lr: list, columns: dict[str, list]):
 
 def score_table(columns: dict[str, list], metrics: dict) -> str:
     """Returns the mean scores of every column against the last one as a Markdown table."""
-    rows = ["| | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
+    rows = []
     *restored, truth = columns
     for name in restored:
-        cells = []
+        cells = [name]
         for score in metrics.values():
             score.reset()
             for sr, hr in zip(columns[name], columns[truth], strict=True):
                 score.update(sr, hr)
             cells.append(f"{score.compute():.3f}")
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
+        rows.append(cells)
+    return markdown_table(["", *metrics], rows) + "\n"
 
 
 if __name__ == "__main__":

@@ -41,13 +41,13 @@ def evaluate(cfg: DictConfig) -> None:
     identity = identity_of(cfg, dataset, items, metrics, method)
     identity = claim(output, identity, restores=cfg.images is None)
     mine = items[number - 1 :: count]
-    with working(output, (number, count)) as part:
+    with working(output, (number, count)) as piece:
         if cfg.images is None:
             restore(mine, method, functools.partial(track, description=f"restoring, {method.label}"))
         tune_malloc()
         for metric in metrics.values():
             metric.to(cfg.device)
-        score(mine, metrics, output, part, functools.partial(track, description="scoring"))
+        score(mine, metrics, output, piece, functools.partial(track, description="scoring"))
         missing = join(items, identity["metrics"], output, functools.partial(finish, cfg, dataset, method, identity))
     if missing:
         print(f"{len(items) - len(missing)} of {len(items)} images scored; the last shard to end writes the result")

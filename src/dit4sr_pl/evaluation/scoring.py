@@ -29,7 +29,8 @@ from dit4sr_pl.scores.metrics import ImageScore
 from dit4sr_pl.scores.results import PICTURES, SCORES, read_scores
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-SETTINGS, PARTS = "settings.json", "parts"
+SETTINGS = "settings.json"
+PIECES = "parts"  # the folder keeps this name, so that evaluations begun before 0.2 resume
 
 Scores = dict[str, dict[str, float]]
 Bar = Callable[[list], Iterable]
@@ -77,10 +78,10 @@ def measured(metrics: dict[str, dict]) -> dict[str, dict]:
 @contextlib.contextmanager
 def working(folder: Path, shard: tuple[int, int]) -> Iterator[Path]:
     """Yields the file of a shard's scores, locked against other processes."""
-    part = folder / PARTS / "{}-of-{}.jsonl".format(*shard)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(part.with_suffix(".lock")):
-        yield part
+    piece = folder / PIECES / "{}-of-{}.jsonl".format(*shard)
+    piece.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(piece.with_suffix(".lock")):
+        yield piece
 
 
 def restore(items: list[Item], method: Method, bar: Bar) -> None:
@@ -94,15 +95,15 @@ def restore(items: list[Item], method: Method, bar: Bar) -> None:
         write_image(paths[name], sr.cpu())
 
 
-def score(items: list[Item], metrics: dict[str, ImageScore], folder: Path, part: Path, bar: Bar) -> None:
+def score(items: list[Item], metrics: dict[str, ImageScore], folder: Path, piece: Path, bar: Bar) -> None:
     """Measures what is not measured yet; an image's scores are written before the next one begins."""
     with locked(folder):
-        scored = read_parts(folder)
+        scored = read_pieces(folder)
     left = {item: [name for name in metrics if not has(scored, item, name, metrics[name].score)] for item in items}
     left = {item: names for item, names in left.items() if names}
     if not left:
         return
-    with journal(part) as write:
+    with journal(piece) as write:
         for item in bar(list(left)):
             sr, hr = item.read_sr(), item.read_hr()
             write({"image": item.name} | {name: one_score(metrics[name], sr, hr) for name in left[item]})
@@ -135,20 +136,20 @@ def one_score(metric: ImageScore, sr: torch.Tensor, hr: torch.Tensor | None) -> 
 def join(items: list[Item], metrics: dict[str, dict], folder: Path, write: Callable[[Scores], None]) -> list[str]:
     """Writes all scores in the order of `items` once the last one exists, and returns the names that are missing."""
     with locked(folder):
-        scores = read_parts(folder)
+        scores = read_pieces(folder)
         complete = lambda item: all(has(scores, item, name, metrics[name]["measured"]) for name in metrics)  # noqa: E731
         missing = [item.name for item in items if not complete(item)]
         if not missing:
             write({item.name: {name: scores[item.name][name] for name in metrics} for item in items})
-            shutil.rmtree(folder / PARTS, ignore_errors=True)
+            shutil.rmtree(folder / PIECES, ignore_errors=True)
     return missing
 
 
-def read_parts(folder: Path) -> Scores:
+def read_pieces(folder: Path) -> Scores:
     """Returns all scores so far, finished or not."""
     scores = read_scores(folder / SCORES) if (folder / SCORES).exists() else {}
-    for part in sorted((folder / PARTS).glob("*.jsonl")):
-        for line in part.read_text().splitlines(keepends=True):
+    for piece in sorted((folder / PIECES).glob("*.jsonl")):
+        for line in piece.read_text().splitlines(keepends=True):
             if line.endswith("\n"):  # else it was cut off
                 row = json.loads(line)
                 scores.setdefault(row.pop("image"), {}).update(row)

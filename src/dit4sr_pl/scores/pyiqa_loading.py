@@ -34,7 +34,12 @@ def create(name: str, weights: Weights | None = None, **arguments: Any) -> torch
     Raises:
         ValueError: a weight file cannot be read or belongs to another metric, or pyiqa cannot import its CLIP.
     """
-    import pyiqa
+    try:
+        import pyiqa
+    except ModuleNotFoundError as error:
+        if error.name != "pyiqa":
+            raise
+        raise ValueError(f"metrics={name}: needs pyiqa, which is not installed; run pip install pyiqa") from None
     from pyiqa.utils.logger import get_root_logger
 
     get_root_logger().setLevel(logging.WARNING)

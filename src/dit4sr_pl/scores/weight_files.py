@@ -2,19 +2,17 @@
 
 import functools
 import hashlib
-import http.client
-import os
 import shutil
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+from dit4sr_pl.common.files import atomic_write
+
 MODES = ("stop", "skip")
-SECONDS = 30  # without a byte from the server
-CHUNK = 1 << 20
+TIMEOUT = 30  # seconds without a byte from the server
 
 
 @dataclass(frozen=True)
@@ -101,30 +99,20 @@ def digest(path: Path, size: int, changed: int) -> str:
 
 
 def download(url: str, path: Path, sha256: str | None) -> None:
-    """Downloads a file, which appears under its name only when it is complete.
+    """Downloads a file, which appears as `path` when it is complete.
 
     Raises:
         OSError: there is no connection, or the server refuses.
         ValueError: the download was cut off, or the contents do not match `sha256`.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    start = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-            goes_on = answer.status == http.client.PARTIAL_CONTENT
-            size = int(answer.headers["Content-Length"]) + (start if goes_on else 0)
-            with partial.open("ab" if goes_on else "wb") as file:
-                shutil.copyfileobj(answer, file, CHUNK)
-    except urllib.error.HTTPError as error:
-        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-            raise
-        size = start  # killed between the last byte and the name
-    if partial.stat().st_size != size:
-        raise ValueError(f"cut off after {partial.stat().st_size} of {size} bytes; run it again to go on")
-    try:
-        check_digest(partial, sha256)
-    except ValueError:
-        partial.unlink()
-        raise ValueError("the server sent another file") from None
-    os.replace(partial, path)
+    with atomic_write(path) as partial:
+        # Unlike torch.hub's download this has a timeout and notices a cut, also where no hash is published.
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, partial.open("wb") as file:
+            shutil.copyfileobj(answer, file)
+        size, expected = partial.stat().st_size, answer.headers["Content-Length"]
+        if expected is not None and size != int(expected):
+            raise ValueError(f"cut off after {size} of {expected} bytes; run it again")
+        try:
+            check_digest(partial, sha256)
+        except ValueError:
+            raise ValueError("the server sent another file") from None
