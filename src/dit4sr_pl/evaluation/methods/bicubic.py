@@ -1,4 +1,4 @@
-"""Bicubic enlargement, the floor of every table."""
+"""Bicubic enlargement, the simplest method of every table."""
 
 from collections.abc import Iterable, Iterator
 
