@@ -23,6 +23,7 @@ METRICS = {"psnr": 25, "ssim": 0.7, "stlpips": 0.3, "musiq": 60, "maniqa": 0.6, 
 
 
 def write_runs(folder: Path, images: int) -> None:
+    """Writes six runs with made-up scores and pictures."""
     for number, (variant, seed) in enumerate([(name, 0) for name in VARIANTS] + [("full", 1)]):
         draws = np.random.default_rng(number)
         run = folder / variant / f"seed{seed}"
@@ -40,6 +41,7 @@ def write_runs(folder: Path, images: int) -> None:
 
 
 def measure(folder: Path, images: int, repeats: int) -> None:
+    """Prints the seconds of the command over several calls."""
     write_runs(folder / "runs", images)
     command = [sys.executable, "-m", "dit4sr_pl.compare", "runs", "output=comparison"]
     for _ in range(repeats):

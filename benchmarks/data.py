@@ -23,6 +23,7 @@ from dit4sr_pl.preparation.build_manifest import build_manifest
 
 
 def write_photos(folder: Path, count: int) -> None:
+    """Writes small photos with captions into nested folders."""
     write_image(folder / "00000/00000.png", torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)))
     content = (folder / "00000/00000.png").read_bytes()
     for number in range(count):
@@ -32,6 +33,7 @@ def write_photos(folder: Path, count: int) -> None:
 
 
 def timed(what: str, run: Callable[[], object]) -> object:
+    """Prints the seconds of one call and returns its result."""
     start = time.perf_counter()
     result = run()
     print(f"{what:45} {time.perf_counter() - start:8.3f} s")
@@ -39,6 +41,7 @@ def timed(what: str, run: Callable[[], object]) -> object:
 
 
 def measure(folder: Path, count: int) -> None:
+    """Measures a folder with and without a manifest."""
     write_photos(folder, count)
     (folder / MANIFEST).unlink(missing_ok=True)
     timed("data set, folder walked", lambda: TrainingCrops(folder, 32, 0))
@@ -46,7 +49,7 @@ def measure(folder: Path, count: int) -> None:
     (photos,) = timed("data set, from its manifest", lambda: TrainingCrops(folder, 32, 0)).sets
     files = [photo.file for photo in photos.photos]
     timed("before the run: sizes of all files", lambda: check_sizes(folder, files, photos.sizes))
-    timed("before the run: captions beside them counted", photos.captions.names)
+    timed("before the run: captions next to them counted", photos.captions.names)
 
 
 if __name__ == "__main__":

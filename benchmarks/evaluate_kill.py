@@ -26,6 +26,7 @@ PAIRS = 100
 
 
 def main() -> None:
+    """Kills every kind of evaluation and compares its files with those of an undisturbed one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each way")
     arguments = parser.parse_args()
@@ -44,6 +45,7 @@ def main() -> None:
 
 
 def ways(work: Path) -> dict[str, list[str]]:
+    """Returns the arguments of the kinds of evaluation."""
     pairs = ["dataset=folder", f"dataset.lr={work / 'lr'}", f"dataset.hr={work / 'hr'}"]
     return {
         "finished": [f"images={work / 'sr'}", f"reference={work / 'hr'}"],

@@ -26,6 +26,7 @@ PHOTOS = 200
 
 
 def main() -> None:
+    """Kills every stage and compares its files with those of an undisturbed run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each stage")
     arguments = parser.parse_args()
@@ -43,6 +44,7 @@ def main() -> None:
 
 
 def stages(work: Path) -> dict[str, list[str]]:
+    """Returns the arguments of the stages."""
     photos = f"+data.sets.x.folder={work / 'photos'}"
     llava = [f"captioner.name={work / 'llava'}", "captioner.dtype=float32", "captioner.max_tokens=6", "batch_size=2"]
     return {

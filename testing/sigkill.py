@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, and on from there."""
+"""SIGKILL at random moments, and the same call again."""
 
 import multiprocessing
 import random
@@ -8,13 +8,25 @@ from pathlib import Path
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """Returns the bytes of all files below a folder by their path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_kills_change_nothing(target: Callable[[Path], None], folder: Path, kills: int) -> dict[str, bytes]:
-    """Runs `target(folder / ...)` in processes, killed at `kills` random moments in all and started again; a new
-    folder whenever it got through. Every folder must hold what one undisturbed run leaves, which is returned."""
-    context = multiprocessing.get_context("forkserver")  # does the imports once: a start costs milliseconds
+    """Checks that kills leave no trace in what a call writes.
+
+    Runs `target(folder / ...)` in processes that are killed at random moments and started again, in a new folder after
+    every call that ended by itself. Every folder must hold the files of one undisturbed run.
+
+    Args:
+        target: writes into the folder that it is given.
+        folder: folder of all runs.
+        kills: number of kills.
+
+    Returns:
+        The bytes of all files of the undisturbed run by their path.
+    """
+    context = multiprocessing.get_context("forkserver")  # imports happen once, so that a start takes milliseconds
     context.set_forkserver_preload(
         ["dit4sr_pl.backbone.sd3", "dit4sr_pl.preparation.captioner", "dit4sr_pl.evaluation.scoring", "pytest"]
     )
@@ -39,7 +51,7 @@ def assert_kills_change_nothing(target: Callable[[Path], None], folder: Path, ki
     while kills:
         if run(f"killed{rounds}", draws.uniform(0, seconds)):
             rounds += 1
-            seconds *= 0.8  # most should be killed in the middle, also where the machine's speed changes
+            seconds *= 0.8  # most runs should be killed midway, even if the speed of the machine changes
         else:
             kills -= 1
             seconds *= 1.1

@@ -9,6 +9,7 @@ SHARES = [(8, slice(0, 12)), (3, slice(12, 20))]  # batch size and images of eac
 
 
 def mean_of_two(rank: int, port: int, pairs: tuple[torch.Tensor, torch.Tensor], results: torch.Tensor) -> None:
+    """Puts the mean score of this process's share of the images, reduced over both processes, into a queue."""
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     score = ImageScore("psnr", reference=True, lower_is_better=False, **LUMA)
     size, share = SHARES[rank]

@@ -25,7 +25,7 @@ NAMES = [f"Canon_{i}_LR4" for i in range(5)]
 
 
 def run(*overrides) -> str | None:
-    """What the command says when it fails; None when it works."""
+    """Returns the command's message if it fails, and None if it works."""
     if not any(str(override).startswith("metrics=") for override in overrides):
         overrides += ("metrics=[psnr,ssim]",)
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):

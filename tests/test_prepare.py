@@ -22,7 +22,7 @@ def configured(*overrides):
 
 
 def prepare(*overrides) -> str | None:
-    """What the command says when it fails; None when it works."""
+    """Returns the command's message if it fails, and None if it works."""
     cfg = configured(*overrides)
     try:
         with mistakes_in_one_line():

@@ -75,14 +75,17 @@ class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
 
 
 class DiT4SRPipeline(DiffusionPipeline):
-    """A pipeline that restores LR images: the components of an SD3 pipeline and an LR stream.
+    """A pipeline that restores LR images: an LR stream (the trained half of DiT4SR) and the components of an SD3
+    pipeline.
+
+    Transformer, autoencoder, tokenizers and text encoders are those of diffusers' `StableDiffusion3Pipeline`.
 
     Args:
-        transformer: the base; this, the autoencoder, tokenizers and text encoders are those of diffusers'
-            `StableDiffusion3Pipeline`.
+        transformer: the frozen base of the LR stream.
         lr_stream: an LR stream that was trained over this transformer.
-        scheduler: its class is the solver, whatever the base came with.
-        sampler: the call's defaults, fields of `Sampler` except the solver; None: `conf/sampler/paper.yaml`.
+        scheduler: the solver of restoring; it replaces the one that the SD3 pipeline came with.
+        sampler: defaults of the call, as fields of `Sampler`; the field `solver` is not among them. None: those of
+            `conf/sampler/paper.yaml`.
 
     Raises:
         ValueError: the LR stream was trained over other weights.

@@ -33,7 +33,7 @@ def method(*overrides):
 
 
 def photo(height=9, width=11, name="a", caption=""):
-    """Of middle grey levels, so that nothing overshoots."""
+    """Returns an LR image of middle grey levels, so that no result overshoots."""
     return LRImage(name, 0.3 + 0.4 * torch.rand(1, 3, height, width, generator=generator("cpu", name)), caption)
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -195,3 +196,18 @@ def test_mistakes_are_named(tmp_path):
     Image.new("RGB", (8, 8)).save(os.fsencode(tmp_path) + b"/\xff.png")
     with pytest.raises(ValueError, match="not UTF-8; rename"):
         build_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"rubbish", "truncated", "other columns"])
+def test_a_file_of_another_kind_is_not_overwritten(folder, content):
+    path = build_manifest(folder).manifest
+    if content == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif content == "other columns":
+        pq.write_table(pa.table({"size": [1]}), path)
+    else:
+        path.write_bytes(content)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="manifest.parquet: not a manifest; remove it and run python -m dit4sr_pl"):
+        build_manifest(folder)
+    assert path.read_bytes() == before

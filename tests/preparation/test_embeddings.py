@@ -31,7 +31,7 @@ def read(folder, dtype=torch.float32, backbone="toy", t5_tokens=2) -> PromptCach
 
 
 def stored_prompts(folder) -> list[str]:
-    """Of every file of a cache, without its index."""
+    """Returns the prompts in every file of a cache, without its index."""
     prompts = []
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:

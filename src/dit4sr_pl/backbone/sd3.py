@@ -96,7 +96,11 @@ class Backbone:
         return PromptEncoder(self.text_encoders, self.t5_tokens)
 
     def read(self, kind: type, **arguments):
-        """Reads one component; raises FileNotFoundError, with what to do, if that fails."""
+        """Reads one component.
+
+        Raises:
+            FileNotFoundError: the component cannot be read; the message says what to do.
+        """
         try:
             with no_progress_bars():
                 return kind.from_pretrained(self.location, **arguments)

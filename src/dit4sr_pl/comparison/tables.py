@@ -121,7 +121,7 @@ def interval(low: float, high: float) -> str:
 
 
 def p_value(p: float) -> str:
-    """Returns a p-value with its name; empty for `nan`."""
+    """Returns a p-value as text, such as `p=0.012` or `p<0.001`; empty for `nan`."""
     return "" if math.isnan(p) else "p<0.001" if p < 0.001 else f"p={p:.3f}"
 
 

@@ -29,10 +29,11 @@ def write_demo_photos(folder: Path | str) -> None:
 
 
 def write_crops(folder: Path | str) -> None:
-    """Writes the images that the miniature ablation is scored on: 128x128 crops of held-out photos and pages of
-    writing.
+    """Writes the images that the miniature ablation is scored on.
 
-    There are up to 6 of each, spread over the picture, named `NAME_K.png`; existing files stay.
+    They are crops of 128x128 from the six held-out photos and from two scanned pages of text: up to 6 per source,
+    spread
+    evenly over it, named `NAME_K.png`. A source whose first crop exists is skipped.
     """
     for name in (*TEST, *WRITING):
         if not Path(folder, f"{name}_0.png").exists():

@@ -48,7 +48,7 @@ def read_manifest(path: Path | str, limit: int | None = None) -> Manifest:
         table = pq.read_table(path, columns=["path", "size", "error"]).slice(0, limit)
         files, sizes, errors = (table[name].to_pylist() for name in ("path", "size", "error"))
     except (pa.ArrowException, KeyError):
-        raise ValueError(f"{path}: not a manifest; remove it or run {COMMAND} again") from None
+        raise ValueError(f"{path}: not a manifest; remove it and run {COMMAND}") from None
     good = [error is None for error in errors]
     return Manifest(
         list(itertools.compress(files, good)),

@@ -199,7 +199,7 @@ class Final:
 
 
 def draw_mode(dice: Dice) -> Tensor:
-    """Draws indices into `MODES`, all equally likely."""
+    """Draws one index into `ops.MODES`, the kinds of interpolation, per image; all are equally likely."""
     return dice.pick([1 / len(MODES)] * len(MODES))
 
 

@@ -141,8 +141,15 @@ def finished_images(images: Path, reference: Path | None) -> list[Item]:
 
 
 def by_name(folder: Path, suffix: str = "") -> dict[str, Path]:
-    """Returns a folder's images by name (path below it, without file suffix and `suffix`), in the order of their
-    paths.
+    """Returns a folder's images by name, in the order of their paths.
+
+    A name is the path below the folder without file type and without the ending `suffix`. Images whose name does not
+    end
+    in `suffix` are skipped.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: two files have one name, or no name ends in `suffix`.
     """
     found: dict[str, list[Path]] = {}
     for path in find_images(folder):

@@ -37,18 +37,18 @@ Bar = Callable[[list], Iterable]
 
 
 def claim(folder: Path, identity: dict, restores: bool) -> dict:
-    """Records what this folder's scores, and its restored images if the method `restores`, belong to.
+    """Writes the evaluation's identity into its folder, or checks it against the identity that is there.
 
     Args:
         folder: the evaluation's output folder.
         identity: see `evaluation_identity`.
-        restores: whether the evaluation restores images itself.
+        restores: whether this evaluation restores images itself.
 
     Returns:
-        The identity with the metrics that were measured before, to which new ones are added.
+        The identity; its metrics are those of this command and those that were measured in this folder before.
 
     Raises:
-        ValueError: the folder holds scores of something else.
+        ValueError: the folder holds scores, or restored images, of another evaluation.
     """
     path, identity = folder / SETTINGS, json.loads(json.dumps(identity))
     before = json.loads(path.read_text()) if path.exists() else None

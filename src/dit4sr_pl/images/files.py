@@ -60,7 +60,7 @@ def read_image(path: Path | str) -> torch.Tensor:
 
 
 def rgb_pixels(image: Image.Image) -> torch.Tensor:
-    """Returns uint8 RGB `(3, H, W)` of an opened image, by the rules of `read_image`."""
+    """Returns uint8 RGB `(3, H, W)` of an opened image: upright, transparency over white, as in `read_image`."""
     import torch
 
     return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1).contiguous()

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dit4sr_pl.common.files import atomic_write
-from dit4sr_pl.data.manifest import MANIFEST, file_size, list_photos
+from dit4sr_pl.data.manifest import MANIFEST, file_size, list_photos, read_manifest
 from dit4sr_pl.images.files import check_image
 
 SCHEMA = pa.schema(
@@ -60,7 +60,7 @@ def build_manifest(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the folder holds no image, or a file name is not UTF-8.
+        ValueError: the folder holds no image, a file name is not UTF-8, or `output` is a file of another kind.
     """
     folder = Path(folder)
     output = folder / MANIFEST if output is None else Path(output)
@@ -82,8 +82,15 @@ def build_manifest(
 
 
 def _known(output: Path) -> dict[str, Row]:
-    """Returns the rows of an earlier manifest by path, without damaged files, which are tried again."""
-    rows = pq.read_table(output, schema=SCHEMA).to_pylist() if output.exists() else []
+    """Returns the rows of an earlier manifest by path, without damaged files, which are tried again.
+
+    Raises:
+        ValueError: the file is something else, which must not be overwritten.
+    """
+    if not output.exists():
+        return {}
+    read_manifest(output)
+    rows = pq.read_table(output, schema=SCHEMA).to_pylist()
     return {row["path"]: row for row in rows if row["error"] is None}
 
 

@@ -49,9 +49,11 @@ def signal_started_processes(trainer: Trainer, signum: int) -> None:
 
 
 def let_trainer_unscale(optimizer: Optimizer) -> None:
-    """Makes the trainer unscale float16's gradients. A fused optimizer unscales them itself, and is never clipped.
+    """Leaves the unscaling of float16's gradients to the trainer, so that they can be clipped.
 
-    PyTorch 2.14.1: `_step_supports_amp_scaling`. Lightning 2.6.6 refuses to clip gradients where it is True.
+    A fused optimizer unscales gradients itself. It says so by `_step_supports_amp_scaling` (PyTorch 2.14.1), and
+    Lightning
+    2.6.6 raises an error if gradients are to be clipped while this attribute is True.
     """
     optimizer._step_supports_amp_scaling = False
 

@@ -176,7 +176,7 @@ def on_any_device(trainer: Trainer, decision: bool) -> bool:
 
 
 def validation_within(trainer: Trainer, batches: int) -> bool:
-    """Returns whether a validation follows one of the next `batches` batches; with 0, the batch that just ended."""
+    """Returns whether a validation starts within the next `batches` batches; with 0, whether one starts right now."""
     if (interval := validation_interval(trainer)) is None:
         return False
     done = batches_done(trainer)
