@@ -196,9 +196,8 @@ def test_samples_do_not_depend_on_the_number_of_workers(folder, workers):
 
 
 def trainer(**options) -> SimpleNamespace:
-    return SimpleNamespace(
-        **{"global_step": 0, "global_rank": 0, "world_size": 1, "accumulate_grad_batches": 1} | options
-    )
+    defaults = {"global_step": 0, "global_rank": 0, "world_size": 1, "accumulate_grad_batches": 1, "overfit_batches": 0}
+    return SimpleNamespace(**defaults | options)
 
 
 def test_training_starts_at_the_images_seen(folder):

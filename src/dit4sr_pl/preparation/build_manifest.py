@@ -125,7 +125,7 @@ def _mapping(processes: int) -> Iterator[Callable]:
     # The processes are spawned, since forking a process that has threads may hang.
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _end_with_parent)
     try:
-        yield partial(pool.map, chunksize=16)
+        yield partial(pool.map, chunksize=4)
     finally:
         pool.shutdown(cancel_futures=True)
 
