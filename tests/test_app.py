@@ -118,6 +118,7 @@ def test_large_results_and_wrong_settings_are_refused(photo, restorer):
             restored(restorer, cfg, photo, scale, "", 0, {"steps": steps}, show=lambda done: None)
 
 
+@pytest.mark.slow
 def test_a_file_on_the_page_is_the_file_that_restore_writes(restorer, tmp_path):
     levels = np.random.default_rng(0).integers(0, 65536, (9, 7, 4), dtype=np.uint16)
     (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(levels))

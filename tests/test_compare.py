@@ -33,6 +33,7 @@ def outputs(tmp_path):
 FULL, OTHER = "outputs/lr=0.1, a b/full", "outputs/lr=0.1, a b/no_lr_residual"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paths", [["outputs"], [f"{FULL}/seed0", f"{FULL}/*1", f"runs=['{OTHER}']"]])
 def test_the_command_writes_and_prints_everything_without_pytorch(outputs, paths):
     (outputs / "torch.py").write_text("raise SystemExit('PyTorch was imported')")
@@ -46,6 +47,7 @@ def test_the_command_writes_and_prints_everything_without_pytorch(outputs, paths
     assert any(line.startswith("| B: no_lr_residual | 6 | ") and line.count("p=") == 2 for line in lines)
 
 
+@pytest.mark.slow
 def test_the_tables_are_there_even_if_a_strip_cannot_be_made(outputs):
     Image.new("RGB", (9, 9)).save(outputs / OTHER / "seed0/images/01.png")
     result = run("dit4sr_pl.compare", "outputs", "resampling.resamples=100", cwd=outputs)

@@ -54,6 +54,7 @@ def pairs(root):
     return root / "RealSRVal_crop128"
 
 
+@pytest.mark.slow
 def test_contracts_spelling_scores_finished_images_by_stem(pairs, tmp_path):
     """Against PSNR of Y written out on the 8-bit values."""
     for path in (pairs / "test_HR").iterdir():
@@ -131,6 +132,7 @@ def killed(arguments, folder):
     command()
 
 
+@pytest.mark.slow
 def test_kills_change_nothing(root, tmp_path):
     import functools
 

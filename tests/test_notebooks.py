@@ -52,6 +52,7 @@ def test_a_notebook_defines_nothing_and_keeps_no_outputs(name):
     assert (FOLDER / name).stat().st_size < 2**20
 
 
+@pytest.mark.slow
 def test_degradation(outputs):
     variables = run_notebook("01_degradation.ipynb")
     assert len(plt.get_fignums()) == 2 and len(variables["stages"]) == 14  # all that can be drawn, was
@@ -59,6 +60,7 @@ def test_degradation(outputs):
     assert titles[:2] == ["photo, 512x512", "crop, 256x256"] and "lr, 64x64" in titles
 
 
+@pytest.mark.slow
 def test_streams_of_the_shipped_network_where_there_are_no_runs(outputs, capsys):
     variables = run_notebook("02_streams.ipynb")
     assert "tiny-dit4sr, and the same with LR Residual switched off" in capsys.readouterr().out
@@ -70,6 +72,7 @@ def test_streams_of_the_shipped_network_where_there_are_no_runs(outputs, capsys)
     assert titles == ["X → X", "X → L", "L → X", "L → L"] * 2 and len(plt.get_fignums()) == 4
 
 
+@pytest.mark.slow
 def test_runs_side_by_side(outputs, run, capsys):
     for variant in ("full", "no_lr_residual"):
         # The notebook of the streams reads runs over its own backbone, tiny-sd3.

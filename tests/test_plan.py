@@ -74,6 +74,7 @@ def test_configs_are_found_without_a_download(name, source, pipeline, monkeypatc
     assert source in find_configs(name or str(pipeline))[1]
 
 
+@pytest.mark.slow
 def test_fsdp_shares_out_the_network_and_nothing_else(budget):
     whole, shared = (budget.per_gpu(Spread(4, sharded, images=8)) for sharded in (False, True))
     for part in ("frozen transformer", "trained weights", "gradients", "optimizer's moments"):

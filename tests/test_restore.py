@@ -96,6 +96,7 @@ def test_a_folder_is_one_call_per_batch_and_one_model(folder, tmp_path, monkeypa
         assert np.abs(result - expected).max() <= 0.51
 
 
+@pytest.mark.slow
 def test_what_is_done_stays_without_a_model_until_overwrite(folder, tmp_path, monkeypatch, capsys):
     arguments = [f"input={folder}", f"output={tmp_path / 'out'}"]
     restorer = Bicubic()
@@ -111,6 +112,7 @@ def test_what_is_done_stays_without_a_model_until_overwrite(folder, tmp_path, mo
     assert (tmp_path / "out/3.png").read_bytes() != b"mine"
 
 
+@pytest.mark.slow
 def test_nothing_to_do_reads_no_pytorch(folder, tmp_path):
     for i in range(5):
         write_photo(tmp_path / f"out/{i}.png")

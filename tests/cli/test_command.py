@@ -49,6 +49,7 @@ def start(monkeypatch, module, *arguments: str) -> None:
     module()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_needs_no_pytorch(command, tmp_path):
     code = "import sys, runpy; sys.argv = ['x', '--help']\n" + (
@@ -173,6 +174,7 @@ def test_a_command_leaves_the_environment_as_it_was(before, tmp_path, monkeypatc
     assert dict(os.environ) == environment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, folders",
     [

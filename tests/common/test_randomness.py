@@ -17,6 +17,7 @@ def test_values_are_pinned():
     torch.testing.assert_close(draws, torch.tensor([0.6260, 0.9634]), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_seed_does_not_depend_on_hash_randomisation():
     code = "from dit4sr_pl.common.randomness import derive_seed; print(derive_seed('a', 1))"
     env = {"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}

@@ -41,6 +41,7 @@ def restored(method, *photos):
     return dict(method(photos))
 
 
+@pytest.mark.slow
 def test_every_row_of_the_paper_has_a_method():
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         methods = [compose("evaluate", [f"method={path.stem}"]).method for path in METHODS if path.stem != "command"]
@@ -219,6 +220,7 @@ def test_a_checkout_without_its_weights_is_told_before_anything_runs(stand_in):
         stand_in(checkout="nowhere")
 
 
+@pytest.mark.slow
 def test_every_command_lines_places_are_filled(tmp_path):
     for path in METHODS:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):

@@ -87,6 +87,7 @@ def test_flops_of_a_depthwise_convolution():
     assert counter.flops == 3 * 2 * 9 * images.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_memory_is_what_the_profiler_sees(precision, checkpointing, monkeypatch):
@@ -109,6 +110,7 @@ def highest_sum(profiled: profile) -> int:
     return peak
 
 
+@pytest.mark.slow
 def test_checkpointing_trades_memory_for_flops():
     of = partial(counted, "bf16-mixed", image=128)
     kept, recomputed = (of(gradient_checkpointing=switch) for switch in (False, True))
@@ -118,6 +120,7 @@ def test_checkpointing_trades_memory_for_flops():
     assert again == pytest.approx(kept.forward_flops, rel=0.05)
 
 
+@pytest.mark.slow
 def test_activations_grow_with_the_tokens_and_not_with_their_square():
     """A GPU's fused attention keeps no scores; the plain one of a CPU would keep them all."""
     small, large = (counted("bf16-mixed", image=image).activations for image in (256, 512))

@@ -88,6 +88,7 @@ def caption_for_killing(model_folder, photos, captions):
     assert write_captions(caption_files(photos, captions), captioner, 2) == []
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_no_caption_is_lost_or_changed(model_folder, tmp_path):
     write_photos(tmp_path / "photos", 20)
     target = functools.partial(caption_for_killing, model_folder, tmp_path / "photos")

@@ -158,6 +158,7 @@ def encode_for_killing(folder) -> None:
     write_embeddings(PROMPTS, lambda prompt: backbone.prompts.encode(prompt, CPU), folder, "tiny-sd3", 8, 50_000)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_nothing_is_lost_or_doubled(tmp_path):
     assert_kills_change_nothing(encode_for_killing, tmp_path, kills=4)
     assert sorted(stored_prompts(tmp_path / "killed0")) == sorted(["", *PROMPTS])

@@ -103,6 +103,7 @@ def test_equals_pyiqa_image_by_image(name, batch, pairs):
     torch.testing.assert_close(score.compute(), expected.double().mean().float(), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_mean_of_one(pairs, monkeypatch):
     """12 images in batches of 8 in the one, 8 in batches of 3 in the other."""
     monkeypatch.undo()  # they talk to each other
@@ -248,6 +249,7 @@ def test_hashes_in_the_file_names_are_their_sha256():
             assert file.sha256 == (digits and (digits[1] or digits[2]))
 
 
+@pytest.mark.slow
 def test_musiq_equals_pyiqa(making, images):
     net = making.musiq()
     assert_equals(making.score("musiq"), net, images)
@@ -257,6 +259,7 @@ SMALL_VIT = {"embed_dim": 48, "num_heads": 3, "depth": 10}
 SMALL_MANIQA = {"embed_dim": 48, "dim_mlp": 48, "test_sample": 2}
 
 
+@pytest.mark.slow
 def test_maniqa_equals_pyiqa(making, images, monkeypatch):
     create_model = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: create_model(*args, **kwargs | SMALL_VIT))

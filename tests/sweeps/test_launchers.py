@@ -27,6 +27,7 @@ def test_without_the_launchers_packages_one_line_names_the_extra(tmp_path, launc
     assert result.stderr.endswith("pip install 'dit4sr_pl[launchers]'\n")
 
 
+@pytest.mark.slow
 def test_without_the_launchers_packages_a_sweep_of_one_process_runs(tmp_path):
     for seed in range(2):
         folder = tmp_path / "outputs" / "default" / "full" / f"seed{seed}"

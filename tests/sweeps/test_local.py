@@ -62,6 +62,7 @@ def alone(photos, tmp_path_factory) -> Callable[[int], str]:
     return losses
 
 
+@pytest.mark.slow
 def test_one_after_another_each_job_is_what_it_is_alone_and_one_that_fails_keeps_none(
     photos, tmp_path, alone, monkeypatch
 ):
@@ -98,6 +99,7 @@ def test_sigterm_ends_a_sweep_in_one_process(photos, tmp_path):
     assert not (full / "seed2").exists()
 
 
+@pytest.mark.slow
 def test_a_run_leaves_nothing_in_its_process(photos, tmp_path):
     def state() -> tuple:
         gc.collect()

@@ -82,6 +82,7 @@ def test_outside_of_a_checkout_there_is_no_git(monkeypatch, tmp_path):
     assert OmegaConf.load(tmp_path / "code.yaml").git == "no git"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what, hook, at, left",
     [
@@ -101,6 +102,7 @@ def test_sigterm_saves_and_exits_with_143_and_the_same_command_goes_on(photos, t
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2])
 def test_a_user_signal_saves_and_then_reaches_who_had_it_before(photos, tmp_path, signum):
     had, never = [], ["callbacks.checkpoint.every_n_train_steps=null", "trainer.limit_val_batches=0"]
@@ -112,6 +114,7 @@ def test_a_user_signal_saves_and_then_reaches_who_had_it_before(photos, tmp_path
     assert had == [[2]]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_finds_the_disk_full_costs_nothing_but_itself(photos, tmp_path, whole, caplog):
     every = ["callbacks.checkpoint.every_n_train_steps=1", "callbacks.checkpoint.keep_last=9"]
     start(photos, tmp_path, *every, *event("full", "on_train_batch_start", 3))
@@ -121,6 +124,7 @@ def test_a_checkpoint_that_finds_the_disk_full_costs_nothing_but_itself(photos, 
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_passed_over_for_the_one_before(photos, tmp_path, whole, caplog):
     every = ["callbacks.checkpoint.every_n_train_steps=1", "trainer.max_steps=5"]
     start(photos, tmp_path, *every)
@@ -135,6 +139,7 @@ def test_damaged_checkpoints_are_passed_over_for_the_one_before(photos, tmp_path
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_minutes_make_checkpoints_too(photos, tmp_path):
     never = ["callbacks.checkpoint.every_n_train_steps=null", "trainer.limit_val_batches=0"]
     for minutes, left in (("1e-9", [1, 2, 3, 4]), ("1000", [3, 4])):
@@ -148,6 +153,7 @@ def test_workers_and_validation_change_nothing(photos, tmp_path, whole):
     assert (tmp_path / "losses.csv").read_text() == (whole / "losses.csv").read_text()
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_never_saved_halfway(photos, tmp_path):
     options = ["trainer.accumulate_grad_batches=2", "trainer.max_steps=3", "trainer.limit_val_batches=0"]
     start(photos, tmp_path / "whole", *options)
@@ -158,6 +164,7 @@ def test_accumulated_gradients_are_never_saved_halfway(photos, tmp_path):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_lightning_left_on_slurm_is_not_read(photos, tmp_path, whole, monkeypatch):
     (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of another job")
     monkeypatch.setattr(SLURMEnvironment, "detect", staticmethod(lambda: True))
@@ -203,6 +210,7 @@ def test_sigterm_to_a_whole_job_saves_on_all_devices_and_leaves_their_workers_al
     assert is_whole(newest) and int(newest.stem) == losses.read_text().count("\n") - 1
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_without_pytorch(tmp_path):
     (tmp_path / "finished.yaml").write_text("steps: 1000\n")
     code = "import sys, runpy; sys.argv = ['x', 'output=.']\n" + (
@@ -213,6 +221,7 @@ def test_a_finished_run_says_so_without_pytorch(tmp_path):
     assert result.returncode == 0 and ".: finished at step 1000" in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 def test_overwrite_starts_again_and_leaves_other_files(photos, tmp_path):
     for _ in range(2):
         start(photos, tmp_path, "trainer.max_steps=2", "overwrite=true")
@@ -229,6 +238,7 @@ def hold(folder: Path, ready) -> None:
         time.sleep(60)
 
 
+@pytest.mark.slow
 def test_a_folder_belongs_to_one_process_until_that_ends(tmp_path):
     context = multiprocessing.get_context("forkserver")
     ready = context.Event()

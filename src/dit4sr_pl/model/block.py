@@ -49,8 +49,7 @@ class MMDiTControlBlock(nn.Module):
             grid: `(h, w)`, the sides of the token grid.
 
         Returns:
-            The three streams after the block. The last block returns the text unchanged and leaves out those steps of
-            the LR stream that nothing reads.
+            The three streams after the block; the last block skips text, and the LR steps that nothing reads.
         """
         frozen = self.frozen
 
