@@ -1,6 +1,6 @@
 """Figures of the shipped tiny-sd3 and tiny-dit4sr on photos that neither was trained on.
 
-    python benchmarks/tiny.py [--checkpoint outputs/.../lr_stream.safetensors] [--steps 20]
+    python benchmarks/tiny.py [--backbone outputs/tiny/base/tiny-sd3] [--checkpoint outputs/.../lr_stream.safetensors]
 
 Every 128x128 crop of a grid over every photo that scikit-image and scikit-learn ship; x4, `light` degradation. A
 photo's score is the mean over its crops, the figure the mean over photos. PSNR is of RGB, unlike the Y channel of
@@ -31,13 +31,14 @@ CROP = 128
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", default="tiny-dit4sr")
+    parser.add_argument("--backbone", default="tiny-sd3", help="folder of another base")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--crops", type=int, default=16, help="at most, per photo: evenly spread over its grid")
     parser.add_argument("--vae-only", action="store_true")
     args = parser.parse_args()
 
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = compose("train", ["output=unused"])
+        cfg = compose("train", ["output=unused", f"model.backbone.name={args.backbone}"])
     backbone = instantiate(cfg.model.backbone)
     sampler = replace(instantiate(cfg.sampler), steps=args.steps)
     degradation, stlpips = instantiate(cfg.degradation), create("stlpips")

@@ -10,12 +10,12 @@ from sklearn.datasets import load_sample_images
 
 
 class Photos:
-    """All tiles of a folder in memory; `batch` draws flipped and turned crops from them."""
+    """All tiles of a folder in memory as uint8; `batch` draws flipped and turned crops from them."""
 
     def __init__(self, folder: Path):
-        files = sorted(folder.glob("*.png"))
+        files = sorted(folder.iterdir())
         if not files:
-            raise SystemExit(f"{folder}: no PNG tiles; run scripts/tiny_photos.py first")
+            raise SystemExit(f"{folder}: no tiles; run scripts/tiny_photos.py first")
         self.tiles = np.stack([np.asarray(Image.open(file)) for file in files])
 
     def __len__(self) -> int:

@@ -16,7 +16,7 @@ from dit4sr_pl.files import replacing
 if TYPE_CHECKING:
     import torch
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff")
 UNKNOWN_RANGE = "32-bit pixels; save it with 8 or 16 bits per channel"
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")  # of the others some start programs
 

@@ -75,9 +75,7 @@ class SuperResolutionModule(LightningModule):
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         keys = [(self.seed, position) for position in batch["position"].tolist()]
         generators = [generator("cpu", "flow", *key) for key in keys]
-        coder = self.backbone.coder
-        clean = coder.encode(batch["hr"], [generator("cpu", "posterior", *key) for key in keys])
-        lr_latent = coder.encode(enlarge(batch["lr"], batch["hr"].shape[-2:]))
+        clean, lr_latent = self.latents(batch, keys)
         embeds, pooled = self.backbone.prompts(batch["prompt"], self.device)
 
         timestep, sigma = (values.to(self.device) for values in self.flow.draw_timesteps(generators))
@@ -89,6 +87,14 @@ class SuperResolutionModule(LightningModule):
         self.stop_unless_finite(mean)
         self.log("train/loss", mean, prog_bar=True)
         return loss
+
+    def latents(self, batch: dict, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Returns the latents of the HR images and of the enlarged LR images, encoded now or before the run."""
+        if "clean" in batch:
+            return batch["clean"].float(), batch["lr_latent"].float()
+        coder = self.backbone.coder
+        clean = coder.encode(batch["hr"], [generator("cpu", "posterior", *key) for key in keys])
+        return clean, coder.encode(enlarge(batch["lr"], batch["hr"].shape[-2:]))
 
     def stop_unless_finite(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):

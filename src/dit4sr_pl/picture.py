@@ -23,7 +23,7 @@ from dit4sr_pl.images import IMAGE_SUFFIXES, UNKNOWN_RANGE, opened
 if TYPE_CHECKING:
     from torch import Tensor
 
-PICTURE_SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".gif", ".ppm", ".pgm", ".avif")
+PICTURE_SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".gif", ".ppm", ".pgm")
 GREY_MODES = ("1", "L", "LA", "La")
 BITS_PER_SAMPLE, ORIENTATION = 258, ExifTags.Base.Orientation
 # Tags of a TIFF that say how its pixels lie in the file, or hold what is carried otherwise.

@@ -77,6 +77,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the place of Lightning's handlers, which on SLURM write and prefer a checkpoint of their own."""
         self.step, self.saved_at = trainer.global_step, time.monotonic()
+        self.saved_step = self.step
         self.leads, self.launcher = trainer.is_global_zero, trainer.strategy.launcher
         if trainer.received_sigterm:  # Lightning's would end the run with exit code 0
             self.answer({signal.SIGTERM})
@@ -111,6 +112,11 @@ class Checkpoints(Checkpoint):
             if on_any_device(trainer, end is not None):  # submitit ends rank 0 only
                 raise end or SystemExit(0)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the end of a run that `trainer.max_time` stops, whose last step nobody knew beforehand."""
+        if self.step != self.saved_step:
+            self.save(trainer)
+
     def is_due(self, trainer: Trainer) -> bool:
         if self.step == trainer.max_steps or self.step + 1 == trainer.max_steps:
             return True
@@ -133,7 +139,7 @@ class Checkpoints(Checkpoint):
         for logger in trainer.loggers:
             logger.save()  # what was logged up to here is not written again after a resume
         trainer.save_checkpoint(path)
-        self.pending, self.saved_at = False, time.monotonic()
+        self.pending, self.saved_at, self.saved_step = False, time.monotonic(), self.step
         if trainer.is_global_zero and path.exists():
             with replacing(self.folder / "last.ckpt") as partial:
                 partial.unlink(missing_ok=True)

@@ -11,6 +11,8 @@ class DegradationLog(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: dict, batch_idx: int
     ) -> None:
+        if "degradation" not in batch:
+            return  # latents that were encoded before the run
         if trainer.global_step % trainer.log_every_n_steps == 0:
             for name, values in batch["degradation"].scalars().items():
                 for writer in tensorboards(trainer):

@@ -1,0 +1,104 @@
+"""Packs what a GPU machine without network needs for the training of the small pair, and prints the sizes.
+
+    python scripts/tiny_pack.py --photos outputs/tiny/photos --output outputs/tiny/pack --limit 64
+
+`wheels/` gets the packages that a machine with PyTorch, Lightning and transformers lacks (`WHEELS`), for Python 3.12.
+`photos/` gets tiles as AVIF at visually lossless quality, photo by photo in turn, so that every photo is there. The
+limit in MiB counts the files that git tracks, too. Weights that are to be made anew need not travel: delete them from
+the working tree for that time, and they are not counted.
+
+On that machine: `pip install --no-index --no-deps --target SITE wheels/*`, then the scripts with `PYTHONPATH=SITE:src`.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from itertools import zip_longest
+from pathlib import Path
+
+from PIL import Image
+
+PYTHON = "3.12"
+GLIBC = ("2_28", "2_27", "2_17")
+WHEELS = ("diffusers==0.42.1", "kornia==0.9.0", "kornia-rs==0.2.0", "importlib-metadata==10.2.0", "hydra-core==1.3.8")
+WHEELS += ("omegaconf==2.3.1", "hydra-joblib-launcher==1.2.0", "hydra-submitit-launcher==1.2.0", "submitit")
+FROM_SOURCE = ("antlr4-python3-runtime==4.9.3",)
+QUALITY = 80  # of AVIF with full colour resolution: about 40 dB
+HELD_OUT = 0.05  # share of the photos' bytes
+MIB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=Path, required=True, help="folder with train/ and held_out/ (tiny_photos.py)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for wheels/ and photos/")
+    parser.add_argument("--limit", type=float, default=64, help="MiB, with the files that git tracks")
+    parser.add_argument("--wheels", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+
+    tracked = size_of(tracked_files())
+    if args.wheels:
+        fetch_wheels(args.output / "wheels")
+    wheels = size_of((args.output / "wheels").glob("*"))
+    left = args.limit * MIB - tracked - wheels
+    if left <= 0:
+        raise SystemExit(f"{(tracked + wheels) / MIB:.1f} MiB of tracked files and wheels leave no room for photos")
+    held_out = pack_photos(args.photos / "held_out", args.output / "photos" / "held_out", HELD_OUT * left)
+    train = pack_photos(args.photos / "train", args.output / "photos" / "train", left - held_out)
+    sizes = {"tracked files": tracked, "wheels": wheels, "held-out photos": held_out, "training photos": train}
+    for name, size in sizes.items():
+        print(f"{size / MIB:6.1f} MiB  {name}")
+    print(f"{sum(sizes.values()) / MIB:6.1f} MiB  together, of {args.limit:g}")
+
+
+def tracked_files() -> list[Path]:
+    """Returns the tracked files that are in the working tree."""
+    root = Path(__file__).parents[1]
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True, text=True).stdout
+    return [root / name for name in names.split("\0") if name and (root / name).is_file()]
+
+
+def size_of(files) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+def fetch_wheels(folder: Path) -> None:
+    """Downloads wheels for the other machine's Python, and builds those that exist as source only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip"]
+    platforms = [f"--platform=manylinux_{version}_x86_64" for version in GLIBC] + ["--platform=manylinux2014_x86_64"]
+    target = ["--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp", *platforms]
+    subprocess.run([*pip, "download", "-q", "--no-deps", *target, "-d", folder, *WHEELS], check=True)
+    subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", folder, *FROM_SOURCE], check=True)
+
+
+def pack_photos(tiles: Path, folder: Path, limit: float) -> int:
+    """Writes tiles as AVIF until `limit` bytes are full, the first tile of every photo first; returns the bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.avif"):
+        old.unlink()
+    by_photo = defaultdict(list)
+    for path in sorted(tiles.iterdir()):
+        by_photo[path.name.split("_")[0]].append(path)
+    written = 0
+    for path in (path for turn in zip_longest(*map(spread, by_photo.values())) for path in turn if path):
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".avif", delete=False) as file:
+            Image.open(path).save(file, "AVIF", quality=QUALITY, subsampling="4:4:4", speed=6)
+            size = file.tell()
+        if written + size > limit:
+            Path(file.name).unlink()
+            break
+        Path(file.name).rename(folder / f"{path.stem}.avif")
+        written += size
+    return written
+
+
+def spread(items: list[Path]) -> list[Path]:
+    """Returns the items in an order whose every beginning is spread over the whole list."""
+    return sorted(items, key=lambda item: (items.index(item) * 0.6180339887) % 1)
+
+
+if __name__ == "__main__":
+    main()
