@@ -1,11 +1,12 @@
 """Packs what a GPU machine without network needs for the training of the small pair, and prints the sizes.
 
-    python scripts/tiny_pack.py --photos outputs/tiny/photos --output outputs/tiny/pack --limit 64
+    python scripts/tiny_pack.py --photos outputs/tiny/photos --output outputs/tiny/pack --limit 64 \\
+        --without src/dit4sr_pl/weights/tiny-sd3/transformer src/dit4sr_pl/weights/tiny-dit4sr
 
 `wheels/` gets the packages that a machine with PyTorch, Lightning and transformers lacks (`WHEELS`), for Python 3.12.
 `photos/` gets tiles as AVIF at visually lossless quality, photo by photo in turn, so that every photo is there. The
-limit in MiB counts the files that git tracks, too. Weights that are to be made anew need not travel: delete them from
-the working tree for that time, and they are not counted.
+limit in MiB counts the files that git tracks, too. Weights that are to be made anew need not travel: name them in
+`--without`, and remove them from the working tree for that time (`git checkout` brings them back).
 
 On that machine: `pip install --no-index --no-deps --target SITE wheels/*`, then the scripts with `PYTHONPATH=SITE:src`.
 """
@@ -35,10 +36,11 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True, help="folder with train/ and held_out/ (tiny_photos.py)")
     parser.add_argument("--output", type=Path, required=True, help="folder for wheels/ and photos/")
     parser.add_argument("--limit", type=float, default=64, help="MiB, with the files that git tracks")
+    parser.add_argument("--without", nargs="*", default=[], help="tracked files and folders that do not travel")
     parser.add_argument("--wheels", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
 
-    tracked = size_of(tracked_files())
+    tracked = size_of(tracked_files(args.without))
     if args.wheels:
         fetch_wheels(args.output / "wheels")
     wheels = size_of((args.output / "wheels").glob("*"))
@@ -53,10 +55,11 @@ def main() -> None:
     print(f"{sum(sizes.values()) / MIB:6.1f} MiB  together, of {args.limit:g}")
 
 
-def tracked_files() -> list[Path]:
-    """Returns the tracked files that are in the working tree."""
+def tracked_files(without: list[str]) -> list[Path]:
+    """Returns the tracked files of the working tree, except those in `without` or below it."""
     root = Path(__file__).parents[1]
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True, text=True).stdout
+    listed = ["git", "ls-files", "-z", "--", ".", *(f":!{path}" for path in without)]
+    names = subprocess.run(listed, cwd=root, check=True, capture_output=True, text=True).stdout
     return [root / name for name in names.split("\0") if name and (root / name).is_file()]
 
 

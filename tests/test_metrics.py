@@ -35,7 +35,7 @@ from dit4sr_pl.demo_photos import TEST, TRAIN, write_demo_photos
 from dit4sr_pl.images import read_image
 from dit4sr_pl.latents import enlarge
 from dit4sr_pl.metric_weights import check_digest, check_metrics
-from dit4sr_pl.metrics import SHIPPED_WEIGHTS, ImageScore, create, exactly
+from dit4sr_pl.metrics import ImageScore, create, exactly, shipped_weights
 from dit4sr_pl.randomness import generator
 
 OURS = ("psnr", "ssim", "stlpips")
@@ -85,7 +85,7 @@ def metric(name: str, *overrides: str) -> ImageScore:
 
 def oracle(name: str, pairs) -> torch.Tensor:
     """pyiqa, image by image."""
-    weights, luma = {"pretrained_model_path": SHIPPED_WEIGHTS.get(name)}, {"test_y_channel": True}
+    weights, luma = {"pretrained_model_path": shipped_weights(name)}, {"test_y_channel": True}
     arguments = weights if name == "stlpips" else luma | {"color_space": "ycbcr"}
     score = pyiqa.create_metric(name, device="cpu", **arguments)
     return torch.stack([score(sr[None], hr[None]).squeeze() for sr, hr in zip(*pairs, strict=True)])
@@ -124,7 +124,7 @@ def test_psnr_is_of_luma(pairs):
 
 
 def test_stlpips_has_the_trained_weights():
-    trained = torch.load(SHIPPED_WEIGHTS["stlpips"], weights_only=True, map_location="cpu")
+    trained = torch.load(shipped_weights("stlpips"), weights_only=True, map_location="cpu")
     loaded = create("stlpips").net.state_dict()
     assert trained and all(torch.equal(loaded[name], weight) for name, weight in trained.items())
 

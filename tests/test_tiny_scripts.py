@@ -169,7 +169,7 @@ def test_the_lr_stream_trains_on_pairs_until_its_time_is_over_and_resumes(tiles,
 
 
 def test_a_pack_holds_a_tile_of_every_photo_within_its_limit(tiles, tmp_path, script, monkeypatch, capsys):
-    monkeypatch.setattr(tiny_pack, "tracked_files", lambda: [])
+    monkeypatch.setattr(tiny_pack, "tracked_files", lambda without: [])
     script(tiny_pack, photos=tiles, output=tmp_path, limit=0.5, no_wheels=True)
     assert "of 0.5" in capsys.readouterr().out
     assert len(find_images(tmp_path / "photos/train")) == 3

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from dit4sr_pl.data import TOKEN, SuperResolutionData
@@ -51,8 +50,8 @@ class LatentPairs(IterableDataset):
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{folder}: no latent pairs; run scripts/tiny_pairs.py --output {folder}")
-        self.pieces = [load_file(file) for file in files]
-        self.ends = torch.tensor([len(piece["clean"]) for piece in self.pieces]).cumsum(0)
+        pieces = [load_file(file) for file in files]
+        self.latents = [torch.cat([piece[name] for piece in pieces]) for name in ("clean", "lr_latent")]
         self.sizes = [int(size) // LATENT for size in crops]
         self.shares = torch.tensor([float(share) for share in crops.values()])
         self.batch_size, self.seed, self.start = batch_size, seed, start
@@ -67,19 +66,15 @@ class LatentPairs(IterableDataset):
         draws = generator("cpu", self.seed, "latent pairs", first)
         size = self.sizes[int(torch.multinomial(self.shares, 1, generator=draws))]
         count = max(1, self.batch_size * min(self.sizes) ** 2 // size**2)
-        pairs = [self._crop(size, draws) for _ in range(count)]
-        clean, lr_latent = (torch.stack(latents) for latents in zip(*pairs, strict=True))
+        number, _, height, width = self.latents[0].shape
+        pair, top, left = (
+            torch.randint(places, (count, 1, 1), generator=draws)
+            for places in (number, height - size + 1, width - size + 1)
+        )
+        rows, columns = top + torch.arange(size)[:, None], left + torch.arange(size)
+        clean, lr_latent = (latents[pair, :, rows, columns].permute(0, 3, 1, 2) for latents in self.latents)
         position = torch.arange(first, first + count)
         return {"clean": clean, "lr_latent": lr_latent, "position": position, "prompt": [""] * count}
-
-    def _crop(self, size: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-        index = int(torch.randint(int(self.ends[-1]), (), generator=draws))
-        number = int(torch.searchsorted(self.ends, index, right=True))
-        piece, place = self.pieces[number], index - int(self.ends[number])  # negative: from the piece's end
-        clean, lr_latent = piece["clean"][place], piece["lr_latent"][place]
-        top, left = (int(torch.randint(side - size + 1, (), generator=draws)) for side in clean.shape[1:])
-        window = (slice(None), slice(top, top + size), slice(left, left + size))
-        return clean[window], lr_latent[window]
 
 
 class LatentPairsData(SuperResolutionData):

@@ -21,8 +21,16 @@ from dit4sr_pl.metric_weights import Weights
 
 log = logging.getLogger(__name__)
 
-# pyiqa would download them; they come with a package that this project installs.
-SHIPPED_WEIGHTS = {"stlpips": str(files("stlpips_pytorch") / "weights" / "vST0.0" / "alex_shift_tolerant.pth")}
+# pyiqa would download them; they come with packages that this project installs.
+SHIPPED_WEIGHTS = {"stlpips": ("stlpips_pytorch", "weights/vST0.0/alex_shift_tolerant.pth")}
+
+
+def shipped_weights(name: str) -> str | None:
+    """Returns the path of a metric's weights in an installed package, None if no package brings them."""
+    if name not in SHIPPED_WEIGHTS:
+        return None
+    package, path = SHIPPED_WEIGHTS[name]
+    return str(files(package) / path)
 
 
 class ImageScore(Metric):
@@ -111,7 +119,7 @@ def create(name: str, weights: Weights | None = None, **arguments: Any) -> torch
 
     get_root_logger().setLevel(logging.WARNING)
     if name in SHIPPED_WEIGHTS:
-        arguments["pretrained_model_path"] = SHIPPED_WEIGHTS[name]
+        arguments["pretrained_model_path"] = shipped_weights(name)
     opened: list[str] = []
     try:
         with quietly(), torch.no_grad(), reading_from(name, weights, opened):
