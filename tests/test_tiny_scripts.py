@@ -1,5 +1,6 @@
 """The scripts that make the small pair, at toy size: photos, base, latent pairs, LR stream, pack."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -8,7 +9,10 @@ import tiny_base
 import tiny_pack
 import tiny_pairs
 import tiny_photos
+import tiny_rebase
+import tiny_release
 import torch
+from diffusers import SD3Transformer2DModel
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,6 +21,7 @@ from dit4sr_pl.backbone import SHIPPED, Backbone
 from dit4sr_pl.config import conf_folder
 from dit4sr_pl.images import find_images, image_size, read_image
 from dit4sr_pl.latent_pairs import LatentPairs
+from dit4sr_pl.model import load_part
 from dit4sr_pl.train import train
 
 PIPELINE = SHIPPED / "tiny-sd3"
@@ -166,6 +171,26 @@ def test_the_lr_stream_trains_on_pairs_until_its_time_is_over_and_resumes(tiles,
     assert int(last.stem) > 0 and (tmp_path / "run/lr_stream.safetensors").exists()
     run("trainer.max_time=00:00:10:00", f"trainer.max_steps={int(last.stem) + 1}")
     assert (tmp_path / "run/checkpoints/last.ckpt").resolve().stem == f"{int(last.stem) + 1:07d}"
+
+
+def test_an_lr_stream_goes_over_to_another_base_and_back_into_a_package(tmp_path, script):
+    base, start = tmp_path / "base", tmp_path / "start.safetensors"
+    shutil.copytree(PIPELINE, base)
+    net = SD3Transformer2DModel.from_pretrained(base / "transformer")
+    with torch.no_grad():
+        net.proj_out.weight.mul_(1.5)
+    net.save_pretrained(base / "transformer")
+    shipped = SHIPPED / "tiny-dit4sr/lr_stream.safetensors"
+    script(tiny_rebase, trained=shipped, base=base, output=start)
+    with pytest.raises(ValueError, match="trained over"):
+        script(tiny_release, trained=start, output=tmp_path / "package/tiny-dit4sr")
+
+    script(tiny_release, trained=start, base=base, output=tmp_path / "package/tiny-dit4sr")
+    released, before = load_part(tmp_path / "package/tiny-dit4sr/lr_stream.safetensors"), load_part(shipped)
+    assert released.settings == before.settings and released.base["name"] == "tiny-sd3"
+    assert released.base["fingerprint"] != before.base["fingerprint"]
+    assert all(torch.equal(released.state[name], before.state[name]) for name in before.state)
+    assert (tmp_path / "package/tiny-sd3/transformer/config.json").exists()
 
 
 def test_a_pack_holds_a_tile_of_every_photo_within_its_limit(tiles, tmp_path, script, monkeypatch, capsys):
