@@ -16,7 +16,7 @@ FLOORS = [
     {"model", "model.attention_maps", "tables"},
     {"sampling", "skeleton", "cost", "charts"},
     {"data", "restorer", "budget"},
-    {"demo_photos", "module", "callbacks", "pipeline"},
+    {"demo_photos", "latent_pairs", "module", "callbacks", "pipeline"},
     {"sharded"},
     {"benchmark_sets"},
     {"methods"},
