@@ -8,7 +8,7 @@ the learning rate of a copy fall to zero over its time, so that training ends we
 minutes; the constant phase can go on from its own state afterwards. Both write their averaged weights, as a whole
 pipeline, to `tiny-sd3/` in the folder of the state, and print the held-out loss at several noise levels.
 
-The scripts run on two CPU cores or on one GPU and resume on either: a state holds weights in half precision (44 MiB).
+The scripts run on two CPU cores or on one GPU and resume on either: a state holds weights in half precision (47 MiB).
 The optimizer's moments are warmed up anew after a resume. Crops have several shapes, so that the transformer knows
 positions from 8x8 to 16x16 tokens (128 to 256 pixels). Latents are computed once and are kept next to the state.
 """
@@ -252,7 +252,9 @@ def crop_latents(latents: Tensor, tokens: int, draws: torch.Generator) -> Tensor
 def write_pipeline(transformer: SD3Transformer2DModel, pipeline: Path, output: Path) -> None:
     """Writes a whole pipeline: the given transformer in half precision with the other parts of `pipeline`."""
     shutil.copytree(pipeline, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))
-    copy.deepcopy(transformer).half().save_pretrained(output / "transformer")
+    transformer = copy.deepcopy(transformer).half()
+    transformer.register_to_config(_name_or_path="tiny-sd3")  # not the folder it started from
+    transformer.save_pretrained(output / "transformer")
 
 
 if __name__ == "__main__":

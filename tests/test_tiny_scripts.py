@@ -109,6 +109,7 @@ def test_the_base_resumes_and_its_decay_ends_in_a_pipeline(tiles, tmp_path, scri
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["constant.pt", "held_out.pt", "train.pt"]
     assert "decay step" in (said := capsys.readouterr().out) and "0.9: " in said
     transformer = Backbone(str(tmp_path / "tiny-sd3"), "float32", 8).transformer
+    assert str(PIPELINE) not in (tmp_path / "tiny-sd3/transformer/config.json").read_text()
     assert transformer.config.num_layers == 2 and all(weight.isfinite().all() for weight in transformer.parameters())
 
 
