@@ -1,4 +1,4 @@
-"""What the tiny-sd3 scripts share: crops to train on, crops to measure on."""
+"""Crops that the tiny-sd3 scripts share: some to train on, others to measure on."""
 
 from pathlib import Path
 
