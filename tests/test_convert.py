@@ -1,7 +1,6 @@
 """The command that converts released weights, in both directions, on the reference folders."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +8,10 @@ from safetensors.torch import load_file
 
 from dit4sr_pl.convert import main
 from dit4sr_pl.model import load_part
-from dit4sr_pl.model.reference_format import WEIGHTS, read_released
+from dit4sr_pl.model.reference_format import WEIGHTS, Release
 from dit4sr_pl.model.trained_part import fit_part
 from dit4sr_pl.restoration.restorer import build_network
-
-GOLDEN = Path(__file__).parent / "golden"
+from testing.releases import GOLDEN, write_release
 
 
 @pytest.fixture
@@ -32,13 +30,40 @@ def convert(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.parametrize(
+    "zero_keys, others, runs_in",
+    [
+        (True, "dit4sr_r1", "test_wollava.py, which uses model_dit4sr:"),
+        (False, "dit4sr_q", "test_wollava_r1.py, which uses model_dit4sr_r1:"),
+    ],
+)
+def test_a_release_is_recognised_and_the_command_says_which_of_the_authors_scripts_runs_what_it_writes(
+    convert, tmp_path, capsys, caplog, zero_keys, others, runs_in
+):
+    folder = write_release(tmp_path / "release", frozen=torch.bfloat16, zero_keys=zero_keys)
+    assert convert("input=release", "output=ours.safetensors") is None
+    part = load_part(tmp_path / "ours.safetensors")
+    assert part.network_config["variant"]["legacy_lr_keys"] == zero_keys
+    assert part.network_config["variant"]["injection_scale"] == 1.2
+    Release(folder).base().save_pretrained(tmp_path / "sd3" / "transformer")
+    (tmp_path / "sd3" / "model_index.json").write_text("{}")
+    assert convert("input=ours.safetensors", "output=back", "model.backbone.name=./sd3") is None
+    assert f"run it with the authors' test/{runs_in} --transformer_model" in capsys.readouterr().out
+
+    end = convert(f"release={others}", "input=release", "output=wrong.safetensors")
+    if zero_keys:
+        assert end.startswith("error: ") and "every to_k_control is zero" in end and "\n" not in end
+    else:
+        assert end is None and "to_k_control is not zero" in caplog.text
+
+
 def test_a_release_becomes_an_lr_stream_file_and_a_release_again(convert, tmp_path):
     assert convert("release=dit4sr_q", f"input={GOLDEN / 'q_dual'}", "output=q.safetensors") is None
     part = load_part(tmp_path / "q.safetensors")
     assert part.network_config["variant"]["legacy_lr_keys"] and part.network_config["variant"]["injection_scale"] == 1.2
     assert part.base["name"] == "stabilityai/stable-diffusion-3.5-medium"
 
-    base, _ = read_released(GOLDEN / "q_dual")
+    base = Release(GOLDEN / "q_dual").base()
     net = build_network(base, part.network_config)
     fit_part(net, part, "q")
     tensors = load_file(GOLDEN / "q_dual" / "io.safetensors")
@@ -58,7 +83,6 @@ def test_a_release_becomes_an_lr_stream_file_and_a_release_again(convert, tmp_pa
 def test_mistakes_get_one_line(convert):
     folder = GOLDEN / "q_dual"
     for arguments, message in (
-        ([f"input={folder}", "output=x.safetensors"], "no value for release"),
         ([f"input={folder}", "output=x", "release=dit4sr_q"], "ends in .safetensors"),
         (["input=nowhere", "output=x"], "input=nowhere: no such file"),
         (["output=x"], "no value for input"),

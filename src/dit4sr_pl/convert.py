@@ -1,11 +1,15 @@
-"""python -m dit4sr_pl.convert [release=NAME] input=PATH output=PATH: released folders to LR-stream files, and back"""
+"""python -m dit4sr_pl.convert input=PATH output=PATH: released folders to LR-stream files, and back"""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.cli.checks import check_backbone, check_readable, check_writable
 from dit4sr_pl.cli.command import command
+
+if TYPE_CHECKING:
+    from dit4sr_pl.model import TrainedPart
 
 
 @command("convert")
@@ -21,15 +25,17 @@ def main(cfg: DictConfig) -> None:
 
 def read_release(cfg: DictConfig) -> None:
     """Writes the LR stream of a released folder as one LR-stream file."""
-    from dit4sr_pl.model import DiT4SRTransformer, save_part
-    from dit4sr_pl.model.trained_part import base_of, part_of
+    from dit4sr_pl.model import save_part
+    from dit4sr_pl.model.trained_part import load_release
 
-    net = DiT4SRTransformer.from_reference(cfg.input, **cfg.release)
-    save_part(part_of(net, base_of(net, cfg.model.backbone.name)), cfg.output)
+    part = load_release(cfg.input, cfg.model.backbone.name, **cfg.get("release", {}))
+    save_part(part, cfg.output)
+    keys = "legacy LR keys, as dit4sr_q and dit4sr_f" if legacy_keys(part) else "LR keys of its own, as dit4sr_r1"
+    print(f"{cfg.input}: an LR stream with {keys}")
 
 
 def write_release(cfg: DictConfig) -> None:
-    """Writes an LR-stream file as a folder in the released layout."""
+    """Writes an LR-stream file as a folder in the released layout, and prints which of the authors' scripts runs it."""
     from hydra.utils import instantiate
 
     from dit4sr_pl.model import load_part
@@ -45,6 +51,15 @@ def write_release(cfg: DictConfig) -> None:
     net = build_network(instantiate(cfg.model.backbone).transformer, part.network_config)
     fit_part(net, part, cfg.input)
     write_released(net.base, net.lr_stream, Path(cfg.output))
+    script, model = "test_wollava_r1.py", "model_dit4sr_r1"
+    if legacy_keys(part):
+        script, model = "test_wollava.py", "model_dit4sr"
+    print(f"run it with the authors' test/{script}, which uses {model}: --transformer_model_name_or_path={cfg.output}")
+
+
+def legacy_keys(part: "TrainedPart") -> bool:
+    """Returns whether a part's LR stream runs with legacy keys."""
+    return part.network_config["variant"]["legacy_lr_keys"]
 
 
 def check(cfg: DictConfig) -> None:
@@ -54,8 +69,6 @@ def check(cfg: DictConfig) -> None:
             raise ValueError(f"no value for {key}; give it as {key}=PATH")
     check_readable(cfg.input, "input")
     if Path(cfg.input).is_dir():
-        if "release" not in cfg:
-            raise ValueError("no value for release; say which one the folder is: release=dit4sr_q, dit4sr_f, dit4sr_r1")
         if Path(cfg.output).suffix != ".safetensors":
             raise ValueError(f"output={cfg.output}: give a file name that ends in .safetensors")
         check_writable(Path(cfg.output).parent, "output")

@@ -1,56 +1,125 @@
 """The layout of the reference implementation: a diffusers folder that holds the base and the LR stream together."""
 
 import json
+import logging
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from diffusers import SD3Transformer2DModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.model.lr_stream import LRStream
 from dit4sr_pl.model.variant import Variant
 
+RELEASED_SCALE = 1.2  # injection_scale, a constant of the reference's source
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RELEASED = re.compile(r"transformer_blocks\.(\d+)\.(?:(attn2?)\.to_(q|k|v|out)_control|ff\.control_conv)\.(\w+)")
 # The released code builds SD3.5's image-only attention with text projections, and never uses them.
 DEAD = re.compile(r"transformer_blocks\.\d+\.attn2\.(add_[qkv]_proj|to_add_out|norm_added_[qk])\.\w+")
 
+log = logging.getLogger(__name__)
 
-def read_released(folder: Path) -> tuple[SD3Transformer2DModel, dict[str, Tensor]]:
-    """Splits a released folder into the frozen SD3 transformer and the LR stream's weights by our names.
+
+class Release:
+    """A released folder. Its tensors are read one by one when they are asked for.
+
+    Args:
+        folder: the released folder or its `transformer/`.
 
     Raises:
         FileNotFoundError: the folder has no `config.json` or no weights.
-        ValueError: a file is truncated, or the weights do not fit; the message lists the keys.
+        ValueError: a file is truncated, or the weights do not fit; the message lists them.
     """
-    folder = next((f for f in (folder, folder / "transformer") if (f / "config.json").is_file()), None) or folder
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no config.json; give the released folder or its transformer/")
 
-    base_state, lr_state = {}, {}
-    for name, tensor in read_weights(folder).items():
-        if match := RELEASED.fullmatch(name):
-            lr_state[our_name(match)] = tensor
-        elif not DEAD.fullmatch(name):
-            base_state[name] = tensor
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        self.folder = next((f for f in (folder, folder / "transformer") if (f / "config.json").is_file()), folder)
+        if not (self.folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder}: no config.json; give the released folder or its transformer/")
+        self.files = {name: file for file in open_weights(self.folder) for name in file.keys()}  # noqa: SIM118
+        used = {name: RELEASED.fullmatch(name) for name in sorted(self.files) if not DEAD.fullmatch(name)}
+        self.lr_names = {our_name(match): name for name, match in used.items() if match}
+        self.base_names = [name for name, match in used.items() if not match]
+        self.check()
 
-    with torch.device("meta"):
-        base = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder))
-        wanted = set(base.state_dict()), set(LRStream.over(base, Variant()).state_dict())
-    check_keys(folder, wanted[0] | wanted[1], base_state.keys() | lr_state.keys())
-    base.load_state_dict(base_state, assign=True)
-    return base, lr_state
+    def check(self) -> None:
+        """Raises ValueError, with the weights' names, unless names and shapes are those of a DiT4SR."""
+        base = self.empty_base()
+        with torch.device("meta"):
+            lr_stream = LRStream.over(base, Variant())
+        wanted = {n: tuple(t.shape) for module in (base, lr_stream) for n, t in module.state_dict().items()}
+        names = self.lr_names | {name: name for name in self.base_names}
+        found = {ours: tuple(self.files[name].get_slice(name).get_shape()) for ours, name in names.items()}
+        missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+        other = [f"{n} {found[n]} (wanted {wanted[n]})" for n in wanted.keys() & found.keys() if found[n] != wanted[n]]
+        if missing or unknown or other:
+            kinds = {"missing": missing, "unknown": unknown, "of another shape": sorted(other)}
+            reasons = (f"{kind}: {', '.join(listed) or 'none'}" for kind, listed in kinds.items())
+            raise ValueError(f"{self.folder}: not a DiT4SR release; {'; '.join(reasons)}")
+
+    def empty_base(self) -> SD3Transformer2DModel:
+        """Returns the frozen transformer without memory for its weights."""
+        with torch.device("meta"):
+            return SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(self.folder))
+
+    def base(self, dtype: torch.dtype | None = None) -> SD3Transformer2DModel:
+        """Returns the frozen transformer in one dtype; None: that of its first weight by name."""
+        dtype = dtype or self.files[self.base_names[0]].get_tensor(self.base_names[0]).dtype
+        base = self.empty_base()
+        base.load_state_dict({name: weight.to(dtype) for name, weight in self.base_weights()}, assign=True)
+        return base
+
+    def base_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields the frozen transformer's weights, sorted by name."""
+        for name in self.base_names:
+            yield name, self.files[name].get_tensor(name)
+
+    def lr_state(self) -> dict[str, Tensor]:
+        """Returns the LR stream's weights by our names, in the file's dtype."""
+        return {ours: self.files[name].get_tensor(name) for ours, name in self.lr_names.items()}
+
+
+def choose_lr_keys(state: Mapping[str, Tensor], legacy_lr_keys: bool | None, source: str | Path) -> bool:
+    """Returns whether an LR stream runs with legacy keys.
+
+    In such a training the key projections never get a gradient, so all of them keep their zero start. An untrained
+    stream, whose query projections are zero too, shows nothing and counts as one with keys of its own.
+
+    Args:
+        state: the LR stream's weights by our names.
+        legacy_lr_keys: what the user says; None: the weights decide.
+        source: the folder, for the message.
+
+    Raises:
+        ValueError: the user says False, and the weights were trained with legacy keys.
+    """
+    moved = {kind: any(state[name].any() for name in state if f".{kind}." in name) for kind in "qk"}
+    found = moved["q"] and not moved["k"]
+    if found and legacy_lr_keys is False:
+        raise ValueError(
+            f"{source}: every to_k_control is zero, so it was trained with legacy_lr_keys=True, as dit4sr_q and "
+            "dit4sr_f were; leave legacy_lr_keys (release=) out, and the weights decide"
+        )
+    if moved["k"] and legacy_lr_keys:
+        log.warning(
+            "%s: to_k_control is not zero, as in dit4sr_r1, and legacy_lr_keys=True does not use it; leave "
+            "legacy_lr_keys (release=) out, and the weights decide",
+            source,
+        )
+    return found if legacy_lr_keys is None else legacy_lr_keys
 
 
 def write_released(base: SD3Transformer2DModel, lr_stream: LRStream, folder: Path) -> None:
     """Writes `transformer/` of a released folder, which the reference implementation can run.
 
-    The layout has no place for `legacy_lr_keys` and `injection_scale`, which the reference keeps in its source. It
-    expects text projections in `attn2` and never uses them; they are written as zeros.
+    The layout has no place for `injection_scale` and `legacy_lr_keys`. The reference has 1.2 in its source, so the
+    injection's weights are multiplied by what is missing, and a source for either kind of keys. It expects text
+    projections in `attn2` and never uses them; they are written as zeros.
 
     Raises:
         ValueError: the reference implementation cannot run this variant.
@@ -60,7 +129,8 @@ def write_released(base: SD3Transformer2DModel, lr_stream: LRStream, folder: Pat
         raise ValueError(f"{variant}: the reference implementation runs the full variant only")
     state = dict(base.state_dict()) | dead_weights(base)
     for name, tensor in lr_stream.state_dict().items():
-        state[released_name(name)] = tensor.to(base.dtype)
+        factor = variant.injection_scale / RELEASED_SCALE if ".injection." in name else 1.0
+        state[released_name(name)] = (factor * tensor).to(base.dtype)
     state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     with atomic_write(Path(folder) / "transformer" / WEIGHTS) as partial:
         save_file(state, partial, metadata={"format": "pt"})
@@ -93,26 +163,16 @@ def released_name(name: str) -> str:
     return f"transformer_blocks.{block}.{inner}.{kind}"
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Returns all tensors of a diffusers model folder, from one file or from shards with an index."""
+def open_weights(folder: Path) -> list[safe_open]:
+    """Opens the weights of a diffusers model folder, one file or shards with an index."""
     index = folder / f"{WEIGHTS}.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = [WEIGHTS]
-    state = {}
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    opened = []
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: missing; download the folder again")
         try:
-            state |= load_file(folder / name)
+            opened.append(safe_open(folder / name, "pt"))
         except SafetensorError as error:
             raise ValueError(f"{folder / name}: truncated ({error}); download it again") from None
-    return state
-
-
-def check_keys(folder: Path, wanted: set[str], found: set[str]) -> None:
-    """Raises ValueError, which lists the keys, unless exactly the wanted keys were found."""
-    if wanted != found:
-        missing, unknown = ", ".join(sorted(wanted - found)), ", ".join(sorted(found - wanted))
-        raise ValueError(f"{folder}: not a DiT4SR release; missing: {missing or 'none'}; unknown: {unknown or 'none'}")
+    return opened

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from dit4sr_pl.common.files import atomic_write
+from dit4sr_pl.model.reference_format import RELEASED_SCALE, Release, choose_lr_keys
 from dit4sr_pl.model.variant import Variant
 
+RELEASED_BASE = "stabilityai/stable-diffusion-3.5-medium"  # of all the authors' releases
 SAMPLES = 64  # values per weight that the fingerprint of a base covers
 
 
@@ -43,8 +46,13 @@ def method_and_variant(network_config: dict) -> tuple[str, str]:
 
 def fingerprint(base: SD3Transformer2DModel) -> str:
     """Returns a hash of a few values per weight of a base; it is the same in float32, bfloat16 and float16."""
+    return weights_fingerprint(sorted(base.state_dict().items()))
+
+
+def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Returns the fingerprint of a base from its weights, sorted by name; they are read one after another."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, weight in sorted(base.state_dict().items()):
+    for name, weight in weights:
         values = weight.flatten()[:: max(1, weight.numel() // SAMPLES)][:SAMPLES]
         # Steps of 1/1024, since float16 rounds bfloat16's smallest values.
         levels = (values.bfloat16().float() * 1024).round().int().cpu()
@@ -76,13 +84,15 @@ def save_part(part: TrainedPart, path: str | Path) -> None:
 
 
 def load_part(path: str | Path) -> TrainedPart:
-    """Reads what `save_part` wrote, or the averaged weights of a training checkpoint (`.ckpt`).
+    """Reads what `save_part` wrote, the averaged weights of a training checkpoint (`.ckpt`), or a released folder.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated or of another kind.
     """
     path = Path(path)
+    if path.is_dir():
+        return load_release(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give an LR-stream file or a training checkpoint (.ckpt)")
     if path.suffix == ".ckpt":
@@ -96,7 +106,7 @@ def load_part(path: str | Path) -> TrainedPart:
     if not {"settings", "base"} <= header.keys():
         raise ValueError(
             f"{path}: safetensors, but not a trained part (its header names no network); "
-            "python -m dit4sr_pl.convert reads released folders"
+            "give a released weight file's folder"
         )
     return TrainedPart(json.loads(header["settings"]), json.loads(header["base"]), state)
 
@@ -110,6 +120,33 @@ def load_checkpoint(path: Path) -> TrainedPart:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: truncated or not a checkpoint of ours ({reason}); use an earlier one") from None
     return TrainedPart(network_config, base, {name.split(".", 1)[1]: tensor for name, tensor in state.items()})
+
+
+def load_release(
+    folder: str | Path,
+    base_name: str = RELEASED_BASE,
+    legacy_lr_keys: bool | None = None,
+    injection_scale: float = RELEASED_SCALE,
+) -> TrainedPart:
+    """Reads the LR stream of a released folder; of the base, a few values per weight are read for its fingerprint.
+
+    Args:
+        folder: the released folder or its `transformer/`.
+        base_name: name of the base that it was trained over.
+        legacy_lr_keys: see `choose_lr_keys`.
+        injection_scale: 1.2 in all releases.
+
+    Raises:
+        FileNotFoundError: see `Release`.
+        ValueError: see `Release` and `choose_lr_keys`.
+    """
+    release = Release(folder)
+    state = release.lr_state()
+    variant = Variant(
+        injection_scale=injection_scale, legacy_lr_keys=choose_lr_keys(state, legacy_lr_keys, release.folder)
+    )
+    base = {"name": base_name, "fingerprint": weights_fingerprint(release.base_weights())}
+    return TrainedPart({"network": "dit4sr", "variant": variant.as_dict()}, base, state)
 
 
 def check_network_config(net: nn.Module, network_config: dict, source: str | Path) -> None:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dit4sr_pl.model.block import MMDiTControlBlock
 from dit4sr_pl.model.lr_stream import LRStream
-from dit4sr_pl.model.reference_format import read_released
+from dit4sr_pl.model.reference_format import RELEASED_SCALE, Release, choose_lr_keys
 from dit4sr_pl.model.variant import Variant
 
 
@@ -49,23 +49,32 @@ class DiT4SRTransformer(nn.Module):
 
     @classmethod
     def from_reference(
-        cls, folder: str | Path, legacy_lr_keys: bool = False, injection_scale: float = 1.2
+        cls,
+        folder: str | Path,
+        legacy_lr_keys: bool | None = None,
+        injection_scale: float = RELEASED_SCALE,
+        dtype: torch.dtype | None = None,
     ) -> "DiT4SRTransformer":
         """Loads a released DiT4SR.
 
         Args:
             folder: the released folder or its `transformer/`, with `config.json` and safetensors.
-            legacy_lr_keys: True for `dit4sr_q` and `dit4sr_f`, False for `dit4sr_r1`.
+            legacy_lr_keys: True for `dit4sr_q` and `dit4sr_f`, False for `dit4sr_r1`; None: the weights decide.
             injection_scale: 1.2 in all releases.
+            dtype: dtype of the whole network; None: that of the file's frozen weights.
 
         Raises:
             FileNotFoundError: the folder has no `config.json` or no weights.
-            ValueError: the weights do not fit; the message lists the keys.
+            ValueError: the weights do not fit, which the message lists, or contradict `legacy_lr_keys`.
         """
-        base, lr_state = read_released(Path(folder))
-        net = cls(base, Variant(legacy_lr_keys=legacy_lr_keys, injection_scale=injection_scale))
-        net.lr_stream.load_state_dict(lr_state)
-        return net
+        release = Release(folder)
+        state, base = release.lr_state(), release.base(dtype)
+        legacy_lr_keys = choose_lr_keys(state, legacy_lr_keys, release.folder)
+        with torch.device("meta"):
+            lr_stream = LRStream.over(base, Variant(legacy_lr_keys=legacy_lr_keys, injection_scale=injection_scale))
+        lr_stream.load_state_dict(state, assign=True)
+        # Files do not keep the memory format of convolutions.
+        return cls(base, lr_stream=lr_stream.to(base.dtype, memory_format=torch.channels_last))
 
     @property
     def trained(self) -> LRStream:
@@ -96,6 +105,8 @@ class DiT4SRTransformer(nn.Module):
     ) -> Tensor:
         """Returns the velocity at `noisy_latent`, `(B, C, H, W)`.
 
+        Latents and embeddings are brought to the base's dtype; the timestep keeps its own.
+
         Args:
             noisy_latent: scaled VAE latents, `(B, C, H, W)`; H and W are multiples of the patch size.
             lr_latent: latent of the LR image enlarged to the target size, of the same shape.
@@ -107,10 +118,11 @@ class DiT4SRTransformer(nn.Module):
             ValueError: the shapes do not fit each other or the patch size.
         """
         grid = self.token_grid(noisy_latent, lr_latent)
-        noise = self.base.pos_embed(noisy_latent)
-        lr = self.base.pos_embed(lr_latent)
-        text = self.base.context_embedder(prompt_embeds)
-        time = self.base.time_text_embed(timestep, pooled_prompt_embeds)
+        dtype = self.base.pos_embed.proj.weight.dtype
+        noise = self.base.pos_embed(noisy_latent.to(dtype))
+        lr = self.base.pos_embed(lr_latent.to(dtype))
+        text = self.base.context_embedder(prompt_embeds.to(dtype))
+        time = self.base.time_text_embed(timestep, pooled_prompt_embeds.to(dtype))
 
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():

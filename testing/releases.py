@@ -1,0 +1,51 @@
+"""Released folders of toy size, stored as the authors' may be: in half precision, in shards, with zero keys."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dit4sr_pl.model.reference_format import WEIGHTS
+from testing import ROOT
+
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def write_release(
+    folder: Path,
+    source: Path = GOLDEN / "q_dual",
+    frozen: torch.dtype = torch.float32,
+    control: torch.dtype | None = None,
+    zero_keys: bool = False,
+    shards: int = 1,
+) -> Path:
+    """Writes a copy of a released folder and returns it.
+
+    Args:
+        folder: the folder to write; `transformer/` is made in it.
+        source: the folder to copy.
+        frozen: dtype of the frozen weights.
+        control: dtype of the LR stream's weights; None: that of the frozen ones.
+        zero_keys: whether every `to_k_control` is zero, as in dit4sr_q and dit4sr_f, which nothing trained.
+        shards: number of weight files.
+    """
+    state = load_file(source / "transformer" / WEIGHTS)
+    for name, weight in state.items():
+        state[name] = weight.to((control or frozen) if "_control" in name or ".control_" in name else frozen)
+        if zero_keys and ".to_k_control." in name:
+            state[name].zero_()
+    target = folder / "transformer"
+    target.mkdir(parents=True)
+    shutil.copy(source / "transformer" / "config.json", target)
+    if shards == 1:
+        save_file(state, target / WEIGHTS, {"format": "pt"})
+        return folder
+    names, weight_map = sorted(state), {}
+    for shard in range(shards):
+        file = WEIGHTS.replace(".safetensors", f"-{shard + 1:05}-of-{shards:05}.safetensors")
+        weight_map |= dict.fromkeys(names[shard::shards], file)
+        save_file({name: state[name] for name in names[shard::shards]}, target / file, {"format": "pt"})
+    (target / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
