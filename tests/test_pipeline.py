@@ -100,6 +100,19 @@ def test_any_lr_stream_over_its_base_in_any_precision(tiny_backbone, lr, tmp_pat
     assert 0 < difference.abs().mean() < 0.02
 
 
+def test_the_factor_of_lr_injection_is_an_argument_that_saved_folders_keep(pipe, lr, tmp_path):
+    scaled = DiT4SRPipeline.from_pretrained("tiny-dit4sr", injection_scale=0.3)
+    scaled.set_progress_bar_config(disable=True)
+    sampler = dataclasses.replace(SAMPLER, steps=2, color="adain", smallest=16)
+    arguments = Backbone("tiny-sd3", "float32", 8), sampler, "tiny-dit4sr", torch.device("cpu"), False, 0.3
+    expected = Restorer.load(*arguments)(lr, (56, 72), ["", ""], ["0", "1"], seed=0)
+    images = scaled(lr, **SETTINGS).images
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+    assert (images - pipe(lr, **SETTINGS).images).abs().max() > 0.01
+    scaled.save_pretrained(tmp_path)
+    assert DiT4SRPipeline.from_pretrained(tmp_path).network().variant.injection_scale == 0.3
+
+
 def test_pillow_images_in_and_out(pipe, lr):
     pixels = (lr * 255).round().byte()
     images = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in pixels]

@@ -16,16 +16,17 @@ from PIL import Image
 from dit4sr_pl.backbone.flow import RectifiedFlow
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.cli.command import conf_folder
+from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.hashing import values_hash, weights_hash
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.common.run_identity import result_identity
 from dit4sr_pl.images.files import read_image
-from dit4sr_pl.model import LRStream, Variant, block, load_part
+from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, block, load_part
 from dit4sr_pl.preparation.embeddings import write_embeddings
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.scores.results import read_result
-from dit4sr_pl.train import train
-from dit4sr_pl.training.module import SuperResolutionModule
+from dit4sr_pl.train import check, train
+from dit4sr_pl.training.module import SuperResolutionModule, start_from_checkpoint
 from testing.toy_runs import CONTROLNET, SAMPLER, TOY_SD3, events, losses, toy
 
 ABLATION = "no_lr_residual"  # of the run that several tests share
@@ -167,6 +168,20 @@ def test_fine_tuning_starts_from_a_trained_part(run, whole, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(InstantiationException, match=r"lr_stream\.safetensors: trained as .*; this network is"):
         run("third", f"model.checkpoint={trained}")
+
+
+def test_fine_tuning_takes_a_shipped_stream_by_name_and_keeps_the_networks_own_factor(tiny_backbone, whole_config):
+    net, trained = DiT4SRTransformer(tiny_backbone.transformer), load_part(ASSETS / "tiny-dit4sr/lr_stream.safetensors")
+    start_from_checkpoint(net, "tiny-dit4sr")
+    weights = net.lr_stream.state_dict()
+    assert all(torch.equal(weights[name], trained.state[name].float()) for name in trained.state)
+    assert net.variant.injection_scale == 1.0 and trained.network_config["variant"]["injection_scale"] == 1.2
+    cfg = copy.deepcopy(whole_config)
+    cfg.model.checkpoint = "tiny-dit4sr"
+    check(cfg)
+    cfg.model.checkpoint = "tiny"
+    with pytest.raises(FileNotFoundError, match="model.checkpoint=tiny: no such file"):
+        check(cfg)
 
 
 def test_metrics_without_weights_are_empty_columns_and_not_logged(run, tmp_path):

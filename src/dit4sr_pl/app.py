@@ -42,7 +42,7 @@ def main(cfg: DictConfig) -> None:
 
     device = torch.device(choose_device(cfg.device))
     parts = instantiate(cfg.model.backbone), instantiate(cfg.sampler)
-    restorer = Restorer.load(*parts, cfg.checkpoint, device, cfg.offload)
+    restorer = Restorer.load(*parts, cfg.checkpoint, device, cfg.offload, cfg.injection_scale)
     # One image at a time has the memory to itself.
     blocks = page(restorer, cfg).queue(max_size=20, default_concurrency_limit=1)
     blocks.launch(

@@ -129,6 +129,7 @@ def finish(cfg: DictConfig, dataset: str, method: Any, identity: dict, scores: d
         pictures="images" if cfg.images is None else os.path.relpath(cfg.images, output),
         identity_hash=values_hash(hashed_part(identity)),
         weights_hash=method.weights_hash,
+        network=method.network_config,
         versions=identity["versions"],
         scores=scores,
     )

@@ -28,7 +28,7 @@ from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.randomness import generator as seeded
 from dit4sr_pl.images.files import rgb_pixels
 from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, load_part
-from dit4sr_pl.model.trained_part import check_base, fit_state
+from dit4sr_pl.model.trained_part import check_base, fit_state, with_injection_scale
 from dit4sr_pl.restoration.sampling import Sampler, restore
 from dit4sr_pl.restoration.worklist import result_size
 
@@ -72,6 +72,17 @@ class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
         model = cls(dim, dual_attention, part.network_config["variant"], part.base)
         fit_state(model, part.state, path)
         return model.eval()
+
+    def set_injection_scale(self, injection_scale: float) -> None:
+        """Sets the factor of LR Injection, here and in the config that is saved.
+
+        Raises:
+            ValueError: the factor is not a number, or there is no LR Injection.
+        """
+        config = {"network": "dit4sr", "variant": self.variant.as_dict()}
+        variant = with_injection_scale(config, injection_scale, "lr_stream")["variant"]
+        self.variant = Variant(**variant)
+        self.register_to_config(variant=variant)
 
 
 class DiT4SRPipeline(DiffusionPipeline):
@@ -129,7 +140,11 @@ class DiT4SRPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, lr_stream: str | Path | LRStreamModel | None = None, **arguments
+        cls,
+        name: str | Path,
+        lr_stream: str | Path | LRStreamModel | None = None,
+        injection_scale: float | None = None,
+        **arguments,
     ) -> "DiT4SRPipeline":
         """Loads a pipeline, or builds one from an SD3 pipeline and an LR stream.
 
@@ -137,9 +152,17 @@ class DiT4SRPipeline(DiffusionPipeline):
             name: a folder that `save_pretrained` wrote, or `tiny-dit4sr`, which is in this package. With `lr_stream`:
                 the folder or hub id of the SD3 pipeline that it was trained over, or `tiny-sd3`.
             lr_stream: an LR-stream file or a training checkpoint.
+            injection_scale: factor of LR Injection, which `save_pretrained` keeps; None: the LR stream's own.
             arguments: diffusers' own (`dtype`, `revision`, components) and those of the class. With `lr_stream`, the
                 others are taken from `conf/model/` and `conf/sampler/`.
         """
+        pipeline = cls._load(name, lr_stream, arguments)
+        if injection_scale is not None:
+            pipeline.lr_stream.set_injection_scale(injection_scale)
+        return pipeline
+
+    @classmethod
+    def _load(cls, name: str | Path, lr_stream: str | Path | LRStreamModel | None, arguments: dict) -> "DiT4SRPipeline":
         if (ASSETS / name / "lr_stream.safetensors").is_file():
             name, lr_stream = "tiny-sd3", ASSETS / name / "lr_stream.safetensors"
         if lr_stream is None:

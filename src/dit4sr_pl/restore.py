@@ -55,7 +55,9 @@ def restore(worklist: "Worklist", cfg: DictConfig) -> None:
     from dit4sr_pl.restoration.worklist import batches
 
     device, backbone = torch.device(cfg.device), instantiate(cfg.model.backbone)
-    restorer = Restorer.load(backbone, instantiate(cfg.sampler), cfg.checkpoint, device, cfg.offload)
+    restorer = Restorer.load(
+        backbone, instantiate(cfg.sampler), cfg.checkpoint, device, cfg.offload, cfg.injection_scale
+    )
     picture_restorer = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, cfg.first_frame)
     waiting, worklist.entries = worklist.entries, []
     pixels = {

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.cli.checks import check_backbone, check_data, check_readable, check_writable
 from dit4sr_pl.cli.command import choice, command
+from dit4sr_pl.common.files import checkpoint_file
 from dit4sr_pl.scores.weight_files import check_metrics
 from dit4sr_pl.training.run_folder import begin, finish, finished_steps, newest_checkpoint, open_run
 
@@ -104,6 +105,7 @@ def result_of(cfg: DictConfig, part: "TrainedPart", scores: dict) -> "Result":
         pictures=PICTURES,
         identity_hash=values_hash(result_identity(cfg)),
         weights_hash=weights_hash(part.state),
+        network=part.network_config,
         versions=versions(),
         scores=scores,
     )
@@ -135,7 +137,7 @@ def check(cfg: DictConfig) -> None:
         if not zipfile.is_zipfile(cfg.ckpt_path):
             raise ValueError(f"ckpt_path={cfg.ckpt_path}: truncated or not a checkpoint; resume from an earlier one")
     if cfg.model.checkpoint is not None:
-        check_readable(cfg.model.checkpoint, "model.checkpoint")
+        check_readable(checkpoint_file(cfg.model.checkpoint), "model.checkpoint")
     check_processes(cfg.trainer)
     if cfg.sharded and "ema" in cfg.callbacks:
         raise ValueError("trainer=fsdp cannot average weights; add ~callbacks.ema, or use trainer=ddp")

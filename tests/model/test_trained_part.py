@@ -1,10 +1,19 @@
+import math
+
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
 
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part, save_part
-from dit4sr_pl.model.trained_part import base_of, check_network_config, fingerprint, fit_part, part_of
+from dit4sr_pl.model.trained_part import (
+    base_of,
+    check_network_config,
+    fingerprint,
+    fit_part,
+    part_of,
+    with_injection_scale,
+)
 from testing.networks import randomise
 
 
@@ -45,10 +54,30 @@ def test_a_part_of_another_network_or_base_is_refused(base, tmp_path):
         fit_part(SD3ControlNet(base, num_layers=1), part, "file")
     with pytest.raises(ValueError, match="file: trained as .*; this network is .*'lr_residual': False"):
         check_network_config(DiT4SRTransformer(base, Variant(lr_residual=False)), part.network_config, "file")
+    with pytest.raises(ValueError, match="give model.network.variant.lr_residual=true for the same"):
+        check_network_config(DiT4SRTransformer(base, Variant(lr_residual=False)), part.network_config, "file")
+    scaled = DiT4SRTransformer(base, Variant(injection_scale=1.2))
+    check_network_config(scaled, part.network_config, "file", may_differ=("injection_scale",))
+    with pytest.raises(ValueError, match=r"trained as {'injection_scale': 1.0}; this network is {'injection_scale': 1"):
+        check_network_config(scaled, part.network_config, "file")
     torch.manual_seed(3)
     other = DiT4SRTransformer(SD3Transformer2DModel.from_config(base.config))
     with pytest.raises(ValueError, match=r"file: trained over toy, and this base model has other weights"):
         fit_part(other, part, "file")
+
+
+@pytest.mark.parametrize("scale, message", [("a", "must be a number"), (True, "a number"), (math.inf, "be finite")])
+def test_a_factor_of_lr_injection_is_a_number_of_a_network_that_has_one(scale, message):
+    full, without = (
+        {"network": "dit4sr", "variant": Variant(lr_injection=name).as_dict()} for name in ("conv", "none")
+    )
+    assert with_injection_scale(full, 1.5, "file")["variant"] == Variant(injection_scale=1.5).as_dict()
+    assert with_injection_scale(full, None, "file") == full
+    with pytest.raises(ValueError, match=f"injection_scale={scale}: .*{message}"):
+        with_injection_scale(full, scale, "file")
+    for config in (without, {"network": "sd3_controlnet", "num_layers": 1}):
+        with pytest.raises(ValueError, match="the network of file has no LR Injection"):
+            with_injection_scale(config, 1.2, "file")
 
 
 def test_fingerprint_depends_on_the_weights_and_not_on_their_precision(base):

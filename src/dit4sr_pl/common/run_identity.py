@@ -76,6 +76,23 @@ def evaluation_identity(
     }
 
 
+def upgraded(before: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an evaluation's identity, which an earlier version may have written, with today's keys.
+
+    Args:
+        before: the identity that a folder holds.
+        today: the identity of today's command. The network of 0.1, which did not record it, was the one that the
+            checkpoint's file describes: the same file describes it today.
+    """
+    metrics = {metric: without_modules(options) for metric, options in before["metrics"].items()}
+    method = dict(before["method"])
+    if "checkpoint" in method:
+        method["weights_hash"] = method.pop("checkpoint")
+    if "network" in today["method"]:
+        method.setdefault("network", today["method"]["network"])
+    return {**before, "metrics": metrics, "method": method}
+
+
 def hashed_part(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what the hash of an evaluation's identity covers: all of it except versions and the row's name."""
     return {key: value for key, value in identity.items() if key not in ("versions", "name")}

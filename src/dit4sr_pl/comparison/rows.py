@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dit4sr_pl.common.run_identity import differences
 from dit4sr_pl.comparison import paper
 from dit4sr_pl.scores.results import ROW, Result, read_result
 
@@ -160,8 +161,26 @@ def order(method: str, variant: str) -> tuple:
     return place, method, variants.index(variant) if variant in variants else len(variants), variant
 
 
+def check_one_network(runs: Sequence[Run]) -> None:
+    """Raises ValueError if two runs of one row are of different networks; results of 0.1 do not say theirs."""
+    known = [run for run in runs if run.result.network]
+    for first, other in zip(known, known[1:], strict=False):
+        ours, theirs = (run.result.network | run.result.network.get("variant", {}) for run in (first, other))
+        if different := [key for key in differences(ours, theirs) if key != "variant"]:
+            values = ", ".join(f"{key} {ours.get(key)} and {theirs.get(key)}" for key in different)
+            raise ValueError(
+                f"{first.folder} and {other.folder}: seeds of {first.label} with different networks ({values}); "
+                "evaluate one of them with name=NAME, or leave it out"
+            )
+
+
 def average(runs: Sequence[Run], metrics: Sequence[str]) -> Row:
-    """Returns the row of one method's seeds, averaged image by image."""
+    """Returns the row of one method's seeds, averaged image by image.
+
+    Raises:
+        ValueError: the seeds have no common image, or two of them are of different networks.
+    """
+    check_one_network(runs)
     scores = [run.result.scores for run in runs]
     everywhere = set(scores[0]).intersection(*scores)
     if not everywhere:

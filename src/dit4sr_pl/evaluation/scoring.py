@@ -21,7 +21,7 @@ from uuid import uuid4
 import torch
 
 from dit4sr_pl.common.files import atomic_write, exclusive_lock
-from dit4sr_pl.common.run_identity import differences, without_modules
+from dit4sr_pl.common.run_identity import differences, upgraded
 from dit4sr_pl.evaluation.benchmark_sets import Item
 from dit4sr_pl.evaluation.methods import LRImage, Method
 from dit4sr_pl.images.files import write_image
@@ -53,9 +53,7 @@ def claim(folder: Path, identity: dict, restores: bool) -> dict:
     path, identity = folder / SETTINGS, json.loads(json.dumps(identity))
     before = json.loads(path.read_text()) if path.exists() else None
     if before is not None:
-        before["metrics"] = {name: without_modules(options) for name, options in before["metrics"].items()}
-        if "checkpoint" in before["method"]:  # written before 0.2
-            before["method"]["weights_hash"] = before["method"].pop("checkpoint")
+        before = upgraded(before, identity)
         identity["metrics"] = before["metrics"] | identity["metrics"]
         kept = before | {"metrics": identity["metrics"] | measured(before["metrics"])}
         other = differences(kept, identity)

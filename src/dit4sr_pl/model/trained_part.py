@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,25 @@ def method_and_variant(network_config: dict) -> tuple[str, str]:
     if network_config["network"] == "sd3_controlnet":
         return "SD3-ControlNet", ""
     return "DiT4SR", Variant(**network_config["variant"]).name
+
+
+def with_injection_scale(network_config: dict, injection_scale: float | None, source: str | Path) -> dict:
+    """Returns a network config with another factor of LR Injection; None: its own.
+
+    Raises:
+        ValueError: the factor is not a number, or the network has no LR Injection.
+    """
+    if injection_scale is None:
+        return network_config
+    if isinstance(injection_scale, bool) or not isinstance(injection_scale, int | float):
+        raise ValueError(f"injection_scale={injection_scale}: must be a number, or null for the checkpoint's own")
+    if not math.isfinite(injection_scale):
+        raise ValueError(f"injection_scale={injection_scale}: must be finite")
+    if network_config.get("variant", {}).get("lr_injection", "none") == "none":
+        raise ValueError(
+            f"injection_scale={injection_scale}: the network of {source} has no LR Injection; leave it out"
+        )
+    return network_config | {"variant": network_config["variant"] | {"injection_scale": float(injection_scale)}}
 
 
 def fingerprint(base: SD3Transformer2DModel) -> str:
@@ -149,16 +169,31 @@ def load_release(
     return TrainedPart({"network": "dit4sr", "variant": variant.as_dict()}, base, state)
 
 
-def check_network_config(net: nn.Module, network_config: dict, source: str | Path) -> None:
+def check_network_config(
+    net: nn.Module, network_config: dict, source: str | Path, may_differ: tuple[str, ...] = ()
+) -> None:
     """Checks that a network has the config of the one that a trained part comes from.
 
     Variants B and FULL have the same weights by name; only the config tells them apart.
 
+    Args:
+        net: the network.
+        network_config: the trained part's config.
+        source: the trained part's file, for the message.
+        may_differ: keys in which the two may differ.
+
     Raises:
-        ValueError: the network was made with another config.
+        ValueError: the network was made with another config; the message has the keys that differ.
     """
-    if network_config != net.network_config():
-        raise ValueError(f"{source}: trained as {network_config}; this network is {net.network_config()}")
+    ours, theirs = (config | config.get("variant", {}) for config in (net.network_config(), network_config))
+    free = {"variant", *may_differ}
+    different = sorted(key for key in (ours.keys() | theirs.keys()) - free if ours.get(key) != theirs.get(key))
+    if different:
+        here = [key for key in different if key in network_config.get("variant", {})]
+        settings = " ".join(f"model.network.variant.{key}={str(theirs[key]).lower()}" for key in here)
+        advice = f"; give {settings} for the same" if here else ""
+        trained, network = ({key: config.get(key) for key in different} for config in (theirs, ours))
+        raise ValueError(f"{source}: trained as {trained}; this network is {network}{advice}")
 
 
 def fit_part(net: nn.Module, part: TrainedPart, source: str | Path) -> None:
@@ -176,7 +211,7 @@ def check_base(base: SD3Transformer2DModel, trained_over: dict[str, str], source
     if trained_over["fingerprint"] != fingerprint(base):
         raise ValueError(
             f"{source}: trained over {trained_over['name']}, and this base model has other weights; "
-            "give the same one (model.backbone.name)"
+            "give the same one (backbone=NAME, model.backbone.name=PATH)"
         )
 
 

@@ -8,10 +8,10 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from dit4sr_pl.backbone.sd3 import Backbone
-from dit4sr_pl.common.files import ASSETS
+from dit4sr_pl.common.files import checkpoint_file
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part
-from dit4sr_pl.model.trained_part import fit_part
+from dit4sr_pl.model.trained_part import fit_part, with_injection_scale
 from dit4sr_pl.restoration.sampling import Sampler, restore
 
 
@@ -36,6 +36,7 @@ class Restorer:
         checkpoint: str | Path,
         device: torch.device,
         offload: bool = False,
+        injection_scale: float | None = None,
     ) -> "Restorer":
         """Loads a network from an LR-stream or ControlNet file, a training checkpoint (`.ckpt`) or a shipped LR
         stream's name.
@@ -47,14 +48,15 @@ class Restorer:
             device: where the network works.
             offload: whether autoencoder and text encoders stay in the CPU's memory, each layer on the device while it
                 runs.
+            injection_scale: factor of LR Injection; None: the checkpoint's own.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, or was trained over another base.
+            ValueError: the file is truncated, was trained over another base, or has no LR Injection to scale.
         """
         path = checkpoint_file(checkpoint)
         part = load_part(path)
-        net = build_network(backbone.transformer, part.network_config)
+        net = build_network(backbone.transformer, with_injection_scale(part.network_config, injection_scale, path))
         fit_part(net, part, path)
         backbone.to(device, offload)
         net.to(device)
@@ -90,12 +92,6 @@ class Restorer:
         parts = self.backbone.coder, self.backbone.prompts, self.backbone.scheduler
         where = self.backbone.device, self.batcher
         return restore(self.net, *parts, self.sampler, lr, size, captions, generators, on_step, *where)
-
-
-def checkpoint_file(checkpoint: str | Path) -> Path:
-    """Returns the file of a trained part, from its path or the name of a shipped one."""
-    shipped = ASSETS / str(checkpoint) / "lr_stream.safetensors"
-    return shipped if shipped.is_file() else Path(checkpoint)
 
 
 def build_network(base: SD3Transformer2DModel, network_config: dict) -> nn.Module:

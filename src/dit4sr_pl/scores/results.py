@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import math
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,7 @@ class Result:
         pictures: folder of the scored images relative to the result's folder; empty if they were not kept.
         identity_hash: hash of the settings that scores depend on.
         weights_hash: hash of the weights; empty without any.
+        network: the network's config, see `network_config`; empty for other systems.
         versions: versions of the packages that scores depend on.
         scores: scores by image and metric; `nan` where a metric was not measured.
     """
@@ -58,6 +59,7 @@ class Result:
     weights_hash: str
     versions: dict[str, str]
     scores: dict[str, dict[str, float]]
+    network: dict = field(default_factory=dict)
 
     @property
     def metrics(self) -> list[str]:
@@ -79,7 +81,11 @@ def write_result(result: Result, folder: Path) -> None:
     """Writes `scores.csv`, `results.csv` and `results.parquet`, each atomically; the row comes after the scores."""
     write_scores(result.scores, folder / SCORES)
     row = {name: getattr(result, name) for name in FIELDS}
-    row |= {"versions": json.dumps(result.versions), "images": len(result.scores)} | result.means
+    row |= {
+        "network": json.dumps(result.network),
+        "versions": json.dumps(result.versions),
+        "images": len(result.scores),
+    } | result.means
     table = pa.Table.from_pylist([row])
     with atomic_write(folder / f"{ROW}.parquet") as partial:
         pyarrow.parquet.write_table(table, partial)
@@ -160,6 +166,7 @@ def read_result(folder: Path) -> Result:
         row = pyarrow.parquet.read_table(path).to_pylist()[0]
         described = {name: row[name if name in row else FORMER_NAMES[name]] for name in FIELDS}
         described["versions"] = json.loads(row["versions"])
+        described["network"] = json.loads(row.get("network", "{}"))  # results of 0.1 do not have it
     except (pa.ArrowException, OSError, KeyError, IndexError) as error:
         raise ValueError(f"{path}: not a result ({error}); score it again") from None
     return Result(**described, scores=read_scores(folder / SCORES))

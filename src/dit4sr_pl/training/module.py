@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from dit4sr_pl.backbone.autoencoder import draw_noise
 from dit4sr_pl.backbone.flow import RectifiedFlow, interpolate
 from dit4sr_pl.backbone.sd3 import Backbone
+from dit4sr_pl.common.files import checkpoint_file
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import TrainedPart, load_part
@@ -31,8 +32,9 @@ class SuperResolutionModule(LightningModule):
     Args:
         backbone: the frozen pipeline.
         network: makes the network over the backbone's transformer.
-        checkpoint: file of a trained part to start from (fine-tuning), which must have this network's config; None:
-            the network's own initial weights.
+        checkpoint: file of a trained part to start from (fine-tuning), or the name of one in this package. Its
+            switches must be this network's; its factor of LR Injection may be another. None: the network's own
+            initial weights.
         weighting: the loss weighting, see `RectifiedFlow`.
         optimizer: makes the optimizer from the parameters.
         sampler: the sampler that validation restores with.
@@ -127,11 +129,11 @@ class SuperResolutionModule(LightningModule):
 
 
 def start_from_checkpoint(net: nn.Module, checkpoint: str) -> None:
-    """Loads the weights of a trained part into a network.
+    """Loads the weights of a trained part into a network, which keeps its own factor of LR Injection.
 
     Raises:
-        ValueError: the trained part has another network config or base; the message names the file.
+        ValueError: the trained part has other switches or another base; the message names the file.
     """
-    part = load_part(checkpoint)
-    check_network_config(net, part.network_config, checkpoint)
+    part = load_part(checkpoint_file(checkpoint))
+    check_network_config(net, part.network_config, checkpoint, may_differ=("injection_scale",))
     fit_part(net, part, checkpoint)

@@ -21,12 +21,14 @@ class Method(Protocol):
         label: name of the row, as the paper spells it.
         variant: name in `conf/ablation/`, or empty.
         weights_hash: hash of the weights; empty without any.
+        network_config: how the network was made; empty for systems of other authors.
         identity: everything that the restored images depend on.
     """
 
     label: str
     variant: str
     weights_hash: str
+    network_config: dict
     identity: dict
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
@@ -40,7 +42,7 @@ class Finished:
     variant = weights_hash = ""
 
     def __init__(self, label: str):
-        self.label, self.identity = label, {}
+        self.label, self.identity, self.network_config = label, {}, {}
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
         return iter(())

@@ -15,7 +15,7 @@ class Bicubic:
     variant = weights_hash = ""
 
     def __init__(self, label: str):
-        self.label, self.identity = label, {}
+        self.label, self.identity, self.network_config = label, {}, {}
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
         for image in lr_images:

@@ -67,6 +67,7 @@ class Command:
         self.command = [os.path.abspath(interpreter), *filled]  # the command runs elsewhere
         hashes = {key: file_hash(path) for key, path in weights.items()}
         self.weights_hash = values_hash(hashes) if hashes else ""
+        self.network_config = {}
         self.identity = {"arguments": list(arguments), "weights": hashes, "seed": seed}
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:

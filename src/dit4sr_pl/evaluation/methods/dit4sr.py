@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from dit4sr_pl.backbone.sd3 import Backbone
+from dit4sr_pl.common.files import checkpoint_file
 from dit4sr_pl.common.hashing import weights_hash
 from dit4sr_pl.evaluation.benchmark_sets import SCALE
 from dit4sr_pl.evaluation.methods import LRImage
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import load_part
-from dit4sr_pl.model.trained_part import method_and_variant
-from dit4sr_pl.restoration.restorer import Restorer, checkpoint_file
+from dit4sr_pl.model.trained_part import method_and_variant, with_injection_scale
+from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
 
 
@@ -28,13 +29,23 @@ class DiT4SR:
         sampler: how to restore.
         seed: seed of the noise.
         device: device of the network.
+        injection_scale: factor of LR Injection; None: the checkpoint's own.
     """
 
     def __init__(
-        self, label: str | None, checkpoint: str, backbone: Backbone, sampler: Sampler, seed: int, device: str
+        self,
+        label: str | None,
+        checkpoint: str,
+        backbone: Backbone,
+        sampler: Sampler,
+        seed: int,
+        device: str,
+        injection_scale: float | None = None,
     ):
         self.given, self.backbone, self.sampler, self.seed, self.device = checkpoint, backbone, sampler, seed, device
+        self.injection_scale = injection_scale
         part = load_part(checkpoint_file(checkpoint))
+        self.network_config = with_injection_scale(part.network_config, injection_scale, checkpoint)
         row, self.variant = method_and_variant(part.network_config)
         self.label = label or row
         self.weights_hash = weights_hash(part.state)
@@ -42,12 +53,16 @@ class DiT4SR:
         solver, _ = sampler.schedule(backbone.scheduler)
         sampled = asdict(sampler) | {"solver": [type(solver).__name__, dict(solver.config)]}
         del sampled["tile_memory"]  # it changes no result and may be lowered when memory is short
-        self.identity = {"weights_hash": self.weights_hash, "base": base, "sampler": sampled, "seed": seed}
+        self.identity = {"weights_hash": self.weights_hash, "network": part.network_config, "base": base}
+        self.identity |= {"sampler": sampled, "seed": seed}
+        if self.network_config != part.network_config:
+            self.identity["injection_scale"] = injection_scale
 
     @cached_property
     def restorer(self) -> Restorer:
         """The network, loaded at its first use."""
-        return Restorer.load(self.backbone, self.sampler, self.given, torch.device(self.device))
+        device = torch.device(self.device)
+        return Restorer.load(self.backbone, self.sampler, self.given, device, False, self.injection_scale)
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
         for image in lr_images:

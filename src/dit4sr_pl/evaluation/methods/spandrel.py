@@ -37,6 +37,7 @@ class SpandrelNet:
         self.tile, self.margin, self.device = tile, margin, device
         self.label = label or self.net.architecture.name
         self.weights_hash = file_hash(weights)
+        self.network_config = {}
         self.identity = {"weights": self.weights_hash, "tile": tile, "margin": margin}
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
