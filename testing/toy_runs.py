@@ -63,7 +63,7 @@ def small(photos: Path) -> list[str]:
 
 def events(folder: Path) -> EventAccumulator:
     """Returns all that TensorBoard reads of a run."""
-    return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0}).Reload()
 
 
 def losses(folder: Path) -> list[float]:

@@ -71,6 +71,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
     module = instantiate(cfg.model)
     trainer: Trainer = instantiate(
         cfg.trainer,
+        val_check_interval=validation_interval(cfg.trainer),
         callbacks=list(callbacks.values()),
         logger=instantiate(cfg.logger, purge_step=start),  # TensorBoard hides repeated steps
         default_root_dir=folder / ".none",  # on SLURM Lightning would prefer an hpc_ckpt file in this folder
@@ -86,6 +87,12 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
         finish(folder, trainer.global_step)
         log.info("%s: finished at step %d", folder, trainer.global_step)
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def validation_interval(trainer: DictConfig) -> int | float | str:
+    """Returns `val_check_interval`, which counts optimizer steps, in batches, which Lightning counts."""
+    interval = trainer.val_check_interval
+    return interval * trainer.accumulate_grad_batches if isinstance(interval, int) else interval
 
 
 def result_of(cfg: DictConfig, part: "TrainedPart", scores: dict) -> "Result":
@@ -139,6 +146,7 @@ def check(cfg: DictConfig) -> None:
     if cfg.model.checkpoint is not None:
         check_readable(checkpoint_file(cfg.model.checkpoint), "model.checkpoint")
     check_processes(cfg.trainer)
+    check_whole_steps(cfg.trainer)
     if cfg.sharded and "ema" in cfg.callbacks:
         raise ValueError("trainer=fsdp cannot average weights; add ~callbacks.ema, or use trainer=ddp")
     check_backbone(cfg.model.backbone)
@@ -161,6 +169,17 @@ def check_processes(trainer: DictConfig) -> None:
             "in a sweep over runs on several devices every process would start the whole sweep; start the runs one by "
             "one, or with hydra/launcher=slurm"
         )
+
+
+def check_whole_steps(trainer: DictConfig) -> None:
+    """Raises ValueError if a limit on batches ends within a step: Lightning would take a step with fewer images."""
+    for name in ("limit_train_batches", "overfit_batches"):
+        limit = trainer.get(name)
+        if isinstance(limit, int) and limit % trainer.accumulate_grad_batches:
+            raise ValueError(
+                f"trainer.{name}={limit}: must be a multiple of trainer.accumulate_grad_batches="
+                f"{trainer.accumulate_grad_batches}, so that every step has all its batches"
+            )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.environments import LightningEnvironment
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from dit4sr_pl.training import lightning_state
+from dit4sr_pl.training.callbacks import EMAWeightAveraging
 from testing.toy_runs import events
 
 
@@ -109,6 +109,42 @@ def test_batches_count_where_gradients_are_accumulated(tmp_path):
     diary = Diary()
     fit(tmp_path, 2, diary, accumulate_grad_batches=2)
     assert (diary.batches, diary.validated) == ([1, 2, 3, 4], [2, 4])
+
+
+class CountsAnew(Callback):
+    """Counts the batches of a checkpoint anew, and notes the optimizer steps after each batch."""
+
+    def __init__(self):
+        self.steps, self.follows = [], []
+
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        lightning_state.count_batches_anew(trainer, checkpoint)
+
+    def on_train_batch_end(self, trainer, *_):
+        self.steps.append(trainer.global_step)
+        self.follows.append(lightning_state.validation_follows(trainer))
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (3, 2)])
+def test_batches_counted_anew_make_whole_steps_with_another_accumulation(tmp_path, before, after):
+    fit(tmp_path, 3, accumulate_grad_batches=before)
+    resumed, diary = CountsAnew(), Diary()
+    how = {"ckpt_path": tmp_path / "last.ckpt", "accumulate_grad_batches": after}
+    fit(tmp_path, 5, resumed, diary, **how)
+    assert resumed.steps == ([3, 4, 4, 5] if after == 2 else [4, 5])
+    assert diary.batches == list(range(3 * after + 1, 5 * after + 1))
+    assert [batch for batch, follows in zip(diary.batches, resumed.follows, strict=True) if follows] == diary.validated
+
+
+def test_a_run_that_stops_validates_whatever_the_interval(tmp_path):
+    class Stops(CountsAnew):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 3
+            super().on_train_batch_end(trainer)
+
+    stops, diary = Stops(), Diary()
+    fit(tmp_path, 9, stops, diary)
+    assert (stops.steps, stops.follows, diary.validated) == ([1, 2, 3], [False, True, True], [2, 3])
 
 
 def test_without_validation_images_there_is_no_interval(tmp_path):

@@ -131,7 +131,8 @@ def test_damaged_checkpoints_are_passed_over_for_the_one_before(photos, tmp_path
     newest, second, _ = checkpoints_in(tmp_path)
     newest.write_bytes(newest.read_bytes()[:-1000])  # cut off
     data = bytearray(second.read_bytes())
-    data[len(data) // 2] ^= 1
+    middle = len(data) // 2
+    data[middle : middle + 128] = bytes(byte ^ 1 for byte in data[middle : middle + 128])  # padding has 63 at most
     second.write_bytes(data)
     start(photos, tmp_path)
     assert "0000005.ckpt: damaged" in caplog.text and "resuming from step 3" in caplog.text
@@ -297,3 +298,90 @@ def test_of_a_run_on_several_devices_rank_0_holds_the_folder(monkeypatch, rank):
     assert leads(two) and leads(one)
     monkeypatch.setenv(rank, "1")
     assert not leads(two) and leads(one)
+
+
+def rows(folder: Path) -> list[tuple[int, float]]:
+    lines = (folder / "losses.csv").read_text().splitlines()[1:]
+    return [(int(batch), float(loss)) for batch, loss in (line.split(",") for line in lines)]
+
+
+@pytest.fixture(scope="module")
+def accumulated(photos, tmp_path_factory) -> Path:
+    """Returns the folder of a run that begins with batches of two and goes on with twice one image, then again."""
+    folder = tmp_path_factory.mktemp("accumulated")
+    every = ["callbacks.checkpoint.every_n_train_steps=1", "trainer.log_every_n_steps=2", "callbacks=default"]
+    halves = ["data.batch_size=1", "trainer.accumulate_grad_batches=2"]
+    for steps, options in ((2, []), (4, halves), (STEPS, [])):
+        start(photos, folder, *every, *options, "trainer.val_check_interval=2", f"trainer.max_steps={steps}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unaccumulated(photos, tmp_path_factory) -> Path:
+    """Returns the folder of the same run in batches of two, never stopped."""
+    folder = tmp_path_factory.mktemp("unaccumulated")
+    start(photos, folder, "callbacks=default", "trainer.val_check_interval=2", "trainer.log_every_n_steps=2")
+    return folder
+
+
+@pytest.mark.slow
+def test_another_accumulation_goes_on_with_the_global_batch(accumulated, unaccumulated):
+    ours, theirs = rows(accumulated), [loss for _, loss in rows(unaccumulated)]
+    assert [batch for batch, _ in ours] == list(range(1, 9))  # 2 + 2 x 2 + 2: each step has seen two images
+    losses = [loss for _, loss in ours]
+    means = [*losses[:2], (losses[2] + losses[3]) / 2, (losses[4] + losses[5]) / 2, *losses[6:]]
+    assert means == pytest.approx(theirs, rel=1e-4)
+    assert all(
+        torch.allclose(weights(accumulated)[name], weight, atol=1e-6) for name, weight in weights(unaccumulated).items()
+    )
+
+
+@pytest.mark.slow
+def test_validations_and_histograms_are_of_optimizer_steps_whatever_the_accumulation(accumulated):
+    log = events(accumulated)
+    assert [event.step + 1 for event in log.Scalars("val/psnr")] == [2, 4, 6]
+    names = [tag for tag in log.Tags()["histograms"] if tag.startswith("degradation/")]
+    for name in names:
+        shown = [(event.step + 1, event.histogram_value.num) for event in log.Histograms(name)]
+        assert shown == [(2, 2), (4, 2), (6, 2)]  # a value per image of the global batch
+    assert names
+
+
+def test_the_last_step_is_validated_whatever_the_interval(photos, tmp_path):
+    start(photos, tmp_path, "trainer.max_steps=2", "trainer.val_check_interval=5")
+    assert [event.step + 1 for event in events(tmp_path).Scalars("val/psnr")] == [2]
+    assert (tmp_path / "scores.csv").exists() and steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("limit", ["+trainer.limit_train_batches=3", "+trainer.overfit_batches=1"])
+def test_a_limit_that_ends_within_a_step_is_refused(photos, tmp_path, limit):
+    with pytest.raises(ValueError, match=r"must be a multiple of trainer.accumulate_grad_batches=2"):
+        start(photos, tmp_path, limit, "trainer.accumulate_grad_batches=2")
+
+
+@pytest.mark.slow
+def test_a_limit_on_batches_leaves_no_gap_in_the_positions_of_an_accumulated_run(photos, tmp_path, unaccumulated):
+    options = ["callbacks=default", "data.batch_size=1", "trainer.accumulate_grad_batches=2", "trainer.max_steps=3"]
+    start(photos, tmp_path, *options, "+trainer.limit_train_batches=4", "trainer.limit_val_batches=0")
+    losses, theirs = [loss for _, loss in rows(tmp_path)], [loss for _, loss in rows(unaccumulated)]
+    means = [sum(losses[first : first + 2]) / 2 for first in (0, 2, 4)]
+    assert means == pytest.approx(theirs[:3], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_until_averaging_begins_the_trained_weights_are_validated_and_saved(photos, tmp_path, unaccumulated):
+    start(
+        photos, tmp_path, "callbacks.ema.update_starting_at_step=100", "trainer.val_check_interval=2", "overwrite=true"
+    )
+    ours, theirs = weights(tmp_path), weights(unaccumulated)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ours, theirs = (events(folder).Scalars("val/psnr") for folder in (tmp_path, unaccumulated))
+    assert [event.value for event in ours] == [event.value for event in theirs]
+
+
+@pytest.mark.slow
+def test_without_averaging_an_averaged_run_goes_on_from_its_trained_weights(photos, tmp_path, whole, unaccumulated):
+    checkpoint = whole / "checkpoints" / "0000004.ckpt"
+    start(photos, tmp_path, "callbacks=default", f"ckpt_path={checkpoint}", "trainer.limit_val_batches=0")
+    ours, theirs = weights(tmp_path), weights(unaccumulated)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -30,6 +30,13 @@ MAY_CHANGE += ("data.validation_folders", "data.validation_crop", "data.validati
 # Exceptions to the two lists above: settings that belong to both identities.
 MUST_MATCH = ("callbacks.ema", "trainer.precision", "trainer.gradient_clip_val")
 
+# Keys that were added since 0.1, with the values that do what was done without them. Left out of identities, so that
+# runs from before stay what they are.
+ADDED = {
+    "callbacks.ema.update_every_n_steps": 1,
+    "callbacks.ema.update_starting_at_step": None,
+}
+
 
 def resume_identity(cfg: DictConfig) -> dict[str, Any]:
     """Returns the settings that must not change within a training run, by dotted key."""
@@ -106,7 +113,8 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
 def flat_settings(cfg: DictConfig) -> dict[str, Any]:
     """Returns a config's settings by dotted key, as they are read back from `config.yaml`.
 
-    Adds `images per step`, the product of batch size, devices, nodes and accumulated batches.
+    Adds `images per step`, the product of batch size, devices, nodes and accumulated batches, and leaves out what does
+    as before in `ADDED`.
     """
     written = OmegaConf.create(OmegaConf.to_yaml(cfg, resolve=True))
     settings = without_modules(dict(flatten(OmegaConf.to_container(written))))
@@ -114,7 +122,7 @@ def flat_settings(cfg: DictConfig) -> dict[str, Any]:
     counts = [written.data.batch_size, trainer.devices, trainer.num_nodes, trainer.accumulate_grad_batches]
     known = all(isinstance(count, int) for count in counts)
     settings["images per step"] = math.prod(counts) if known else " x ".join(map(str, counts))
-    return settings
+    return {key: value for key, value in settings.items() if key not in ADDED or value != ADDED[key]}
 
 
 def without_modules(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ tests/training/test_lightning_state.py fails when one of them changes.
 from typing import Any
 
 from lightning import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
@@ -27,6 +28,43 @@ def validation_interval(trainer: Trainer) -> int | None:
     if trainer.fit_loop.epoch_loop.val_loop.skip or trainer.limit_val_batches == 0:
         return None
     return trainer.val_check_batch
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Returns whether a validation follows the batch that has just ended.
+
+    Lightning 2.6.6 also validates when `should_stop` is set, whatever the interval.
+    """
+    if (interval := validation_interval(trainer)) is None:
+        return False
+    return trainer.should_stop or batches_done(trainer) % interval == 0
+
+
+def count_batches_anew(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Lets the batches of a checkpoint that is about to be loaded count as `accumulate_grad_batches` per step.
+
+    Lightning 2.6.6 takes an optimizer step whenever the number of batches is a multiple of `accumulate_grad_batches`,
+    and restores that number as it was counted with the accumulation of then: `fit_loop` > `epoch_loop.batch_progress`.
+    A checkpoint of this project lies between two steps.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    total = checkpoint["global_step"] * trainer.accumulate_grad_batches
+    if progress["total"]["ready"] == total:
+        return
+    limit = trainer.limit_train_batches  # an int is the number of batches after which Lightning counts from 0 again
+    current = (total - 1) % limit + 1 if isinstance(limit, int) and limit else total
+    for counts, ready in ((progress["total"], total), (progress["current"], current)):
+        before = counts["ready"]
+        counts.update({name: count - before + ready for name, count in counts.items()})
+
+
+def drop_unread_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Removes the states of callbacks that this run does not have from a checkpoint that is about to be loaded.
+
+    Lightning 2.6.6 would ask the user to add these callbacks, such as averaging, to the run.
+    """
+    keys = {callback.state_key for callback in trainer.callbacks}
+    checkpoint["callbacks"] = {key: state for key, state in checkpoint["callbacks"].items() if key in keys}
 
 
 def limit_validation(trainer: Trainer, limit: float) -> None:
@@ -64,6 +102,11 @@ def weights_before_averaging(checkpoint: dict[str, Any]) -> dict[str, Tensor] | 
     Lightning 2.6.6: `current_model_state`, which the callback `WeightAveraging` adds.
     """
     return checkpoint.get("current_model_state")
+
+
+def averages_weights(trainer: Trainer) -> bool:
+    """Returns whether one of the callbacks averages weights. It restores trained and averaged weights by itself."""
+    return any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
 
 
 def add_summary(writer: SummaryWriter, summary: Any) -> None:

@@ -20,7 +20,13 @@ from dit4sr_pl.model import TrainedPart, load_part
 from dit4sr_pl.model.trained_part import base_of, check_network_config, fit_part
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
-from dit4sr_pl.training.lightning_state import let_trainer_unscale
+from dit4sr_pl.training.lightning_state import (
+    averages_weights,
+    count_batches_anew,
+    drop_unread_states,
+    let_trainer_unscale,
+    weights_before_averaging,
+)
 
 
 class SuperResolutionModule(LightningModule):
@@ -115,7 +121,16 @@ class SuperResolutionModule(LightningModule):
         checkpoint["base"] = self.base
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Raises ValueError, with the file's name, if a checkpoint does not fit the network or its base."""
+        """Prepares a checkpoint for being loaded: with averaged weights only if this run averages, too.
+
+        Raises:
+            ValueError: the checkpoint does not fit the network or its base; the message names the file.
+        """
+        count_batches_anew(self.trainer, checkpoint)
+        drop_unread_states(self.trainer, checkpoint)
+        trained = weights_before_averaging(checkpoint)
+        if trained is not None and not averages_weights(self.trainer):
+            checkpoint["state_dict"] = trained
         check_network_config(self.net, checkpoint["settings"], self.trainer.ckpt_path)
         prefix = f"{self.net.trained_name}."
         state = {name.removeprefix(prefix): weight for name, weight in checkpoint["state_dict"].items()}

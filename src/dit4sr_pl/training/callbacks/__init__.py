@@ -1,5 +1,6 @@
 """Callbacks that log, validate and save a training run."""
 
+from dit4sr_pl.training.callbacks.averaging import EMAWeightAveraging
 from dit4sr_pl.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from dit4sr_pl.training.callbacks.degradation_log import DegradationLog
 from dit4sr_pl.training.callbacks.hyper_parameters import HyperParameters
@@ -10,6 +11,7 @@ from dit4sr_pl.training.callbacks.validation_scores import ValidationScores
 __all__ = [
     "Checkpoints",
     "DegradationLog",
+    "EMAWeightAveraging",
     "HyperParameters",
     "Losses",
     "Progress",

@@ -19,6 +19,7 @@ from dit4sr_pl.training.lightning_state import (
     batches_done,
     received_sigterm,
     signal_started_processes,
+    validation_follows,
     validation_interval,
 )
 
@@ -108,7 +109,7 @@ class Checkpoints(Checkpoint):
         if on_any_device(trainer, bool(received)):
             self.heard |= {signum for signum in SIGNALS if on_any_device(trainer, signum in received)}
         self.pending |= bool(self.heard) | on_any_device(trainer, self.is_due(trainer))
-        if self.pending and not validation_within(trainer, 0):  # before a validation the last checkpoint is enough
+        if self.pending and not validation_follows(trainer):  # before a validation the last checkpoint is enough
             self.save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, *_) -> None:
@@ -124,13 +125,13 @@ class Checkpoints(Checkpoint):
 
     def is_due(self, trainer: Trainer) -> bool:
         """Returns whether a checkpoint is due after this step, by this device's clock."""
-        if self.step == trainer.max_steps or self.step + 1 == trainer.max_steps:
+        if trainer.should_stop or trainer.max_steps in (self.step, self.step + 1):
             return True
         minutes = (time.monotonic() - self.saved_at) / 60
         return (
             (self.every_n_train_steps is not None and self.step % self.every_n_train_steps == 0)
             or (self.every_n_minutes is not None and minutes >= self.every_n_minutes)
-            or validation_within(trainer, trainer.accumulate_grad_batches)
+            or validation_after_next_step(trainer)
         )
 
     def on_validation_batch_end(self, trainer: Trainer, *_) -> None:
@@ -138,8 +139,8 @@ class Checkpoints(Checkpoint):
         self.answer(self.received)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the checkpoint that was due together with the validation."""
-        if self.pending:
+        """Saves the checkpoint that was due together with the validation, or if its scores end the run."""
+        if self.pending or trainer.should_stop:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
@@ -175,9 +176,8 @@ def on_any_device(trainer: Trainer, decision: bool) -> bool:
     return trainer.strategy.reduce_boolean_decision(decision, all=False)
 
 
-def validation_within(trainer: Trainer, batches: int) -> bool:
-    """Returns whether a validation starts within the next `batches` batches; with 0, whether one starts right now."""
+def validation_after_next_step(trainer: Trainer) -> bool:
+    """Returns whether a validation follows the next step."""
     if (interval := validation_interval(trainer)) is None:
         return False
-    done = batches_done(trainer)
-    return done % interval == 0 if batches == 0 else (done + batches) // interval > done // interval
+    return (batches_done(trainer) + trainer.accumulate_grad_batches) % interval == 0

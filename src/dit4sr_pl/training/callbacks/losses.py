@@ -12,7 +12,8 @@ class Losses(Callback):
     """Appends the loss of every batch to `folder/losses.csv`, with all its digits; a resumed run continues the file.
 
     On several devices the loss is the mean over the global batch, as in TensorBoard. It is written before the step's
-    checkpoint, so that no loss is missing after a kill.
+    checkpoint, so that no loss is missing after a kill. Batches are counted over all starts of the run, with whatever
+    accumulation each of them had.
 
     Args:
         folder: the run's folder.
@@ -20,18 +21,30 @@ class Losses(Callback):
 
     def __init__(self, folder: str):
         self.path = Path(folder) / "losses.csv"
+        self.batches: int | None = None  # counted so far; None: a checkpoint does not say
+
+    def state_dict(self) -> dict[str, int | None]:
+        """Returns the number of batches for a checkpoint."""
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, int | None]) -> None:
+        """Reads the number of batches of a checkpoint."""
+        self.batches = state["batches"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Removes the rows of batches that a resumed run repeats."""
+        if self.batches is None:
+            self.batches = batches_done(trainer)
         if trainer.is_global_zero:
             rows = self.path.read_text().splitlines()[1:] if self.path.exists() else []
-            kept = [row for row in rows if int(row.split(",")[0]) <= batches_done(trainer)]
+            kept = [row for row in rows if int(row.split(",")[0]) <= self.batches]
             with atomic_write(self.path) as partial:
                 partial.write_text("".join(f"{row}\n" for row in ["batch,loss", *kept]))
 
     def on_train_batch_end(self, trainer: Trainer, *_) -> None:
         """Appends a row."""
         loss = trainer.callback_metrics["train/loss"].item()
+        self.batches += 1
         if trainer.is_global_zero:
             with self.path.open("a") as file:
-                file.write(f"{batches_done(trainer)},{loss}\n")
+                file.write(f"{self.batches},{loss}\n")

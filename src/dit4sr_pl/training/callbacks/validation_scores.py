@@ -15,7 +15,7 @@ from dit4sr_pl.images.files import write_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.scores.metrics import ImageScore
 from dit4sr_pl.scores.results import PICTURES
-from dit4sr_pl.training.lightning_state import batches_done, limit_validation, validation_interval
+from dit4sr_pl.training.lightning_state import limit_validation, validation_follows
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,9 @@ class ValidationScores(Callback):
     """Logs `val/<metric>` and `val/<metric>_bicubic`, and per image a strip LR | bicubic | restored | ground truth.
 
     After a validation `restored` and `bicubic` hold the scores of all images by name, on every device, and
-    `folder/images/` holds the restored images. Metrics without weights are not logged. All devices skip a validation
-    if the earlier ones took more than `max_share` of the run's time, except the validation at the end of the run.
+    `folder/images/` holds the restored images. Metrics without weights are not logged. The last step is followed by a
+    validation, whatever the interval, so that the run's scores are those of the weights that it leaves. All devices
+    skip a validation if the earlier ones took more than `max_share` of the run's time, except the last one.
 
     Args:
         metrics: the metrics by the name that they are logged under.
@@ -52,8 +53,9 @@ class ValidationScores(Callback):
         limit_validation(trainer, self.limit)
 
     def on_train_batch_end(self, trainer: Trainer, *_) -> None:
-        """Skips the validation that follows this batch if the earlier ones took too much time."""
-        if self.due(trainer) and (share := self.share_too_large(trainer)):
+        """Asks for a validation after the last step; skips another one if the earlier ones took too much time."""
+        trainer.should_stop |= 0 <= trainer.max_steps <= trainer.global_step
+        if self.may_be_skipped(trainer) and (share := self.share_too_large(trainer)):
             limit_validation(trainer, 0)
             if trainer.is_global_zero:
                 log.warning(
@@ -62,13 +64,9 @@ class ValidationScores(Callback):
                     *(trainer.global_step, 100 * share, self.max_share),
                 )
 
-    def due(self, trainer: Trainer) -> bool:
-        """Returns whether a validation that may be skipped follows this batch."""
-        interval = validation_interval(trainer)
-        if self.max_share is None or interval is None:
-            return False
-        at_the_end = 0 <= trainer.max_steps <= trainer.global_step
-        return not at_the_end and batches_done(trainer) % interval == 0
+    def may_be_skipped(self, trainer: Trainer) -> bool:
+        """Returns whether a validation follows this batch that is not the last one."""
+        return self.max_share is not None and not trainer.should_stop and validation_follows(trainer)
 
     def share_too_large(self, trainer: Trainer) -> float:
         """Returns validation's share of the time so far by the first device's clock, or 0 up to `max_share`."""
