@@ -56,6 +56,7 @@ def test_the_tables_are_there_even_if_a_strip_cannot_be_made(outputs):
     assert {"table3.md", "chart_RealSR.png"} <= {path.name for path in (outputs / "outputs/compare").iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -93,6 +93,7 @@ def test_what_is_on_disk_is_what_is_scored(root, tmp_path):
     assert (again.method, again.dataset, again.pictures) == ("Bicubic", "realsr", "../out/images")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
 def test_shards_in_any_order_give_what_one_task_gives(root, tmp_path, order, capsys):
     arguments = ["dataset=realsr", f"root={root}", "method=bicubic"]

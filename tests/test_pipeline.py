@@ -60,6 +60,7 @@ def test_projections_are_merged_once_a_call_and_what_is_saved_stays(pipe, lr, mo
     assert out[0] == out[1]
 
 
+@pytest.mark.slow
 def test_the_calls_defaults_are_the_models_own(pipe, lr):
     bars = []
     pipe.progress_bar, ours = lambda total: bars.append(total) or ours(total=total), pipe.progress_bar
@@ -84,6 +85,7 @@ def test_what_it_saves_it_loads_and_restores_the_same(pipe, lr, tmp_path):
     assert again.config.sampler == pipe.config.sampler and again.config.sampler["t5_tokens"] == 8
 
 
+@pytest.mark.slow
 def test_any_lr_stream_over_its_base_in_any_precision(tiny_backbone, lr, tmp_path):
     net = DiT4SRTransformer(tiny_backbone.transformer, Variant(lr_injection="linear", injection_scale=1.2))
     torch.nn.init.normal_(net.lr_stream.blocks[0].injection.linear.weight, std=0.02, generator=generator("cpu", 1))
@@ -126,12 +128,14 @@ def test_pillow_images_in_and_out(pipe, lr):
         pipe([images[0], images[0].transpose(Image.Transpose.ROTATE_90)])
 
 
+@pytest.mark.slow
 def test_generators_stand_in_for_the_seed(pipe, lr):
     expected = pipe(lr, seed=3, **SETTINGS).images
     generators = [generator("cpu", "restore", 3, place) for place in "01"]
     assert torch.equal(pipe(lr, generator=generators, **SETTINGS).images, expected)
 
 
+@pytest.mark.slow
 def test_offloading_moves_each_component_before_it_works(pipe, lr, monkeypatch):
     """The CPU stands in for the accelerator; the hooks treat `cpu:0` and `cpu` as two devices."""
     expected, moved = pipe(lr, **SETTINGS).images, []

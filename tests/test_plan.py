@@ -84,6 +84,7 @@ def test_fsdp_shares_out_the_network_and_nothing_else(budget):
     assert whole["gathered blocks"] == 0 < shared["gathered blocks"] < 2 * whole["frozen transformer"]
 
 
+@pytest.mark.slow
 def test_adamw_keeps_two_numbers_for_each_trained_one(budget):
     parts = budget.per_gpu(Spread(1, False, images=8))
     assert parts["optimizer's moments"] == pytest.approx(2 * parts["gradients"], rel=0.001)

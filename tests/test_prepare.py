@@ -43,6 +43,7 @@ def photos(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -88,6 +89,7 @@ def test_every_captioner_config_holds_what_the_class_takes():
             instantiate(cfg.captioner)
 
 
+@pytest.mark.slow
 def test_embeddings_hold_all_that_training_and_validation_ask_for(photos, tmp_path):
     (tmp_path / "val").mkdir()
     for name in ("0.png", "0.txt"):
@@ -104,6 +106,7 @@ def test_embeddings_hold_all_that_training_and_validation_ask_for(photos, tmp_pa
     assert embeds.shape == (7, 16, 64) and pooled.shape == (7, 64) and len(cache.files) == 7
 
 
+@pytest.mark.slow
 def test_manifests_are_written_where_training_looks_and_damage_is_told(photos, tmp_path, capsys):
     (photos / "2.png").write_bytes((photos / "2.png").read_bytes()[:60])
     elsewhere = tmp_path / "elsewhere.parquet"

@@ -189,6 +189,7 @@ def test_a_network_that_fails_on_one_image_goes_on_and_a_full_disk_does_not(fold
     assert "No space left on device" in message and "0 of 5 images restored" in message and "\n" not in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["read_picture", "network", "write_picture"])
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")])
 def test_an_image_without_enough_memory_is_named_and_the_others_go_on(
@@ -301,6 +302,7 @@ def test_a_caption_model_describes_what_has_no_prompt(folder, tmp_path, monkeypa
     assert {path.stem for path in (tmp_path / "out").glob("*.txt")} == set("0124")
 
 
+@pytest.mark.slow
 def test_captions_outlast_ctrl_c_and_overwrite(folder, tmp_path, monkeypatch):
     asked, stop = [], 2
 

@@ -33,6 +33,7 @@ ABLATION = "no_lr_residual"  # of the run that several tests share
 ABLATIONS = sorted(path.stem for path in (conf_folder() / "ablation").glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_every_ablation_takes_a_step_and_leaves_its_lr_stream(run, tmp_path, ablation, toy_backbone):
     scores = run("run", f"+ablation={ablation}", "metrics=[psnr]")
@@ -49,6 +50,7 @@ ON_A_CPU = ["trainer.accelerator=cpu", "trainer.devices=1", "++trainer.strategy=
 OF_ITS_OWN = {"sd3_controlnet": ["model.network.num_layers=1"], "tiny_dit4sr_anneal": ["model.checkpoint=null"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (conf_folder() / "experiment").glob("*.yaml")))
 def test_every_experiment_takes_a_step(run, experiment):
     small = [*ON_TOY_SD3, *ON_A_CPU, *OF_ITS_OWN.get(experiment, [])]
@@ -118,6 +120,7 @@ def test_hash_of_the_settings_is_of_all_that_counts_but_not_of_the_seed(whole, w
     assert hashes[0] == hashes[1] == read_result(whole).identity_hash != hashes[2]
 
 
+@pytest.mark.slow
 def test_a_run_of_another_seed_has_other_weights(run, tmp_path):
     quick = ["~callbacks.scores", "trainer.limit_val_batches=0", "trainer.max_steps=1"]
     quick += ["callbacks.checkpoint.every_n_train_steps=1"]
@@ -184,6 +187,7 @@ def test_fine_tuning_takes_a_shipped_stream_by_name_and_keeps_the_networks_own_f
         check(cfg)
 
 
+@pytest.mark.slow
 def test_metrics_without_weights_are_empty_columns_and_not_logged(run, tmp_path):
     lacking = ["metrics=[psnr,musiq]", f"metric_weights.folder={tmp_path}"]
     with pytest.raises(FileNotFoundError, match=r"musiq_koniq_ckpt-e95806b9[.]pth: no such file"):
@@ -194,6 +198,7 @@ def test_metrics_without_weights_are_empty_columns_and_not_logged(run, tmp_path)
     assert (tmp_path / "run" / "scores.csv").read_text().splitlines()[1].endswith(",")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share, steps", [("0.01", [1, 4]), ("0.99", [1, 2, 3, 4]), ("null", [1, 2, 3, 4])])
 def test_validations_that_take_too_much_of_the_time_are_left_out_but_for_the_last(run, tmp_path, caplog, share, steps):
     every = ["trainer.max_steps=4", "trainer.val_check_interval=1", "metrics=[psnr]"]
@@ -218,6 +223,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(run, monkeyp
         run("run")
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_switch_reaches_the_blocks(run, monkeypatch):
     calls = []
     forward = block.MMDiTControlBlock.forward
@@ -235,6 +241,7 @@ def test_gradient_checkpointing_switch_reaches_the_blocks(run, monkeypatch):
     assert counts[1] == 2 * counts[0]
 
 
+@pytest.mark.slow
 def test_with_cached_embeddings_only_transformer_vae_and_scheduler_are_read(run, photos, tmp_path, monkeypatch):
     """Training and validation without the text encoders' and tokenizers' folders give what they give with them."""
     model, cache, captioned = tmp_path / "model", tmp_path / "cache", tmp_path / "captioned"
@@ -270,6 +277,7 @@ def test_trainable_weights_are_float32_and_the_base_is_no_part_of_the_module():
     assert module.net.base.proj_out.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_sd3_controlnet_trains_validates_and_restores_by_the_same_commands(run, tmp_path, toy_backbone):
     scores = run("run", *CONTROLNET, "metrics=[psnr]")
     assert {"train/loss", "val/psnr"} <= scores.keys()
@@ -293,6 +301,7 @@ def test_averaging_copies_what_is_trained_and_nothing_frozen():
         assert ours.frozen is theirs.frozen and ours.lr is not theirs.lr
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_in_half_precision_with_a_fused_optimizer(run, tmp_path):
     """One step of gradient descent with learning rate 1 is as long as the clipped gradient."""
     descent = ["optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~optimizer.eps", "optimizer.weight_decay=0"]

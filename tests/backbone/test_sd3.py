@@ -184,6 +184,7 @@ def kl(**config) -> AutoencoderKL:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("height, width", [(64, 96), (168, 96), (40, 200)])
 @pytest.mark.parametrize("kind", ["AutoencoderDC", "AutoencoderKL"])
 def test_tiles_of_an_autoencoder_are_blended_as_diffusers_does(tiny_backbone, kind, height, width):

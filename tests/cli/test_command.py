@@ -61,6 +61,7 @@ def test_help_needs_no_pytorch(command, tmp_path):
     assert "== Config ==" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -198,6 +199,7 @@ def test_a_run_and_hydra_write_into_one_folder_however_it_was_given(arguments, f
     assert sorted(str(path.relative_to(tmp_path).parent) for path in tmp_path.rglob("hydra")) == folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "train"])
 def test_other_commands_leave_no_folder_of_hydra(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -219,6 +221,7 @@ def test_a_baseline_has_its_own_folder_and_row(arguments, folder, monkeypatch):
     assert cfg.callbacks.hyper_parameters.columns.ablation == folder.split("/")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, choice",
     [*((name, "backbone=sd35_medium") for name in TAKES_BACKBONE), ("train", "model=dit4sr"), ("plan", "model=dit4sr")],
@@ -233,6 +236,7 @@ def test_contracts_spelling_of_an_ablation():
     assert composed("train", "+ablation=no_lr_residual").model.network.variant.lr_residual is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "group, option",
     [(group, option) for group in sorted(GROUPS.keys() - OTHER_COMMANDS.keys()) for option in GROUPS[group]],
@@ -257,6 +261,7 @@ def test_every_config_composes_and_its_objects_can_be_made(group, option, tmp_pa
             assert (network["variant"] == full()) == (option == "full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group, option", [(group, option) for group in OTHER_COMMANDS for option in GROUPS[group]])
 def test_every_config_of_other_commands_composes(group, option):
     overrides = [f"{group}={option}", *(["root=x"] if group == "dataset" else [])]

@@ -36,6 +36,7 @@ def test_one_batch_is_one_training_and_one_validation_batch_with_all_files_of_a_
     assert (folder / "checkpoints" / "0000001.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_overfit_sees_one_batch_again_and_again(debug):
     folder = debug(
         "overfit", "trainer.max_steps=8", "trainer.limit_val_batches=0", "optimizer.lr=0", "model.compile=false"

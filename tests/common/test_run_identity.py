@@ -52,6 +52,7 @@ def changed(cfg: DictConfig, **values: object) -> DictConfig:
     return other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", sorted({*NO_EFFECT, *MAY_CHANGE, *MUST_MATCH}))
 def test_no_list_names_a_setting_that_does_not_exist(keys, section):
     assert any(key == section or key.startswith(f"{section}.") for key in keys)

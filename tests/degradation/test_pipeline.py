@@ -161,6 +161,7 @@ def deviation(name: str, statistic: str, quantile: str, values: np.ndarray) -> n
     return (np.quantile(values, level, axis=-1) - reference[quantile]) / (reference["q75"] - reference["q25"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name != "astronaut" else []) for name in REFERENCE]
 )

@@ -66,6 +66,7 @@ def real_step(precision: str, **network):
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("injection", ["none", "linear"])
 def test_flops_are_those_of_pytorchs_counter(injection, checkpointing):
@@ -127,6 +128,7 @@ def test_activations_grow_with_the_tokens_and_not_with_their_square():
     assert large == pytest.approx(4 * small, rel=0.1)
 
 
+@pytest.mark.slow
 def test_frozen_weights_get_no_gradient():
     """The backward costs two forwards where all is trained; here it is about one and a half."""
     cost = counted("32-true")

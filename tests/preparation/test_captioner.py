@@ -139,6 +139,7 @@ def toy(model_folder):
     return [f"captioner.name={model_folder}", "captioner.max_tokens=6", "captioner.dtype=float32", "batch_size=2"]
 
 
+@pytest.mark.slow
 def test_the_command_names_unreadable_images_and_its_shards_make_a_whole(photos, model_folder, capsys, monkeypatch):
     (photos / "broken.png").write_bytes((photos / "deep" / "0.png").read_bytes()[:60])
     arguments = [f"data.folders=[{photos}]", *toy(model_folder)]
@@ -159,6 +160,7 @@ def test_a_sets_captions_are_written_where_training_reads_them(photos, model_fol
     assert all(prompts) and not list(photos.rglob("*.txt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["nothing there", "no weights", "no template", "another kind"])
 def test_a_model_that_cannot_be_used_is_answered_in_one_line(
     model_folder, tmp_path, photos, damage, capsys, monkeypatch

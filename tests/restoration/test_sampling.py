@@ -109,6 +109,7 @@ def test_numbers_that_cannot_be_are_refused(wrong, message):
         replace(SAMPLER, **wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batcher", [1, 3])
 def test_a_tiled_images_result_does_not_depend_on_batch_order_or_neighbours(run, batcher):
     lr = picture(3, 8, 24) * torch.tensor([1.0, 0.7, 0.4]).view(3, 1, 1, 1)  # two tiles each
@@ -146,6 +147,7 @@ def test_tiles_that_do_not_fit_are_fewer_from_then_on_with_one_warning(run, net,
     assert torch.equal(again, fewer)
 
 
+@pytest.mark.slow
 def test_tiles_at_once_take_the_memory_that_the_sampler_gives_them(net):
     """The memory of all tensors that a forward pass makes is counted, at its peak."""
     with FakeTensorMode(allow_non_fake_inputs=True), CostCounter() as counter, torch.no_grad():

@@ -92,6 +92,7 @@ def oracle(name: str, pairs) -> torch.Tensor:
     return torch.stack([score(sr[None], hr[None]).squeeze() for sr, hr in zip(*pairs, strict=True)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("batch", [1, 8])
 def test_equals_pyiqa_image_by_image(name, batch, pairs):
@@ -221,6 +222,7 @@ def assert_equals(score: ImageScore, net: torch.nn.Module, images: torch.Tensor)
     torch.testing.assert_close(scores[1:2], score.each(images[1:2], None), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_lpips_is_the_weighted_distance_of_normalised_features(making, pairs):
     """Written out over torchvision's AlexNet; the weights of the distances are the trained ones."""
@@ -273,6 +275,7 @@ def test_clipiqa_equals_pyiqa(making, images):
     assert_equals(making.score("clipiqa"), net, images)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*jit:FutureWarning")
 def test_liqe_equals_pyiqa(making, images):
     """pyiqa's cache of text features, which other weights may have left, is not read."""
@@ -306,6 +309,7 @@ def test_scores_are_float32_whatever_training_is_set_to(making, images):
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*jit:FutureWarning")
 @pytest.mark.parametrize("name", ["clipiqa", "liqe"])
 def test_all_weights_follow_to_another_device(name, making):
@@ -358,6 +362,7 @@ def test_every_file_is_one_that_pyiqa_or_torchvision_asks_for(name, url):
     assert url in asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER[2:])
 def test_missing_weights_stop_or_leave_the_scores_empty(name, tmp_path, images, caplog):
     first = tmp_path / unquote(NEEDED[[needed for needed, _ in NEEDED].index(name)][1].rsplit("/", 1)[1])
@@ -372,6 +377,7 @@ def test_missing_weights_stop_or_leave_the_scores_empty(name, tmp_path, images, 
         check_metrics({name: config(name, "metric_weights.on_missing=never")})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "of another metric", "no weights"])
 def test_damaged_weights_are_named_in_one_line(damage, making):
     path = making.folder / "musiq_koniq_ckpt-e95806b9.pth"

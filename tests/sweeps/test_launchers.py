@@ -18,6 +18,7 @@ runpy.run_module("dit4sr_pl.train", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["slurm", "local"])
 def test_without_the_launchers_packages_one_line_names_the_extra(tmp_path, launcher):
     command = [sys.executable, "-c", WITHOUT_LAUNCHERS, "-m", "seed=0,1", f"hydra/launcher={launcher}"]
@@ -38,6 +39,7 @@ def test_without_the_launchers_packages_a_sweep_of_one_process_runs(tmp_path):
     assert result.returncode == 0 and result.stderr.count("finished at step 100000") == 2, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, named",
     [

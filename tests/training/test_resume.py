@@ -149,6 +149,7 @@ def test_minutes_make_checkpoints_too(photos, tmp_path):
         assert steps(tmp_path / minutes) == left
 
 
+@pytest.mark.slow
 def test_workers_and_validation_change_nothing(photos, tmp_path, whole):
     start(photos, tmp_path, "data.num_workers=2", "trainer.limit_val_batches=0")
     assert (tmp_path / "losses.csv").read_text() == (whole / "losses.csv").read_text()
@@ -261,6 +262,7 @@ def theirs() -> DictConfig:
         return compose("train", ["output=x"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides, named",
     [
