@@ -22,6 +22,8 @@ from math import prod
 from pathlib import Path
 from time import process_time
 
+from dit4sr_pl.common.markdown import markdown_table
+
 KNOBS = [
     "sampler.tile=16 sampler.overlap=6",
     "sampler.tile=32 sampler.overlap=12",
@@ -53,10 +55,11 @@ def main() -> None:
         sizes(args.sizes or ["512", "1024", "2048"], args.without_networks, args.overrides)
     else:
         (size,) = args.sizes or ["1024"]
-        print(f"| {size} with | per megapixel | peak memory, MiB |\n|---|---|---|")
+        rows = []
         for knobs in KNOBS:
             seconds, memory = measured(size, args.without_networks, [*args.overrides, *knobs.split()])
-            print(f"| {knobs} | {seconds / prod(area(size)) * 1e6:.2f} | {memory:.0f} |", flush=True)
+            rows.append([knobs, f"{seconds / prod(area(size)) * 1e6:.2f}", f"{memory:.0f}"])
+        print(markdown_table([f"{size} with", "seconds per megapixel", "peak memory, MiB"], rows))
 
 
 def area(size: str) -> tuple[int, int]:
@@ -67,16 +70,16 @@ def area(size: str) -> tuple[int, int]:
 
 def sizes(sizes: list[str], without_networks: bool, overrides: list[str]) -> None:
     """Prints time and memory of each size, and the memory that each pixel more takes."""
-    print("| output | processor seconds | per megapixel | peak memory, MiB | bytes per pixel more |")
-    print("|---|---|---|---|---|")
-    before = None
+    before, rows = None, []
     for size in sizes:
         seconds, memory = measured(size, without_networks, overrides)
         pixels, slope = prod(area(size)), ""
         if before is not None:
             slope = f"{(memory - before[1]) * 2**20 / (pixels - before[0]):.1f}"
         before = pixels, memory
-        print(f"| {size} | {seconds:.1f} | {seconds / pixels * 1e6:.2f} | {memory:.0f} | {slope} |", flush=True)
+        rows.append([size, f"{seconds:.1f}", f"{seconds / pixels * 1e6:.2f}", f"{memory:.0f}", slope])
+    heads = ["output", "processor seconds", "per megapixel", "peak memory, MiB", "bytes per further pixel"]
+    print(markdown_table(heads, rows))
 
 
 def measured(size: str, without_networks: bool, overrides: list[str]) -> tuple[float, float]:
@@ -139,7 +142,7 @@ def tiles() -> None:
     from dit4sr_pl.planning.meta_backbone import MetaBackbone
     from dit4sr_pl.planning.step_cost import CostCounter, give_storage
 
-    print("| network | tiles | T5 tokens | numbers per token and unit of width |\n|---|---|---|---|")
+    rows = []
     for folder in (ASSETS / "tiny-sd3", ASSETS / "published/stabilityai/stable-diffusion-3.5-medium"):
         for kind in (DiT4SRTransformer, lambda base: SD3ControlNet(base, len(base.transformer_blocks) // 2)):
             for count, side, t5_tokens in ((1, 64, 77), (2, 64, 256), (8, 64, 256), (2, 128, 256)):
@@ -156,7 +159,8 @@ def tiles() -> None:
                 tokens = count * (2 * (side // net.patch_size) ** 2 + text)
                 held = (counter.peak - weights) / 4 / tokens / (config.num_attention_heads * config.attention_head_dim)
                 name = f"{type(net).__name__} over {folder.name}"
-                print(f"| {name} | {count} of {side}x{side} | {t5_tokens} | {held:.1f} |", flush=True)
+                rows.append([name, f"{count} of {side}x{side}", str(t5_tokens), f"{held:.1f}"])
+    print(markdown_table(["network", "tiles", "T5 tokens", "numbers per token and unit of width"], rows))
 
 
 def seams(backbone: str) -> None:
@@ -174,13 +178,14 @@ def seams(backbone: str) -> None:
     whole = {"encode, latents": latents, "decode, levels of 255": 255 * coder.decode(latents)}
     decoded = torch.cat(list(coder.decode_tiled(latents, side)), dim=2)
     tiled = {"encode, latents": coder.encode_tiled(photo, side), "decode, levels of 255": 255 * decoded}
-    print("| | largest, mean where tiles overlap | largest, mean elsewhere |\n|---|---|---|")
+    rows = []
     for name in whole:
         difference = (tiled[name] - whole[name]).abs()
         position = torch.arange(difference.shape[-1]) * size // difference.shape[-1] // coder.factor  # in latents
         seam = (position >= side * 3 // 4) & (position % (side * 3 // 4) < side // 4)
         parts = [difference[..., place] for place in ((seam | seam[:, None]), ~(seam | seam[:, None]))]
-        print(f"| {name} | " + " | ".join(f"{part.max():.4f}, {part.mean():.6f}" for part in parts) + " |")
+        rows.append([name, *(f"{part.max():.4f}, {part.mean():.6f}" for part in parts)])
+    print(markdown_table(["", "largest, mean where tiles overlap", "largest, mean elsewhere"], rows))
 
 
 if __name__ == "__main__":

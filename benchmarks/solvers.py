@@ -17,6 +17,7 @@ from rich.progress import track
 from tiny import CROP, photos, psnr
 
 from dit4sr_pl.cli.command import conf_folder
+from dit4sr_pl.common.markdown import markdown_table
 from dit4sr_pl.common.randomness import derive_seed
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
@@ -72,9 +73,10 @@ def at_most(evaluations: int, solver: str = "euler") -> Sampler:
 
 def report(rows: list[tuple]) -> None:
     """Prints the rows as a Markdown table."""
-    print("| " + " | ".join(HEADS) + " |\n" + "|---" * len(HEADS) + "|")
-    for name, evaluations, stlpips, decibels, distance in rows:
-        print(f"| {name} | {evaluations} | {stlpips:.4f} | {decibels:.2f} | {distance:.2f} |")
+    texts = [
+        (name, str(n), f"{stlpips:.4f}", f"{db:.2f}", f"{distance:.2f}") for name, n, stlpips, db, distance in rows
+    ]
+    print(markdown_table(HEADS, texts))
 
 
 def draw(rows: list[tuple], path: str) -> None:

@@ -1,4 +1,5 @@
 import pickle
+import struct
 import sys
 
 import pytest
@@ -16,7 +17,7 @@ from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.evaluation.benchmark_sets import read
 from dit4sr_pl.evaluation.methods import LRImage
 from dit4sr_pl.evaluation.methods.command import Command
-from dit4sr_pl.evaluation.methods.spandrel import in_tiles
+from dit4sr_pl.evaluation.methods.spandrel import in_tiles, load
 from dit4sr_pl.images.files import write_image
 from dit4sr_pl.model import SD3ControlNet, save_part
 from dit4sr_pl.model.trained_part import base_of, part_of
@@ -104,6 +105,50 @@ def test_published_weight_files_give_what_their_network_gives(kind, label, tmp_p
     torch.testing.assert_close(restored(found, lr)["a"], net(lr.lr)[0].clamp(0, 1), atol=1e-6, rtol=0)
     assert restored(found, photo(9, 11))["a"].shape == (3, 36, 44)
     assert method("method=spandrel", f"weights={path}").label == {"realesrgan": "ESRGAN", "swinir": "SwinIR"}[kind]
+
+
+def write_ncnn(net, path):
+    """Writes an ESRGAN's convolutions as ncnn does, in half precision; returns the file."""
+    layers, data = ["Input input 0 1 data"], b""
+    state = list(net.state_dict().values())
+    for i, (weight, bias) in enumerate(zip(state[::2], state[1::2], strict=True)):
+        values = weight.numpy().astype("<f2").tobytes()
+        data += struct.pack("<I", 0x01306B47) + values + b"\0" * (-len(values) % 4) + bias.numpy().tobytes()
+        outputs, _, kernel, _ = weight.shape
+        layers += [f"Convolution c{i} 1 1 a b 0={outputs} 1={kernel} 4=1 5=1 6={weight.numel()} 9=2 -23310=1,0.2"]
+    path.with_suffix(".param").write_text("\n".join(["7767517", f"{len(layers)} 1", *layers]))
+    path.write_bytes(data)
+    return path
+
+
+@torch.no_grad()
+def test_ncnns_files_give_what_their_network_gives_in_half_precision(tmp_path):
+    torch.manual_seed(0)
+    net = ESRGAN(num_filters=7, num_blocks=2, scale=4).half().float().eval()  # odd counts are padded
+    path = write_ncnn(net, tmp_path / "x4plus.bin")
+    found = method("method=realesrgan", f"weights={path}")
+    assert (found.label, found.weights_hash) == ("Real-ESRGAN", file_hash(path))
+    lr = photo(16, 24)
+    torch.testing.assert_close(restored(found, lr)["a"], net(lr.lr)[0].clamp(0, 1), atol=1e-6, rtol=0)
+
+
+def test_ncnns_files_that_do_not_fit_get_one_line(tmp_path):
+    whole = write_ncnn(ESRGAN(num_filters=8, num_blocks=1, scale=4), tmp_path / "whole.bin")
+    data, layout = whole.read_bytes(), whole.with_suffix(".param").read_text()
+    for name, (found, text, message) in {
+        "cut": (data[:-5], layout, "damaged, or cut.param is of another network"),
+        "longer": (data + data[:8], layout, "damaged, or longer.param is of another network"),
+        "other": (data, layout.replace("0=8 ", "0=9 "), "damaged, or other.param is of another network"),
+        "text": (data, "not ncnn's", "damaged, or text.param is of another network"),
+        "odd": (b"", "7767517\n0 0", "0 convolutions; no ESRGAN has that many"),
+        "alone": (data, None, "alone.param must lie next to it"),
+    }.items():
+        (tmp_path / f"{name}.bin").write_bytes(found)
+        if text is not None:
+            (tmp_path / f"{name}.param").write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+            load(tmp_path / f"{name}.bin")
+        assert "\n" not in str(error.value)
 
 
 def test_tiles_are_seamless_where_the_margin_covers_what_the_network_sees():

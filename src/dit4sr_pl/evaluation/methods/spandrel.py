@@ -11,8 +11,9 @@ from torch import Tensor
 from dit4sr_pl.common.hashing import file_hash
 from dit4sr_pl.evaluation.benchmark_sets import SCALE
 from dit4sr_pl.evaluation.methods import LRImage
+from dit4sr_pl.evaluation.methods.ncnn_weights import read_esrgan
 
-SUFFIXES = (".pth", ".ckpt", ".safetensors")  # spandrel reads these without running code in them
+SUFFIXES = (".pth", ".ckpt", ".safetensors", ".bin")  # all of them are read without running code in them
 
 
 class SpandrelNet:
@@ -20,7 +21,7 @@ class SpandrelNet:
 
     Args:
         label: name of the row; None: the architecture's name.
-        weights: a `.pth`, `.ckpt` or `.safetensors` file.
+        weights: a `.pth`, `.ckpt` or `.safetensors` file, or ncnn's `.bin` with its `.param` next to it.
         tile: side of the tiles that larger LR images are cut into, pixels.
         margin: LR pixels around a tile that the network sees and that are cut off again.
         device: device of the network.
@@ -53,8 +54,10 @@ def load(path: Path):
         raise FileNotFoundError(f"weights={path}: no such file; docs/systems.md says where the published ones are")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"weights={path}: must end in {', '.join(SUFFIXES)}")
+    loader = spandrel.ModelLoader()
+    weights = read_esrgan(path) if path.suffix == ".bin" else None
     try:
-        net = spandrel.ModelLoader().load_from_file(path)
+        net = loader.load_from_file(path) if weights is None else loader.load_from_state_dict(weights)
     except spandrel.UnsupportedModelError:
         raise ValueError(f"weights={path}: no network that spandrel knows") from None
     except (UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
