@@ -99,12 +99,12 @@ class Budget:
         images = max(self.costs[False])
         plain, checkpointed = self.costs[False][images], self.costs[True][images]
         return {
-            "encode HR and LR": plain.encode_flops / images,
-            "forward": plain.forward_flops / images,
-            "backward": plain.backward_flops / images,
-            "computed again, if checkpointed": (checkpointed.backward_flops - plain.backward_flops) / images,
-            "in all, not checkpointed": plain.flops / images,
-            "in all, checkpointed": checkpointed.flops / images,
+            "encode HR and LR": plain.encode.flops / images,
+            "forward": plain.forward.flops / images,
+            "backward": plain.backward.flops / images,
+            "computed again, if checkpointed": (checkpointed.backward.flops - plain.backward.flops) / images,
+            "in all, not checkpointed": plain.work.flops / images,
+            "in all, checkpointed": checkpointed.work.flops / images,
         }
 
     def per_gpu(self, spread: Spread) -> dict[str, int]:

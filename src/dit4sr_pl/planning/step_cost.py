@@ -1,4 +1,4 @@
-"""FLOPs and bytes of a training step, counted while the real step runs on tensors that have shapes and no memory."""
+"""FLOPs, launches and bytes of a training step, counted while it runs on tensors that have shapes and no memory."""
 
 import weakref
 from collections.abc import Callable
@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import conv_flop_count, flop_registry, shape_wrapper
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -40,8 +41,37 @@ FORMULAS = flop_registry | {  # where PyTorch has no formula or a wrong one
 }
 
 
+# Operations that allocate or rename memory; together with views they start no kernel.
+WITHOUT_KERNEL = {
+    *(aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten._unsafe_view),
+    *(aten.detach, aten.lift_fresh, torch.ops.prim.device),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a part of a step asks of a GPU.
+
+    Args:
+        flops: FLOPs of products, convolutions and attention.
+        launches: number of operations that start a kernel. One that starts several, such as a fused optimizer over
+            many weights, counts once.
+        moved: bytes that all other operations read and write.
+    """
+
+    flops: int = 0
+    launches: int = 0
+    moved: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.launches + other.launches, self.moved + other.moved)
+
+    def __sub__(self, other: "Work") -> "Work":
+        return Work(self.flops - other.flops, self.launches - other.launches, self.moved - other.moved)
+
+
 class CostCounter(TorchDispatchMode):
-    """Counter of the FLOPs of all operations within it and of the bytes of all live tensors that they have made.
+    """Counter of the work of all operations within it and of the bytes of all live tensors that they have made.
 
     PyTorch's `FlopCounterMode` uses the same formulas, but keeps the tensors of recomputed blocks alive.
     """
@@ -49,13 +79,17 @@ class CostCounter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.known = WeakIdKeyDictionary()  # storages, so that views count once
-        self.flops = self.now = self.peak = 0
+        self.work = Work()
+        self.now = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if formula := FORMULAS.get(func._overloadpacket):
-            self.flops += formula(*args, **kwargs, out_val=result)
+            self.work += Work(flops=formula(*args, **kwargs, out_val=result), launches=1)
+        elif starts_kernel(func):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+            self.work += Work(launches=1, moved=sum(tensor.nbytes for tensor in tensors))
         tree_map_only(Tensor, self.see, result)
         return result
 
@@ -73,28 +107,37 @@ class CostCounter(TorchDispatchMode):
         self.now -= count
 
 
+def starts_kernel(func: OpOverload) -> bool:
+    """Returns whether an operation starts a kernel: it is no view and no allocation."""
+    returned = [value.alias_info for value in func._schema.returns]
+    is_view = any(alias is not None and not alias.is_write for alias in returned)
+    return not is_view and func._overloadpacket not in WITHOUT_KERNEL
+
+
 @dataclass(frozen=True)
 class StepCost:
     """The cost of one step.
 
     Args:
-        encode_flops: FLOPs of encoding the HR and the LR images.
-        forward_flops: FLOPs of the network's forward.
-        backward_flops: FLOPs of its backward, including what checkpointing computes again.
+        encode: encoding the HR and the LR images.
+        forward: the network's forward.
+        backward: its backward, including what checkpointing computes again.
+        update: the optimizer's step.
         moments: bytes of the optimizer's moments.
         activations: bytes of the step's peak above weights, gradients and moments.
     """
 
-    encode_flops: int
-    forward_flops: int
-    backward_flops: int
+    encode: Work
+    forward: Work
+    backward: Work
+    update: Work
     moments: int
     activations: int
 
     @property
-    def flops(self) -> int:
-        """All FLOPs of the step."""
-        return self.encode_flops + self.forward_flops + self.backward_flops
+    def work(self) -> Work:
+        """The whole step."""
+        return self.encode + self.forward + self.backward + self.update
 
 
 def step_cost(
@@ -141,14 +184,17 @@ def step_cost(
         pooled = torch.empty(batch, config.pooled_projection_dim, dtype=dtype)
         timestep = torch.empty(batch)
         start = counter.peak = counter.now
+        before_step = counter.work
         with autocast(precision):
             clean, lr_latent = coder.encode(images), coder.encode(images)
-            encode = counter.flops
+            encoded = counter.work
             velocity = network(clean, lr_latent, timestep, embeds, pooled)
-            forward = counter.flops
+            predicted = counter.work
         (velocity.float() - clean).square().mean().backward()
+        derived = counter.work
         optimizer.step()
-    return StepCost(encode, forward - encode, counter.flops - forward, moments, counter.peak - start)
+    parts = encoded - before_step, predicted - encoded, derived - predicted, counter.work - derived
+    return StepCost(*parts, moments, counter.peak - start)
 
 
 def autocast(precision: str) -> AbstractContextManager:
@@ -157,15 +203,15 @@ def autocast(precision: str) -> AbstractContextManager:
     return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
 
-def give_storage(module: nn.Module) -> None:
+def give_storage(module: nn.Module, stand_in: dict[torch.dtype, torch.dtype] = STAND_IN) -> None:
     """Replaces meta tensors, which autocast ignores, by fake ones on the CPU, which take no memory either."""
     for part in module.modules():
         for name, weight in part._parameters.items():
             if weight is not None:
-                part._parameters[name] = nn.Parameter(empty(weight), weight.requires_grad)
+                part._parameters[name] = nn.Parameter(empty(weight, stand_in), weight.requires_grad)
         for name, buffer in part._buffers.items():
             if buffer is not None:
-                part._buffers[name] = empty(buffer)
+                part._buffers[name] = empty(buffer, stand_in)
 
 
 def normalise_in_float32(module: nn.Module) -> None:
@@ -175,6 +221,6 @@ def normalise_in_float32(module: nn.Module) -> None:
             part.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
-def empty(like: Tensor) -> Tensor:
+def empty(like: Tensor, stand_in: dict[torch.dtype, torch.dtype]) -> Tensor:
     """Returns a tensor of the same shape and of a type with as many bytes."""
-    return torch.empty(like.shape, dtype=STAND_IN.get(like.dtype, like.dtype))
+    return torch.empty(like.shape, dtype=stand_in.get(like.dtype, like.dtype))
