@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from dit4sr_pl.cli.checks import SCALES, check_backbone, check_extra, check_scale, choose_device
+from dit4sr_pl.cli.checks import SCALES, check_backbone, check_extra, check_scale, check_text_length, choose_device
 from dit4sr_pl.cli.command import command
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def check(cfg: DictConfig) -> None:
         socket.create_server((cfg.host, cfg.port)).close()
     except OSError as error:
         raise ValueError(f"host={cfg.host} port={cfg.port}: {error.strerror}; choose another") from None
+    check_text_length(cfg.model.backbone)
 
 
 def page(restorer: Restorer, cfg: DictConfig) -> gr.Blocks:

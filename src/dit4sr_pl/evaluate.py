@@ -11,7 +11,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError
 
-from dit4sr_pl.cli.checks import check_backbone, check_extra, check_readable, check_writable, choose_device, read_shard
+from dit4sr_pl.cli.checks import (
+    check_backbone,
+    check_extra,
+    check_readable,
+    check_text_length,
+    check_writable,
+    choose_device,
+    read_shard,
+)
 from dit4sr_pl.cli.command import command
 from dit4sr_pl.scores.weight_files import check_metrics
 
@@ -184,6 +192,7 @@ def check_method(cfg: DictConfig) -> None:
         check_extra("this method", "spandrel", "spandrel")
     if "backbone" in cfg.method:
         check_backbone(cfg.model.backbone)
+        check_text_length(cfg.model.backbone)
 
 
 if __name__ == "__main__":

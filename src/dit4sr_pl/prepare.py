@@ -9,7 +9,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.cli.checks import check_backbone, check_data, check_readable, check_writable, read_shard
+from dit4sr_pl.cli.checks import (
+    check_backbone,
+    check_data,
+    check_readable,
+    check_text_length,
+    check_writable,
+    read_shard,
+)
 from dit4sr_pl.cli.command import command
 from dit4sr_pl.scores.weight_files import Weights, check_digest, download
 
@@ -166,6 +173,7 @@ def check_embeddings(cfg: DictConfig) -> None:
     if cfg.model.backbone.embeddings is not None:
         raise ValueError("model.backbone.embeddings is where training reads; give embeddings=FOLDER to write them")
     check_backbone(cfg.model.backbone)
+    check_text_length(cfg.model.backbone)
     check_writable(cfg.embeddings, "embeddings")
 
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.cli.checks import check_backbone, check_readable, check_scale, check_writable, choose_device
+from dit4sr_pl.cli.checks import (
+    check_backbone,
+    check_readable,
+    check_scale,
+    check_text_length,
+    check_writable,
+    choose_device,
+)
 from dit4sr_pl.cli.command import command
 
 if TYPE_CHECKING:
@@ -147,6 +154,7 @@ def check(cfg: DictConfig) -> None:
     if Path(cfg.output).resolve() == Path(cfg.input).resolve():
         raise ValueError(f"output={cfg.output}: is the input folder; choose another, which may lie in it")
     check_backbone(cfg.model.backbone)
+    check_text_length(cfg.model.backbone)
     check_writable(cfg.output, "output")
 
 

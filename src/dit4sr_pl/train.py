@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.cli.checks import check_backbone, check_data, check_readable, check_writable
+from dit4sr_pl.cli.checks import check_backbone, check_data, check_readable, check_text_length, check_writable
 from dit4sr_pl.cli.command import choice, command
 from dit4sr_pl.common.files import checkpoint_file
 from dit4sr_pl.scores.weight_files import check_metrics
@@ -150,6 +150,7 @@ def check(cfg: DictConfig) -> None:
     if cfg.sharded and "ema" in cfg.callbacks:
         raise ValueError("trainer=fsdp cannot average weights; add ~callbacks.ema, or use trainer=ddp")
     check_backbone(cfg.model.backbone)
+    check_text_length(cfg.model.backbone)
     if "scores" in cfg.callbacks:
         check_metrics(cfg.callbacks.scores.metrics, cfg.data.validation_crop)
     check_writable(cfg.output, "output")

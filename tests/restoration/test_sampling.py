@@ -229,7 +229,7 @@ def test_small_images_are_extended_to_the_smallest_size_and_cut(run, net):
 
 def test_restoring_takes_its_own_number_of_t5_tokens_and_training_keeps_the_trainings():
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        restoring = compose("restore", ["input=x", "backbone=sd35_medium", "sampler=paper"])
+        restoring = compose("restore", ["input=x", "backbone=sd35_medium"])
         training = compose("train", ["experiment=paper", "output=x"])
         tiny = compose("restore", ["input=x"])
     tokens = [cfg.model.backbone.t5_tokens for cfg in (restoring, training, tiny)]

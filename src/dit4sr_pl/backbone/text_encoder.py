@@ -6,6 +6,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
+from dit4sr_pl.backbone.text_length import check_t5_tokens
+
 REMEMBERED = 128  # prompts; 700 MB for SD3 with 256 tokens of T5 in float32
 
 
@@ -15,9 +17,14 @@ class PromptEncoder:
     Args:
         pipeline: an SD3 pipeline with its text encoders; transformer and VAE may be None.
         t5_tokens: number of T5's tokens; with SD3, 77 in training and 256 in the released inference.
+
+    Raises:
+        ValueError: prompts would be cut to fewer tokens than T5 was trained with.
     """
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, t5_tokens: int):
+        if pipeline.tokenizer_3 is not None:
+            check_t5_tokens(t5_tokens, pipeline.tokenizer_3.model_max_length, "this model")
         self.pipeline = pipeline
         self.t5_tokens = t5_tokens
         self.remembered = lru_cache(REMEMBERED)(self.encode)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from dit4sr_pl.backbone.text_length import check_t5_tokens, longest_prompt
+
 DTYPES = ("float32", "bfloat16", "float16")
 SCALES = (1, 8)
 
@@ -92,6 +94,11 @@ def check_backbone(backbone: DictConfig) -> None:
         check_readable(Path(backbone.name) / "model_index.json", "model.backbone.name")
     if backbone.embeddings is not None:
         check_readable(Path(backbone.embeddings) / "index.json", "model.backbone.embeddings")
+
+
+def check_text_length(backbone: DictConfig) -> None:
+    """Raises ValueError if the config cuts prompts to fewer tokens than the model's T5 was trained with."""
+    check_t5_tokens(backbone.t5_tokens, longest_prompt(backbone.name), backbone.name)
 
 
 def check_writable(folder: str | Path, what: str) -> None:
