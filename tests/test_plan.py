@@ -79,7 +79,7 @@ def test_fsdp_shares_out_the_network_and_nothing_else(budget):
     whole, shared = (budget.per_gpu(Spread(4, sharded, images=8)) for sharded in (False, True))
     for part in ("frozen transformer", "trained weights", "gradients", "optimizer's moments"):
         assert shared[part] == whole[part] // 4
-    for part in ("autoencoder", "text encoders", "running average"):
+    for part in ("table of positions", "autoencoder", "text encoders", "running average"):
         assert shared[part] == whole[part] > 0
     assert whole["gathered blocks"] == 0 < shared["gathered blocks"] < 2 * whole["frozen transformer"]
 
@@ -113,6 +113,7 @@ def test_experiments_have_the_papers_global_batch(experiment):
         cfg = compose("plan", [f"experiment={experiment}"])
     assert images_per_step(cfg) == 64
     assert cfg.optimizer.lr == 5e-5 and cfg.trainer.gradient_clip_val == 1.0
+    assert "checkpoint" in cfg.callbacks and "ema" not in cfg.callbacks  # neither paper nor release averages weights
     assert ("variant" in cfg.model.network) == (experiment != "sd3_controlnet")
     if experiment != "sd3_controlnet":
         assert cfg.model.network.variant.legacy_lr_keys == (experiment == "paper")

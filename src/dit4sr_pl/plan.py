@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> None:
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 160  # in a file every row is one line
+        console.width = 200  # in a file every row is one line
     with console.status("running a step without memory"):
         budget = make_budget(cfg, folder)
     console.print(f"Backbone {cfg.model.backbone.name}: {source}.\n")

@@ -110,12 +110,14 @@ class Budget:
     def per_gpu(self, spread: Spread) -> dict[str, int]:
         """Returns the bytes on each GPU by part, without activations.
 
-        FSDP divides the network. Autoencoder, text encoders and the running average are complete on every GPU.
+        FSDP divides the network's parameters. Its buffers (SD3's table of positions: 226M numbers in SD3.5-medium),
+        autoencoder, text encoders and the running average are complete on every GPU.
         """
         share = spread.gpus if spread.sharded else 1
         trained = weight_bytes(self.trained_part)
         return {
-            "frozen transformer": weight_bytes(self.network.base) // share,
+            "frozen transformer": parameter_bytes(self.network.base) // share,
+            "table of positions": weight_bytes(self.network.base) - parameter_bytes(self.network.base),
             "autoencoder": weight_bytes(self.vae),
             "text encoders": sum(map(weight_bytes, self.text_encoders)),
             "trained weights": trained // share,
@@ -154,9 +156,14 @@ def count(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
+def parameter_bytes(module: nn.Module) -> int:
+    """Returns the bytes of parameters."""
+    return sum(tensor.nbytes for tensor in module.parameters())
+
+
 def weight_bytes(module: nn.Module) -> int:
-    """Returns the bytes of parameters and buffers; SD3.5's table of positions, a buffer, has 226M numbers."""
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    """Returns the bytes of parameters and buffers."""
+    return parameter_bytes(module) + sum(tensor.nbytes for tensor in module.buffers())
 
 
 def gathered_bytes(network: nn.Module) -> int:

@@ -66,7 +66,7 @@ class SuperResolutionModule(LightningModule):
         self.seed = seed
         net = network(backbone.transformer)
         if checkpoint is not None:
-            start_from_checkpoint(net, checkpoint)
+            start_from_checkpoint(net, checkpoint, may_differ=("injection_scale",))
         self.base = base_of(net, backbone.name)  # read before weights are sharded
         self.add_module(net.trained_name, net.trained.float())  # float32 also under autocast
         object.__setattr__(self, "net", net)  # a plain attribute, not a submodule
@@ -143,12 +143,17 @@ class SuperResolutionModule(LightningModule):
         return optimizer
 
 
-def start_from_checkpoint(net: nn.Module, checkpoint: str) -> None:
-    """Loads the weights of a trained part into a network, which keeps its own factor of LR Injection.
+def start_from_checkpoint(net: nn.Module, checkpoint: str, may_differ: tuple[str, ...] = ()) -> None:
+    """Loads the weights of a trained part into a network, which keeps its own config.
+
+    Args:
+        net: the network.
+        checkpoint: file of the trained part, or the name of one in this package.
+        may_differ: keys of the network's config in which the trained part's may be another.
 
     Raises:
-        ValueError: the trained part has other switches or another base; the message names the file.
+        ValueError: the trained part has another network config or base; the message names the file.
     """
     part = load_part(checkpoint_file(checkpoint))
-    check_network_config(net, part.network_config, checkpoint, may_differ=("injection_scale",))
+    check_network_config(net, part.network_config, checkpoint, may_differ)
     fit_part(net, part, checkpoint)
