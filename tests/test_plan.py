@@ -128,7 +128,9 @@ def test_variant_a_has_keys_of_its_own_in_the_papers_experiment():
 def test_the_command_prints_what_fits(pipeline, budget, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("dit4sr_pl.plan.make_budget", lambda cfg, folder: budget)
-    monkeypatch.setattr("sys.argv", ["plan", f"model.backbone.name={pipeline}", "data.batch_size=8"])
+    monkeypatch.setattr(
+        "sys.argv", ["plan", f"model.backbone.name={pipeline}", "data.batch_size=8", "plan.restoring=null"]
+    )
     main()
     printed = capsys.readouterr().out
     assert "| fits 24 GB" in printed and "yes" in printed

@@ -11,6 +11,7 @@ from dit4sr_pl.cli.command import command
 from dit4sr_pl.common.files import ASSETS
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
 
     from dit4sr_pl.planning.budget import Budget, Spread
@@ -21,7 +22,7 @@ GIB = 2**30
 
 @command("plan")
 def main(cfg: DictConfig) -> None:
-    """Prints parameters, FLOPs and memory of the training."""
+    """Prints parameters, FLOPs and memory of the training, and what restoring costs next to the paper's table."""
     OmegaConf.resolve(cfg)
     images = images_per_step(cfg)
     folder, source = find_configs(cfg.model.backbone.name)
@@ -37,6 +38,10 @@ def main(cfg: DictConfig) -> None:
     console.print(parameter_table(budget))
     console.print(flops_table(cfg, budget, images))
     console.print(memory_table(cfg, budget, images))
+    if cfg.plan.restoring:
+        with console.status("counting what restoring costs"):
+            table = restoring_table(cfg)
+        console.print(table)
 
 
 def images_per_step(cfg: DictConfig) -> int:
@@ -168,6 +173,62 @@ def memory_table(cfg: DictConfig, budget: "Budget", images: int) -> "Table":
         free = (memory - cfg.plan.reserved) * GIB
         table.add_row(f"fits {memory} GB", *(verdict(budget, *row, free) for row in rows(spreads, batches)))
     return table
+
+
+def restoring_table(cfg: DictConfig) -> "Table":
+    """Returns the table of what restoring an image costs, for the models `plan.restoring`, then the paper's others.
+
+    Seconds are measured with random weights on `plan.device`, or on a GPU if there is one; without a device they are
+    predicted from FLOPs at `plan.tflops`.
+    """
+    import torch
+    from hydra import compose
+
+    from dit4sr_pl.comparison import paper
+
+    name = cfg.plan.device or ("cuda" if torch.cuda.is_available() else None)
+    device = name and torch.device(name)
+    where = torch.cuda.get_device_name(device) if device and device.type == "cuda" else name
+    size, theirs = cfg.plan.size, {row["method"]: row for row in paper.read("complexity")}
+    table = new_table(
+        f"restoring {size}x{size}",
+        "million parameters",
+        "evaluations",
+        "TFLOPs",
+        f"seconds on {where}" if device else "seconds, predicted",
+        "paper: million parameters",
+        "steps",
+        "seconds, A100",
+    )
+    for model, label in cfg.plan.restoring.items():
+        cells = restoring_row(compose("train", [f"model={model}"]), size, device, cfg.plan.tflops)
+        table.add_row(label or model, *cells, *paper_cells(theirs.pop(label, {})))
+    for label, row in theirs.items():
+        table.add_row(label, "", "", "", "", *paper_cells(row))
+    return table
+
+
+def restoring_row(cfg: DictConfig, size: int, device: "torch.device | None", tflops: float) -> list[str]:
+    """Returns parameters, evaluations, TFLOPs and seconds of a model with its own sampler, as cells of a table."""
+    from hydra.utils import instantiate
+
+    from dit4sr_pl.planning.meta_backbone import MetaBackbone
+    from dit4sr_pl.planning.restoring_cost import restoring_cost, restoring_seconds
+
+    backbone = MetaBackbone(
+        find_configs(cfg.model.backbone.name)[0], "float32" if device and device.type == "cpu" else "float16"
+    )
+    make, sampler = instantiate(cfg.model.network), instantiate(cfg.sampler)
+    cost = restoring_cost(backbone, backbone.network(make), sampler, size)
+    seconds = cost.flops / 1e12 / tflops
+    if device:
+        seconds = restoring_seconds(backbone, backbone.network(make), sampler, size, device)
+    return [f"{cost.parameters / 1e6:.1f}", str(cost.evaluations), f"{cost.flops / 1e12:.1f}", f"{seconds:.2f}"]
+
+
+def paper_cells(row: dict[str, str]) -> list[str]:
+    """Returns the paper's cells of a method, empty ones for a method that it does not have."""
+    return [row.get(name, "") for name in ("params_millions", "steps", "seconds_512x512_a100")]
 
 
 def verdict(budget: "Budget", spread: "Spread", wanted: int, free: float) -> str:
