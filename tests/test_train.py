@@ -1,6 +1,8 @@
 import copy
 import io
+import shlex
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from dit4sr_pl import prepare
+from dit4sr_pl import train as train_module
 from dit4sr_pl.backbone.flow import RectifiedFlow
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.cli.command import conf_folder
@@ -270,6 +274,39 @@ def test_with_cached_embeddings_only_transformer_vae_and_scheduler_are_read(run,
     (captioned / "0.txt").write_text("a cow")
     with pytest.raises(ValueError, match="no embeddings of the prompt 'a cow'; run prepare stage=embeddings"):
         run("other", *arguments, f"model.backbone.name={model}", f"model.backbone.embeddings={cache}")
+
+
+@pytest.mark.slow
+def test_prompts_without_embeddings_end_a_run_before_it_begins_with_the_command_that_adds_them(
+    photos, tmp_path, monkeypatch
+):
+    """Validation's prompts and those of a resumed run are looked up, too; the command of the message is run."""
+    captioned, cache = tmp_path / "captioned", tmp_path / "cache"
+    shutil.copytree(photos, captioned)
+    (captioned / "1.txt").write_text("a cat's tail")
+    write_embeddings(
+        ["a cat's tail"], lambda _: (torch.zeros(1, 85, 16), torch.zeros(1, 16)), cache, str(TOY_SD3), 8, 1
+    )
+    folders = [f"data.folders=[{captioned}]", f"data.validation_folders=[{captioned}]"]
+    words = [*toy(photos, tmp_path / "run"), *folders, f"model.backbone.embeddings={cache}", "metrics=[psnr]"]
+
+    def start(*more: str) -> str | None:
+        monkeypatch.setattr(sys, "argv", ["train", *words, *more])
+        try:
+            train_module.main()
+        except SystemExit as end:
+            return end.code
+
+    assert start() is None
+    longer = ["trainer.max_steps=3", "sampler.added_prompt='sharp, clear'"]
+    message = start(*longer)
+    assert "no embeddings of the prompt \"a cat's tail sharp, clear\" and 1 more of this run's 4" in message
+    assert not (tmp_path / "run" / "checkpoints" / "0000003.ckpt").exists()
+    command = shlex.split(message.partition("stage=embeddings: ")[2])
+    assert command[:4] == ["python", "-m", "dit4sr_pl.prepare", "stage=embeddings"]
+    monkeypatch.setattr(sys, "argv", command[2:])
+    prepare.main()
+    assert start(*longer) is None
 
 
 def test_trainable_weights_are_float32_and_the_base_is_no_part_of_the_module():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from dit4sr_pl.cli.benchmarks import name_benchmark
 from dit4sr_pl.cli.checks import (
     check_backbone,
     check_data,
@@ -36,7 +37,9 @@ def captions(cfg: DictConfig, shard: tuple[int, int]) -> None:
     from dit4sr_pl.data.photo_sets import open_sets
     from dit4sr_pl.preparation.captioner import one_per_caption, write_captions
 
-    photos = [photo for photo_set in open_sets(cfg.data.folders, cfg.data.sets) for photo in photo_set.photos]
+    photos = [
+        photo for photo_set in open_sets(cfg.data.folders, cfg.data.sets, cfg.data.pairs) for photo in photo_set.photos
+    ]
     files = one_per_caption((photo.path, photo.captions.folder / f"{photo.name}.txt") for photo in photos)
     number, count = shard
     files = files[number - 1 :: count]
@@ -76,12 +79,15 @@ def all_prompts(cfg: DictConfig) -> Iterator[str]:
 
     from dit4sr_pl.data.photo_sets import open_sets
 
-    sampler = instantiate(cfg.sampler)
-    for photo_set in open_sets(cfg.data.folders, cfg.data.sets):
+    captions = [""]
+    for photo_set in open_sets(cfg.data.folders, cfg.data.sets, cfg.data.pairs):
         yield from (photo.prompt for photo in photo_set.photos)
     for photo_set in open_sets(cfg.data.validation_folders) if cfg.data.validation_folders else []:
-        yield from (sampler.prompt(photo.prompt) for photo in photo_set.photos)
-    yield from [sampler.prompt(""), sampler.negative_prompt, *cfg.prompts]
+        captions += [photo.prompt for photo in photo_set.photos]
+    if cfg.data.validation is not None:
+        captions += [item.caption for item in instantiate(cfg.data.validation).items(Path())]
+    yield from sorted(instantiate(cfg.sampler).prompts(captions))
+    yield from cfg.prompts
 
 
 def manifest(cfg: DictConfig, shard: tuple[int, int]) -> None:
@@ -149,6 +155,7 @@ def check(cfg: DictConfig) -> None:
     if cfg.stage == "metrics":
         check_writable(Path(cfg.metric_weights.folder).expanduser(), "metric_weights.folder")
     else:
+        name_benchmark(cfg)
         check_data(cfg.data, written=cfg.stage)
         {"captions": check_captions, "embeddings": check_embeddings, "manifest": check_manifest}[cfg.stage](cfg)
 
@@ -161,11 +168,13 @@ def check_captions(cfg: DictConfig) -> None:
         check_readable(cfg.captioner.name, "captioner.name")
     for folder in cfg.data.folders:
         check_writable(folder, "data.folders")
-    for name, options in named_sets(cfg).items():
-        captions = options.get("captions") or options.folder
+    named = {f"sets.{name}": (options.folder, options) for name, options in named_sets(cfg).items()}
+    named |= {f"pairs.{name}": (options.hr, options) for name, options in cfg.data.pairs.items() if options.hr}
+    for name, (folder, options) in named.items():
+        captions = options.get("captions") or folder
         if Path(captions).suffix in (".parquet", ".jsonl"):
-            raise ValueError(f"data.sets.{name}.captions={captions}: captions are written as files; give a folder")
-        check_writable(captions, f"data.sets.{name}.captions")
+            raise ValueError(f"data.{name}.captions={captions}: captions are written as files; give a folder")
+        check_writable(captions, f"data.{name}.captions")
 
 
 def check_embeddings(cfg: DictConfig) -> None:

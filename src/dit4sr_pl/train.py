@@ -5,6 +5,7 @@ python -m dit4sr_pl.train [+ablation=NAME] [experiment=NAME] [ckpt_path=FILE] [-
 
 import logging
 import os
+import shlex
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from dit4sr_pl.cli.benchmarks import name_benchmark
 from dit4sr_pl.cli.checks import check_backbone, check_data, check_readable, check_text_length, check_writable
 from dit4sr_pl.cli.command import choice, command
 from dit4sr_pl.common.files import checkpoint_file
@@ -20,8 +22,10 @@ from dit4sr_pl.scores.weight_files import check_metrics
 from dit4sr_pl.training.run_folder import begin, finish, finished_steps, newest_checkpoint, open_run
 
 if TYPE_CHECKING:
+    from dit4sr_pl.data.module import SuperResolutionData
     from dit4sr_pl.model import TrainedPart
     from dit4sr_pl.scores.results import Result
+    from dit4sr_pl.training.module import SuperResolutionModule
 
 log = logging.getLogger("dit4sr_pl.train")  # `__name__` is `__main__` in a command
 
@@ -69,6 +73,8 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
     callbacks = instantiate(cfg.callbacks)
     data = instantiate(cfg.data)
     module = instantiate(cfg.model)
+    if cfg.model.backbone.embeddings is not None:
+        check_prompts(cfg, module, data)
     trainer: Trainer = instantiate(
         cfg.trainer,
         val_check_interval=validation_interval(cfg.trainer),
@@ -83,10 +89,36 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
     if trainer.is_global_zero:
         save_part(part, folder / f"{module.net.trained_name}.safetensors")
         if "scores" in callbacks and callbacks.scores.restored:
-            write_result(result_of(cfg, part, callbacks.scores.restored), folder)
+            write_result(result_of(cfg, part, data.validation_name, callbacks.scores.restored), folder)
         finish(folder, trainer.global_step)
         log.info("%s: finished at step %d", folder, trainer.global_step)
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def check_prompts(cfg: DictConfig, module: "SuperResolutionModule", data: "SuperResolutionData") -> None:
+    """Raises ValueError unless the cached embeddings hold all prompts of training and of its validation."""
+    needed = data.training_prompts()
+    if data.validation is not None and cfg.trainer.limit_val_batches != 0:
+        needed |= module.restorer.sampler.prompts(data.validation_captions())
+    if missing := module.backbone.prompts.missing(needed):
+        more = f" and {len(missing) - 1} more of this run's {len(needed)}" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{cfg.model.backbone.embeddings}: holds no embeddings of the prompt {missing[0]!r}{more}; run prepare "
+            f"stage=embeddings: {embeddings_command(cfg)}"
+        )
+
+
+def embeddings_command(cfg: DictConfig) -> str:
+    """Returns the command that adds the prompts of a run to its cached embeddings."""
+    groups = [f"{group}={choice(group)}" for group in ("data", "backbone", "sampler") if choice(group)]
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    taken = ("data.", "+data.", "sampler.", "model.backbone.name=", "model.backbone.t5_tokens=", "root=")
+    words = [
+        *groups,
+        *(word for word in given if word.startswith(taken)),
+        f"embeddings={cfg.model.backbone.embeddings}",
+    ]
+    return shlex.join(["python", "-m", "dit4sr_pl.prepare", "stage=embeddings", *words])
 
 
 def validation_interval(trainer: DictConfig) -> int | float | str:
@@ -95,8 +127,8 @@ def validation_interval(trainer: DictConfig) -> int | float | str:
     return interval * trainer.accumulate_grad_batches if isinstance(interval, int) else interval
 
 
-def result_of(cfg: DictConfig, part: "TrainedPart", scores: dict) -> "Result":
-    """Returns the last validation in the form of a complete evaluation."""
+def result_of(cfg: DictConfig, part: "TrainedPart", dataset: str, scores: dict) -> "Result":
+    """Returns the last validation in the form of a complete evaluation of `dataset`."""
     from dit4sr_pl.common.hashing import values_hash, weights_hash
     from dit4sr_pl.common.run_identity import result_identity
     from dit4sr_pl.model.trained_part import method_and_variant
@@ -107,7 +139,7 @@ def result_of(cfg: DictConfig, part: "TrainedPart", scores: dict) -> "Result":
         run=run_name(cfg.output),
         method=method,
         variant=variant,
-        dataset="validation",
+        dataset=dataset,
         seed=cfg.seed,
         pictures=PICTURES,
         identity_hash=values_hash(result_identity(cfg)),
@@ -138,6 +170,7 @@ def check(cfg: DictConfig) -> None:
     OmegaConf.resolve(cfg)
     if missing := OmegaConf.missing_keys(cfg):
         raise ValueError(f"no value for {', '.join(sorted(missing))}; give it as key=value")
+    name_benchmark(cfg)
     check_data(cfg.data)
     if cfg.ckpt_path is not None:
         check_readable(cfg.ckpt_path, "ckpt_path")
@@ -152,7 +185,7 @@ def check(cfg: DictConfig) -> None:
     check_backbone(cfg.model.backbone)
     check_text_length(cfg.model.backbone)
     if "scores" in cfg.callbacks:
-        check_metrics(cfg.callbacks.scores.metrics, cfg.data.validation_crop)
+        check_metrics(cfg.callbacks.scores.metrics, cfg.data.validation_crop if cfg.data.validation is None else None)
     check_writable(cfg.output, "output")
 
 

@@ -1,5 +1,6 @@
 import itertools
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -232,6 +233,28 @@ def test_validation_samples_are_fixed(folder, tmp_path):
     write_image(tmp_path / "02.png", torch.zeros(3, 32, 32))
     (alone,) = super_resolution_data(tmp_path).val_dataloader()
     assert alone["seed"][0] == first["seed"][2] != first["seed"][0]  # of the name, not of the place
+
+
+@pytest.mark.parametrize("files", [("a/0001.png", "b/0001.png"), ("a/0001.png", "a/0001.jpg")])
+def test_validation_images_of_one_name_are_refused_with_both_named(folder, tmp_path, files):
+    for file in files:
+        write_image(tmp_path / file, torch.zeros(3, 32, 32)) if file.endswith("png") else shutil.copy(
+            tmp_path / files[0], tmp_path / file
+        )
+    folders = sorted({str(tmp_path / Path(file).parent) for file in files})
+    with pytest.raises(ValueError, match=f"{files[0]} and .*{files[1]} are two|{files[1]} and .*{files[0]} are two"):
+        SuperResolutionData(folder, folders, AveragePooling(), crop_size=32)
+    SuperResolutionData(folder, folders, AveragePooling(), crop_size=32, validation_limit=1)
+
+
+def test_a_broken_caption_is_named_before_the_first_step(folder, tmp_path):
+    for number in range(6):
+        write_image(tmp_path / f"{number}.png", torch.zeros(3, 32, 32))
+    for number in (2, 3, 4, 5):
+        (tmp_path / f"{number}.txt").write_bytes("Café".encode("cp1252"))
+    data = SuperResolutionData(folder, tmp_path, AveragePooling(), crop_size=32)
+    with pytest.raises(ValueError, match=r"2.txt: the caption is not UTF-8 .*; .*3.txt: .*4.txt: .*; and 1 more$"):
+        data.prepare_data()
 
 
 def test_whole_validation_images_come_one_by_one_cut_to_tokens(folder):

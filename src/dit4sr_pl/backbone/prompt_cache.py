@@ -12,6 +12,7 @@ index is made from the headers of the files.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -58,6 +59,10 @@ class PromptCache:
         """
         embeds, pooled = zip(*map(self.read, prompts), strict=True)
         return torch.stack(embeds).to(device, self.dtype), torch.stack(pooled).to(device, self.dtype)
+
+    def missing(self, prompts: Iterable[str]) -> list[str]:
+        """Returns the prompts that the cache does not hold, sorted."""
+        return sorted(prompt for prompt in prompts if prompt_key(prompt) not in self.files)
 
     def read(self, prompt: str) -> tuple[Tensor, Tensor]:
         """Returns the embeddings `(T, D_text)` and `(D_pooled)` of one prompt."""

@@ -63,9 +63,16 @@ def check_data(data: DictConfig, written: str = "") -> None:
         for key in ("folder", "captions", "manifest"):
             if options.get(key) is not None and key != written:
                 check_readable(options[key], f"data.sets.{name}.{key}")
+    pairs = {name: options for name, options in (data.get("pairs") or {}).items() if options.hr or options.lr}
+    for name, options in pairs.items():
+        for key in ("lr", "hr", "captions"):
+            if key != "captions" and options.get(key) is None:
+                raise ValueError(f"data.pairs.{name}: has no {key}; give data.pairs.{name}.{key}=FOLDER")
+            if options.get(key) is not None and key != written:
+                check_readable(options[key], f"data.pairs.{name}.{key}")
     if "photos" in data:
         check_extra("data=demo", "demo", "skimage", "sklearn")
-    if not data.folders and not named:
+    if not data.folders and not named and not pairs:
         raise ValueError("no photos; give data.folders=[PATH] or data.sets.NAME.folder=PATH")
 
 

@@ -15,7 +15,17 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 # Settings that never change a result: they concern paths, display, saving and speed.
-NO_EFFECT = ("output", "ckpt_path", "overwrite", "logger", "callbacks", "metric_weights", "ablation_name", "sharded")
+NO_EFFECT = (
+    "output",
+    "ckpt_path",
+    "overwrite",
+    "root",
+    "logger",
+    "callbacks",
+    "metric_weights",
+    "ablation_name",
+    "sharded",
+)
 NO_EFFECT += ("data.num_workers", "data.photos_in_memory", "data.batch_size", "model.compile")
 NO_EFFECT += ("model.network.gradient_checkpointing", "model._target_")  # `_target_` says whether training is sharded
 NO_EFFECT += ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches", "trainer.strategy")
@@ -25,7 +35,7 @@ NO_EFFECT += ("model.optimizer", "model.seed", "model.sampler", "data.seed", "da
 
 # Settings that may change when a run is resumed, although its scores depend on them; docs/resume.md says why.
 MAY_CHANGE = ("trainer", "sampler", "metrics")
-MAY_CHANGE += ("data.validation_folders", "data.validation_crop", "data.validation_limit")
+MAY_CHANGE += ("data.validation", "data.validation_folders", "data.validation_crop", "data.validation_limit")
 
 # Exceptions to the two lists above: settings that belong to both identities.
 MUST_MATCH = ("callbacks.ema", "trainer.precision", "trainer.gradient_clip_val")
@@ -35,14 +45,14 @@ MUST_MATCH = ("callbacks.ema", "trainer.precision", "trainer.gradient_clip_val")
 ADDED = {
     "callbacks.ema.update_every_n_steps": 1,
     "callbacks.ema.update_starting_at_step": None,
+    "data.pairs": {},
+    "data.validation": None,
 }
 
 
 def resume_identity(cfg: DictConfig) -> dict[str, Any]:
     """Returns the settings that must not change within a training run, by dotted key."""
-    settings = flat_settings(cfg)
-    free = (*NO_EFFECT, *MAY_CHANGE)
-    return {key: value for key, value in settings.items() if within(key, MUST_MATCH) or not within(key, free)}
+    return bound_settings(cfg, (*NO_EFFECT, *MAY_CHANGE))
 
 
 def result_identity(cfg: DictConfig) -> dict[str, Any]:
@@ -50,8 +60,12 @@ def result_identity(cfg: DictConfig) -> dict[str, Any]:
 
     Runs that repeat one another with other seeds have one result identity.
     """
-    settings = flat_settings(cfg)
-    free = (*NO_EFFECT, "seed")
+    return bound_settings(cfg, (*NO_EFFECT, "seed"))
+
+
+def bound_settings(cfg: DictConfig, free: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the settings outside of the `free` sections, without added ones that do as before; see `ADDED`."""
+    settings = {key: value for key, value in flat_settings(cfg).items() if key not in ADDED or value != ADDED[key]}
     return {key: value for key, value in settings.items() if within(key, MUST_MATCH) or not within(key, free)}
 
 
@@ -113,8 +127,7 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
 def flat_settings(cfg: DictConfig) -> dict[str, Any]:
     """Returns a config's settings by dotted key, as they are read back from `config.yaml`.
 
-    Adds `images per step`, the product of batch size, devices, nodes and accumulated batches, and leaves out what does
-    as before in `ADDED`.
+    Adds `images per step`, the product of batch size, devices, nodes and accumulated batches.
     """
     written = OmegaConf.create(OmegaConf.to_yaml(cfg, resolve=True))
     settings = without_modules(dict(flatten(OmegaConf.to_container(written))))
@@ -122,7 +135,7 @@ def flat_settings(cfg: DictConfig) -> dict[str, Any]:
     counts = [written.data.batch_size, trainer.devices, trainer.num_nodes, trainer.accumulate_grad_batches]
     known = all(isinstance(count, int) for count in counts)
     settings["images per step"] = math.prod(counts) if known else " x ".join(map(str, counts))
-    return {key: value for key, value in settings.items() if key not in ADDED or value != ADDED[key]}
+    return settings
 
 
 def without_modules(settings: Mapping[str, Any]) -> dict[str, Any]:

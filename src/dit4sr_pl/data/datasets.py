@@ -2,8 +2,9 @@
 
 import itertools
 import logging
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,8 +13,8 @@ from kornia.filters import sobel
 from torch.utils.data import Dataset
 
 from dit4sr_pl.common.randomness import derive_seed, generator
-from dit4sr_pl.data.photo_sets import Folders, Mixture, Photo, open_sets
-from dit4sr_pl.images.files import read_image
+from dit4sr_pl.data.photo_sets import SCALE, Folders, Mixture, Photo, open_sets
+from dit4sr_pl.images.files import image_size, read_image
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +41,16 @@ def mean_gradient(image: torch.Tensor) -> float:
     return float(sobel(grey[None], normalized=False, eps=0).mean())
 
 
-def pad_to(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Enlarges an image `(3, H, W)` to at least `(height, width)` by reflection at its bottom and right."""
+def pad_to(image: torch.Tensor, height: int, width: int, mode: str = "reflect") -> torch.Tensor:
+    """Enlarges an image `(3, H, W)` to at least `(height, width)` by reflection at its bottom and right.
+
+    With the mode `symmetric` the outermost pixels come twice, so that an LR image and its photo stay aligned.
+    """
     down, right = max(0, height - image.shape[1]), max(0, width - image.shape[2])
     if not down and not right:
         return image
     # NumPy reflects as often as needed; PyTorch's padding stops at the image's own size.
-    return torch.from_numpy(np.pad(image.numpy(), ((0, 0), (0, down), (0, right)), mode="reflect"))
+    return torch.from_numpy(np.pad(image.numpy(), ((0, 0), (0, down), (0, right)), mode=mode))
 
 
 class TrainingCrops(Dataset):
@@ -57,6 +61,8 @@ class TrainingCrops(Dataset):
     - `position`: position of the draw
     - `prompt`: the photo's caption, empty with `empty_prompt_probability`
     - `name`: path below the folder, without suffix
+    - with `pairs`, `paired`: whether the LR image is given, and `lr`: uint8 `(3, crop_size/4, crop_size/4)`, the same
+      place of it, or zeros
 
     An unreadable file is reported once, by name, whichever worker reads it, and the next readable photo takes its
     place.
@@ -71,6 +77,7 @@ class TrainingCrops(Dataset):
         empty_prompt_probability: probability of an empty prompt.
         photos_in_memory: number of photos that stay decoded in each worker, the first that it decodes.
         sets: further sets of photos by name, see `open_sets`.
+        pairs: sets of photos with given LR images by name, see `open_sets`.
 
     Raises:
         FileNotFoundError: a folder is missing.
@@ -88,10 +95,12 @@ class TrainingCrops(Dataset):
         empty_prompt_probability: float = 0.2,
         photos_in_memory: int = 0,
         sets: Mapping[str, Mapping[str, Any]] | None = None,
+        pairs: Mapping[str, Mapping[str, Any]] | None = None,
     ):
-        self.sets = open_sets(folders, sets)
+        self.sets = open_sets(folders, sets, pairs)
         self.photos = [photo for photo_set in self.sets for photo in photo_set.photos]
         self.mixture = Mixture([len(s.photos) for s in self.sets], [s.weight for s in self.sets], seed)
+        self.paired = any(photo.lr is not None for photo in self.photos)
         self.photos_in_memory, self.decoded = photos_in_memory, {}
         self.crop_size, self.seed, self.flip = crop_size, seed, flip
         self.min_gradient, self.redraws = min_gradient, redraws
@@ -105,44 +114,52 @@ class TrainingCrops(Dataset):
         return len(self.mixture)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        photo, image = self._read(self.mixture.photo(draw.index, draw.epoch))
+        photo, image, lr = self._read(self.mixture.photo(draw.index, draw.epoch))
         draws = generator("cpu", self.seed, "sample", draw.index, draw.epoch)
         u_flip, u_prompt = torch.rand(2, generator=draws).tolist()
-        crop = self._crop(pad_to(image, self.crop_size, self.crop_size), draws)
-        return {
-            "image": crop.flip(-1) if self.flip and u_flip < 0.5 else crop,
+        images = self._crop(image, lr, draws)
+        if self.flip and u_flip < 0.5:
+            images = {key: each.flip(-1) for key, each in images.items()}
+        return images | {
             "seed": derive_seed(self.seed, "degradation", draw.index, draw.epoch),
             "position": draw.position,
             "prompt": "" if u_prompt < self.empty_prompt_probability else photo.prompt,
             "name": photo.name,
+            **({"paired": lr is not None} if self.paired else {}),
         }
 
-    def _read(self, index: int) -> tuple[Photo, torch.Tensor]:
-        """Returns photo number `index`, or the next readable one after it, with its pixels."""
+    def _read(self, index: int) -> tuple[Photo, torch.Tensor, torch.Tensor | None]:
+        """Returns photo number `index`, or the next readable one after it, with its and its LR image's pixels."""
         for candidate in itertools.chain(range(index, len(self.photos)), range(index)):
             photo = self.photos[candidate]
             if candidate in self.decoded:
-                return photo, self.decoded[candidate]
+                return photo, *self.decoded[candidate]
             try:
-                image = read_image(photo.path)
+                images = read_image(photo.path), None if photo.lr is None else read_image(photo.lr)
                 if len(self.decoded) < self.photos_in_memory:
-                    self.decoded[candidate] = image
-                return photo, image
+                    self.decoded[candidate] = images
+                return photo, *images
             except ValueError as error:
                 if not self.reported[candidate]:
                     self.reported[candidate] = True
                     log.warning("%s; skipped, the next image takes its place", error)
         raise ValueError(f"{self.photos[0].path.parent}: none of the {len(self.photos)} images is readable")
 
-    def _crop(self, image: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
-        size = self.crop_size
-        places = [length - size + 1 for length in image.shape[1:]]
+    def _crop(self, image: torch.Tensor, lr: torch.Tensor | None, draws: torch.Generator) -> dict[str, torch.Tensor]:
+        """Returns a crop of a photo and, with pairs, the same place of its LR image, whose pixels it begins with."""
+        size, small, step = self.crop_size, self.crop_size // SCALE, 1 if lr is None else SCALE
+        image = pad_to(image, size, size, "reflect" if lr is None else "symmetric")
+        places = [(length - size) // step + 1 for length in image.shape[1:]]
         for _ in range(1 + self.redraws):
             top, left = (int(torch.randint(n, (), generator=draws)) for n in places)
-            crop = image[:, top : top + size, left : left + size]
+            crop = image[:, step * top : step * top + size, step * left : step * left + size]
             if not self.min_gradient or mean_gradient(crop) >= self.min_gradient:
                 break
-        return crop
+        if lr is not None:
+            lr = pad_to(lr, small, small, "symmetric")[:, top : top + small, left : left + small]
+        elif self.paired:
+            lr = crop.new_zeros(3, small, small)
+        return {"image": crop} if lr is None else {"image": crop, "lr": lr}
 
 
 class ValidationImages(Dataset):
@@ -158,16 +175,22 @@ class ValidationImages(Dataset):
         limit: number of images, counted from the first; None: all.
 
     Raises:
-        ValueError: a file is unreadable; scores over varying images could not be compared.
+        ValueError: two images have one name, or a file is unreadable; scores over varying images could not be
+            compared.
     """
 
     def __init__(self, folders: Folders, crop: int | None, seed: int, limit: int | None = None):
         self.sets = open_sets(folders)
         self.photos = [photo for photo_set in self.sets for photo in photo_set.photos][:limit]
-        self.crop, self.seed = crop, seed
+        check_names(self.photos)
+        self.crop, self.seed, self.one_size = crop, seed, crop is not None
 
     def __len__(self) -> int:
         return len(self.photos)
+
+    def captions(self) -> list[str]:
+        """Returns the captions of all images."""
+        return [photo.prompt for photo in self.photos]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         photo = self.photos[index]
@@ -181,4 +204,64 @@ class ValidationImages(Dataset):
             "position": index,
             "prompt": photo.prompt,
             "name": photo.name,
+        }
+
+
+def check_names(photos: Sequence[Photo]) -> None:
+    """Raises ValueError if two validation images have one name, by which noise, scores and pictures are kept."""
+    first = {}
+    for photo in photos:
+        if first.setdefault(photo.name, photo) is not photo:
+            raise ValueError(
+                f"{first[photo.name].path} and {photo.path} are two validation images of one name; rename one of them, "
+                "or validate on one of their folders"
+            )
+
+
+class PairedImages(Protocol):
+    """Interface of a benchmark (`conf/dataset/`), as validation uses it."""
+
+    name: str
+
+    def items(self, restored: Path) -> Sequence[Any]:
+        """Returns the images: `name`, `hr` (None: no ground truth), `caption`, `read_lr()`, `read_hr()`, in 0..1."""
+
+
+class ValidationPairs(Dataset):
+    """The pairs of a benchmark with the keys of `ValidationImages`, and `lr` and `paired` of `TrainingCrops`.
+
+    Args:
+        benchmark: the benchmark.
+        seed: seed of the noise.
+        limit: number of images, counted from the first; None: all.
+
+    Raises:
+        ValueError: the benchmark has no ground truth.
+    """
+
+    def __init__(self, benchmark: PairedImages, seed: int, limit: int | None = None):
+        self.name, self.seed = benchmark.name, seed
+        self.items = benchmark.items(Path())[:limit]
+        if any(item.hr is None for item in self.items):
+            raise ValueError(f"data.validation={self.name}: has no ground truth; take realsr, drealsr or div2k_val")
+        self.one_size = len({item.crop or image_size(item.hr) for item in self.items}) == 1
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def captions(self) -> list[str]:
+        """Returns the captions of all images."""
+        return [item.caption for item in self.items]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.items[index]
+        lr, hr = (image[0].mul(255).round().byte() for image in (item.read_lr(), item.read_hr()))
+        return {
+            "image": hr,
+            "lr": lr,
+            "paired": True,
+            "seed": derive_seed(self.seed, "validation", item.name),
+            "position": index,
+            "prompt": item.caption,
+            "name": item.name,
         }

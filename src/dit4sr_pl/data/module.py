@@ -17,7 +17,14 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dit4sr_pl.common.randomness import permutation
-from dit4sr_pl.data.datasets import TOKEN, Draw, TrainingCrops, ValidationImages
+from dit4sr_pl.data.datasets import (
+    TOKEN,
+    Draw,
+    PairedImages,
+    TrainingCrops,
+    ValidationImages,
+    ValidationPairs,
+)
 from dit4sr_pl.data.photo_sets import Folders
 
 
@@ -81,8 +88,9 @@ class SuperResolutionData(LightningDataModule):
     """Endless batches of LR and HR images for training, and the images for validation.
 
     A batch on the device has the keys of `TrainingCrops` and, in float32 and 0..1, `lr` `(B, 3, H/4, W/4)` and `hr`
-    `(B, 3, H, W)`, with the parameters `degradation` that made them; `image` becomes float too. `seed` and `position`
-    are int64 `(B,)` and stay on the CPU, where generators are seeded.
+    `(B, 3, H, W)`, with the parameters `degradation` that made them; `image` becomes float too. Given pairs stay as
+    they are: their `hr` is the photo, and `degradation` has the other images alone. `seed` and `position` are int64
+    `(B,)` and stay on the CPU, where generators are seeded.
 
     Training starts at image `global_step * batch_size * devices * accumulate_grad_batches`, so a checkpoint's step
     number is all that resuming needs. Under DDP the trainer needs `use_distributed_sampler=False`, otherwise Lightning
@@ -105,9 +113,11 @@ class SuperResolutionData(LightningDataModule):
         photos_in_memory: see `TrainingCrops`.
         validation_limit: number of validation images; None: all.
         sets: further training images by name, the arguments of `PhotoSet`; a set whose folder is None is left out.
+        pairs: training images with given LR images by name, the arguments of `PairSet`; without `hr` they are left out.
+        validation: a benchmark (`conf/dataset/`) whose pairs are the validation images, in the place of folders.
 
     Raises:
-        ValueError: a crop size is no multiple of 16.
+        ValueError: a crop size is no multiple of 16, or there are both validation folders and a benchmark.
     """
 
     def __init__(
@@ -127,25 +137,49 @@ class SuperResolutionData(LightningDataModule):
         photos_in_memory: int = 0,
         validation_limit: int | None = None,
         sets: Mapping[str, Mapping[str, Any]] | None = None,
+        pairs: Mapping[str, Mapping[str, Any]] | None = None,
+        validation: PairedImages | None = None,
     ):
         super().__init__()
         for name, size in (("crop_size", crop_size), ("validation_crop", validation_crop or TOKEN)):
             if size < 1 or size % TOKEN:
                 raise ValueError(f"{name}={size}: must be a positive multiple of {TOKEN} pixels (one token)")
         self.training = TrainingCrops(
-            folders, crop_size, seed, flip, min_gradient, redraws, empty_prompt_probability, photos_in_memory, sets
+            *(folders, crop_size, seed, flip, min_gradient, redraws, empty_prompt_probability, photos_in_memory),
+            *(sets, pairs),
         )
-        self.validation = (
-            ValidationImages(validation_folders, validation_crop, seed, validation_limit)
-            if validation_folders
-            else None
-        )
+        self.validation = None
+        if validation_folders and validation is not None:
+            raise ValueError("data.validation and data.validation_folders are both given; give one of them")
+        if validation_folders:
+            self.validation = ValidationImages(validation_folders, validation_crop, seed, validation_limit)
+        elif validation is not None:
+            self.validation = ValidationPairs(validation, seed, validation_limit)
         self.degradation, self.seed = degradation, seed
         self.batch_size, self.num_workers = batch_size, num_workers
 
+    def training_prompts(self) -> set[str]:
+        """Returns all prompts of training, the empty one included."""
+        return {"", *(photo.prompt for photo in self.training.photos)}
+
+    def validation_captions(self) -> list[str]:
+        """Returns the captions of the validation images."""
+        return [] if self.validation is None else self.validation.captions()
+
+    @property
+    def validation_name(self) -> str:
+        """What the scores of validation are of: `validation`, or `validation_sharpened` where the HR images are the
+        degradation's sharpened ones, or `validation_NAME` for the pairs of a benchmark."""
+        if isinstance(self.validation, ValidationPairs):
+            return f"validation_{self.validation.name}"
+        # Other degradations than the package's need not have the attribute.
+        sharpened = getattr(self.degradation, "sharpen", None) is not None
+        return "validation_sharpened" if sharpened else "validation"
+
     def prepare_data(self) -> None:
         """Checks the photos of all sets, see `PhotoSet.check`. Lightning calls it in one process per machine."""
-        for photo_set in [*self.training.sets, *(self.validation.sets if self.validation else [])]:
+        validation = self.validation.sets if isinstance(self.validation, ValidationImages) else []
+        for photo_set in [*self.training.sets, *validation]:
             photo_set.check()
 
     def train_dataloader(self) -> DataLoader:
@@ -164,21 +198,36 @@ class SuperResolutionData(LightningDataModule):
         if len(self.validation) < world_size:
             raise ValueError(f"{len(self.validation)} validation images for {world_size} devices; give one to each")
         share = list(range(rank, len(self.validation), world_size))
-        size = self.batch_size if self.validation.crop else 1
+        size = self.batch_size if self.validation.one_size else 1
         return self._loader(self.validation, [share[i : i + size] for i in range(0, len(share), size)])
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
-        """Moves a batch to the device except its seeds and positions, which are read on the CPU."""
-        on_cpu = {key: batch[key] for key in ("seed", "position")}  # reading them back would wait for the device
+        """Moves a batch to the device except its seeds, positions and `paired`, which are read on the CPU."""
+        on_cpu = {
+            key: batch[key] for key in ("seed", "position", "paired") if key in batch
+        }  # reading them back would wait for the device
         return super().transfer_batch_to_device(batch, device, dataloader_idx) | on_cpu
 
     @torch.no_grad()
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
-        """Degrades a batch on the device."""
+        """Degrades a batch on the device, except given pairs."""
         images = batch["image"].float() / 255
+        if "paired" in batch:
+            return batch | {"image": images} | self._degrade_others(images, batch)
         params = self.degradation.draw(batch["seed"].tolist(), tuple(images.shape[-2:]))
         lr, hr = self.degradation(images, params)
         return batch | {"image": images, "lr": lr, "hr": hr, "degradation": params}
+
+    def _degrade_others(self, images: torch.Tensor, batch: dict) -> dict:
+        """Returns `lr`, `hr` and, if any image of the batch is degraded, `degradation`."""
+        lr, hr = batch["lr"].float() / 255, images
+        others = (~batch["paired"]).nonzero().flatten().tolist()
+        if not others:
+            return {"lr": lr, "hr": hr}
+        params = self.degradation.draw(batch["seed"][others].tolist(), tuple(images.shape[-2:]))
+        hr = images.clone()
+        lr[others], hr[others] = self.degradation(images[others], params)
+        return {"lr": lr, "hr": hr, "degradation": params}
 
     def _loader(self, dataset: Dataset, batch_sampler: Any) -> DataLoader:
         return DataLoader(

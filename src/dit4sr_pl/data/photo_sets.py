@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,18 +15,23 @@ import torch
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.data.manifest import MANIFEST, check_sizes, list_photos, read_manifest
 from dit4sr_pl.images.captions import CaptionFiles, CaptionTable, open_captions
+from dit4sr_pl.images.pairs import by_name, check_pairs
+from dit4sr_pl.images.pairs import check_sizes as check_pair_sizes
 
 log = logging.getLogger(__name__)
+
+SCALE = 4  # HR pixels per LR pixel along one side
 
 Folders = str | Path | Sequence[str | Path]
 
 
 class Photo(NamedTuple):
-    """An HR training image: its folder, its path below that, and its set's captions."""
+    """An HR training image: its folder, its path below that, its set's captions, and its LR image if one is given."""
 
     folder: Path
     file: str  # path below the folder, with `/`
     captions: CaptionFiles | CaptionTable
+    lr: Path | None = None  # None: LR images are made from the photo
 
     @property
     def path(self) -> Path:
@@ -97,16 +103,17 @@ class PhotoSet:
     def check(self) -> None:
         """Compares every file's size with the manifest's, and logs damaged photos and the number of captions.
 
-        Without a manifest no photo is accessed.
+        Without a manifest no photo is accessed. All captions are read.
 
         Raises:
-            ValueError: a file is missing or has another size.
+            ValueError: a file is missing or has another size, or a caption cannot be read.
         """
         if self.sizes is not None:
             check_sizes(self.folder, [photo.file for photo in self.photos], self.sizes)
         if self.damaged:
             first = ", ".join(self.damaged[:3]) + (", ..." if len(self.damaged) > 3 else "")
             log.warning("%s: %d damaged photos are left out (%s)", self.name, len(self.damaged), first)
+        check_captions(self.photos)
         captioned = self.captions.names()
         without = [photo.name for photo in self.photos if photo.name not in captioned]
         count, total = len(self.photos) - len(without), len(self.photos)
@@ -116,18 +123,91 @@ class PhotoSet:
             log.info("%s: %d of %d photos have a caption", self.name, count, total)
 
 
-def open_sets(folders: Folders, sets: Mapping[str, Mapping[str, Any]] | None = None) -> list[PhotoSet]:
-    """Opens the sets of `folders`, then the named `sets` (arguments of `PhotoSet`) whose folder is not None.
+def check_captions(photos: Sequence[Photo]) -> None:
+    """Reads the captions of all photos, side by side.
 
     Raises:
-        ValueError: there is neither a folder nor a set.
+        ValueError: captions cannot be read; the message names the first few files.
+    """
+
+    def failure(photo: Photo) -> str | None:
+        try:
+            return photo.prompt and None
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(16) as pool:
+        failures = [message for message in pool.map(failure, photos) if message]
+    if failures:
+        more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
+        raise ValueError("; ".join(failures[:3]) + more)
+
+
+class PairSet(PhotoSet):
+    """The HR photos of a folder with their given LR images, matched by name, such as RealSR's.
+
+    Args:
+        lr: folder of the LR images, at any depth.
+        hr: folder of the HR photos, which may be the same; captions belong to them.
+        name: the set's name in messages.
+        lr_suffix: ending of LR names that is not part of the name, such as `_LR4`; files without it are skipped.
+        hr_suffix: the same for HR names, such as `_HR`.
+        limit: see `PhotoSet`.
+        weight: see `PhotoSet`.
+        captions: see `PhotoSet`.
+
+    Raises:
+        FileNotFoundError: a folder or the captions do not exist.
+        ValueError: an image has no partner, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        lr: str | Path,
+        hr: str | Path,
+        name: str,
+        lr_suffix: str = "",
+        hr_suffix: str = "",
+        limit: int | None = None,
+        weight: float = 1.0,
+        captions: str | Path | None = None,
+    ):
+        self.lr, self.hr = by_name(Path(lr), lr_suffix), by_name(Path(hr), hr_suffix)
+        check_pairs(self.lr, self.hr)
+        super().__init__(hr, name, limit, weight, captions)
+        partners = [self.lr[name] for name in self.hr]
+        self.photos = [photo._replace(lr=path) for photo, path in zip(self.photos, partners, strict=False)]
+
+    def _files(self, path: None, limit: int | None) -> tuple[list[str], None, list[str]]:
+        return [path.relative_to(self.folder).as_posix() for path in self.hr.values()][:limit], None, []
+
+    def check(self) -> None:
+        """Checks in the files' headers that every photo is 4 times as large as its LR image; then as `PhotoSet`."""
+        check_pair_sizes(self.lr, self.hr, SCALE)
+        super().check()
+
+
+def open_sets(
+    folders: Folders,
+    sets: Mapping[str, Mapping[str, Any]] | None = None,
+    pairs: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[PhotoSet]:
+    """Opens the sets of `folders`, then named `sets` (arguments of `PhotoSet`) and `pairs` (of `PairSet`).
+
+    A set whose folder is None and pairs whose `hr` is None are left out.
+
+    Raises:
+        ValueError: nothing is left.
     """
     folders = [folders] if isinstance(folders, str | Path) else folders
-    sets = {name: options for name, options in (sets or {}).items() if options.get("folder") is not None}
-    if not folders and not sets:
-        raise ValueError("no photos given; name at least one folder: data.folders=[PATH] or data.sets.NAME.folder=PATH")
-    named = [PhotoSet(**options, name=name) for name, options in sets.items()]
-    return [PhotoSet(folder) for folder in folders] + named
+    named = [PhotoSet(**options, name=name) for name, options in (sets or {}).items() if options.get("folder")]
+    paired = [PairSet(**options, name=name) for name, options in (pairs or {}).items() if options.get("hr")]
+    if not folders and not named and not paired:
+        raise ValueError(
+            "no photos given; name at least one folder: data.folders=[PATH], data.sets.NAME.folder=PATH, or "
+            "data.pairs.NAME.lr=PATH data.pairs.NAME.hr=PATH"
+        )
+    return [PhotoSet(folder) for folder in folders] + named + paired
 
 
 class Mixture:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit4sr_pl.images.captions import open_captions
-from dit4sr_pl.images.files import find_images, image_size, read_image
+from dit4sr_pl.images.files import image_size, read_image
+from dit4sr_pl.images.pairs import by_name, check_pairs, check_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,50 +139,6 @@ def finished_images(images: Path, reference: Path | None) -> list[Item]:
     check_pairs(restored, hr)
     check_sizes(restored, hr, 1)
     return [Item(name, path, hr[name]) for name, path in restored.items()]
-
-
-def by_name(folder: Path, suffix: str = "") -> dict[str, Path]:
-    """Returns a folder's images by name, in the order of their paths.
-
-    A name is the path below the folder without file type and without the ending `suffix`. Images whose name does not
-    end
-    in `suffix` are skipped.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: two files have one name, or no name ends in `suffix`.
-    """
-    found: dict[str, list[Path]] = {}
-    for path in find_images(folder):
-        stem = path.relative_to(folder).with_suffix("").as_posix()
-        if stem.endswith(suffix):
-            found.setdefault(stem.removesuffix(suffix), []).append(path)
-    twice = [" and ".join(path.name for path in paths) for paths in found.values() if len(paths) > 1]
-    if twice:
-        raise ValueError(f"{folder}: one name, several files: {'; '.join(twice)}; keep one of each")
-    if not found:
-        raise ValueError(f"{folder}: no image there has a name that ends in {suffix}")
-    return {name: path for name, (path,) in found.items()}
-
-
-def check_pairs(first: dict[str, Path], second: dict[str, Path]) -> None:
-    """Raises ValueError, which lists all files that have no partner of their name on the other side."""
-    alone = [str(first[name]) for name in first if name not in second]
-    alone += [str(second[name]) for name in second if name not in first]
-    if alone:
-        raise ValueError(f"no file of the same name on the other side for {', '.join(alone)}; add or remove files")
-
-
-def check_sizes(small: dict[str, Path], large: dict[str, Path], scale: int) -> None:
-    """Raises ValueError, which lists all pairs in which the second image is not `scale` times as large as the first."""
-    wrong = []
-    for name, path in small.items():
-        (width, height), (wide, high) = image_size(path), image_size(large[name])
-        if (scale * width, scale * height) != (wide, high):
-            wrong.append(f"{large[name]} ({wide}x{high}, {path} {width}x{height})")
-    if wrong:
-        wanted = "as large" if scale == 1 else f"{scale} times as large"
-        raise ValueError(f"not {wanted} as the file of the same name: {', '.join(wrong)}")
 
 
 def read(path: Path, crop: int | None = None, step: int = 1) -> Tensor:

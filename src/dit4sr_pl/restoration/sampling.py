@@ -1,7 +1,7 @@
 """Restoring (paper Section 5.1): steps along the flow, classifier-free guidance, tiles, colour alignment."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,10 @@ class Sampler:
     def prompt(self, caption: str) -> str:
         """Returns the prompt of a caption."""
         return f"{caption} {self.added_prompt}".strip()
+
+    def prompts(self, captions: Iterable[str]) -> set[str]:
+        """Returns all prompts that restoring images with these captions needs."""
+        return {self.negative_prompt, *map(self.prompt, captions)}
 
     def schedule(self, base: FlowMatchEulerDiscreteScheduler) -> tuple[SchedulerMixin, range]:
         """Returns a solver with its timesteps, and the network evaluations to run, numbered as its `sigmas`."""

@@ -9,9 +9,10 @@ from pathlib import Path
 from torch import Tensor
 
 from dit4sr_pl.common.hashing import file_hash, values_hash
-from dit4sr_pl.evaluation.benchmark_sets import SCALE, by_name, read
+from dit4sr_pl.evaluation.benchmark_sets import SCALE, read
 from dit4sr_pl.evaluation.methods import LRImage
 from dit4sr_pl.images.files import image_size, write_image
+from dit4sr_pl.images.pairs import by_name
 
 
 class Command:

@@ -25,6 +25,8 @@ Scores = dict[str, float]  # of one image, by metric
 class ValidationScores(Callback):
     """Logs `val/<metric>` and `val/<metric>_bicubic`, and per image a strip LR | bicubic | restored | ground truth.
 
+    Scores against the sharpened HR images that some degradations train on are logged as `val_sharpened/<metric>`: they
+    cannot be compared with those of a benchmark.
     After a validation `restored` and `bicubic` hold the scores of all images by name, on every device, and
     `folder/images/` holds the restored images. Metrics without weights are not logged. The last step is followed by a
     validation, whatever the interval, so that the run's scores are those of the weights that it leaves. All devices
@@ -46,6 +48,7 @@ class ValidationScores(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         self.limit = trainer.limit_val_batches
+        self.tag = "val_sharpened" if trainer.datamodule.validation_name == "validation_sharpened" else "val"
         self.began, self.spent = time.monotonic(), 0.0
 
     def on_train_batch_start(self, trainer: Trainer, *_) -> None:
@@ -105,9 +108,9 @@ class ValidationScores(Callback):
         self.bicubic = {name: bicubic for name, (_, bicubic, _) in rows}
         for writer in tensorboards(trainer):
             for name, (_, _, picture) in rows:
-                writer.add_image(f"val/{name}", picture, trainer.global_step - 1)  # the scores' step
+                writer.add_image(f"{self.tag}/{name}", picture, trainer.global_step - 1)  # the scores' step
         means = mean_scores(self.restored) | {f"{name}_bicubic": v for name, v in mean_scores(self.bicubic).items()}
-        logged = {f"val/{name}": value for name, value in means.items() if not math.isnan(value)}
+        logged = {f"{self.tag}/{name}": value for name, value in means.items() if not math.isnan(value)}
         pl_module.log_dict(logged | {"val/seconds": time.monotonic() - self.started}, sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
