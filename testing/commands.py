@@ -1,9 +1,12 @@
 """Commands as users call them."""
 
+import contextlib
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -11,3 +14,18 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
     command = [sys.executable, "-m", *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
+
+
+def call(module: str, *arguments: str, cwd: Path) -> str | None:
+    """Runs `python -m MODULE ARGUMENTS` in a folder in this process, which saves the imports of a new one.
+
+    Returns:
+        The line that the command ends with on stderr; None: it succeeded.
+    """
+    main = importlib.import_module(module).main
+    with contextlib.chdir(cwd), mock.patch.object(sys, "argv", [module, *arguments]):
+        try:
+            main()
+        except SystemExit as end:
+            return end.code or None
+    return None

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dit4sr_pl.train import main
+from testing.commands import call
 
 # Python raises ImportError for a module that is None here.
 WITHOUT_LAUNCHERS = """
@@ -48,10 +48,7 @@ def test_without_the_launchers_packages_a_sweep_of_one_process_runs(tmp_path):
         (["hydra.launcher.nodes=2"], "hydra.launcher.nodes=2 for a run with 1"),
     ],
 )
-def test_jobs_of_another_number_of_processes_than_the_run_are_refused(tmp_path, monkeypatch, arguments, named):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train", "-m", "hydra/launcher=slurm", "seed=9", *arguments])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code.startswith("error: ") and named in end.value.code
+def test_jobs_of_another_number_of_processes_than_the_run_are_refused(tmp_path, arguments, named):
+    message = call("dit4sr_pl.train", "-m", "hydra/launcher=slurm", "seed=9", *arguments, cwd=tmp_path)
+    assert message.startswith("error: ") and named in message
     assert not (tmp_path / "outputs" / "default").exists()
