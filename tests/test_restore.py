@@ -302,6 +302,16 @@ def test_a_caption_model_describes_what_has_no_prompt(folder, tmp_path, monkeypa
     assert {path.stem for path in (tmp_path / "out").glob("*.txt")} == set("0124")
 
 
+def test_the_command_filters_captions_as_the_release_does_unless_told_otherwise(photo, tmp_path, monkeypatch):
+    photo.with_suffix(".txt").write_text('A sign, "Palio." The sign is the focus of it. It is red.')
+    restorer = Bicubic()
+    for output, overrides in (("a", []), ("b", ["captions.dropped_words=[]"]), ("c", ["prompt='A focus.'"])):
+        assert command(monkeypatch, restorer, f"input={photo}", f"output={tmp_path / output}", *overrides) is None
+    filtered, whole, typed = (call.captions[0] for call in restorer.calls)
+    assert (filtered, typed) == ('A sign, "Palio. It is red.', "A focus.")  # the quotation mark belongs to the next one
+    assert whole == 'A sign, "Palio." The sign is the focus of it. It is red.'
+
+
 @pytest.mark.slow
 def test_captions_outlast_ctrl_c_and_overwrite(folder, tmp_path, monkeypatch):
     asked, stop = [], 2

@@ -75,7 +75,7 @@ def open_items(cfg: DictConfig) -> tuple[str, list]:
 
     if "dataset" not in cfg:
         return "folder", finished_images(Path(cfg.images), cfg.reference and Path(cfg.reference))
-    dataset = instantiate(cfg.dataset)
+    dataset = instantiate(cfg.dataset, dropped_words=list(cfg.captions.dropped_words))
     if dataset.count not in (None, len(dataset.lr)):
         print(f"{len(dataset.lr)} of {dataset.name}'s {dataset.count} images are there")
     restored = Path(cfg.output) / "images"

@@ -34,6 +34,7 @@ def main(cfg: DictConfig) -> None:
     from dit4sr_pl.restoration.worklist import make_worklist
 
     options = {key: cfg[key] for key in ("prompt", "overwrite", "keep_suffix", "first_frame")}
+    options["dropped_words"] = cfg.captions.dropped_words
     worklist = make_worklist(Path(cfg.input), Path(cfg.output), **options)
     total, done = worklist.total, worklist.done
     if worklist.entries:
@@ -103,7 +104,7 @@ def caption(worklist: "Worklist", cfg: DictConfig) -> None:
     from hydra.utils import instantiate
     from rich.progress import track
 
-    from dit4sr_pl.images.captions import CaptionFiles
+    from dit4sr_pl.images.captions import CaptionFiles, drop_sentences
     from dit4sr_pl.preparation.captioner import write_captions
 
     texts = {entry: entry.target.with_suffix(".txt") for entry in worklist.entries if not entry.prompt}
@@ -111,7 +112,11 @@ def caption(worklist: "Worklist", cfg: DictConfig) -> None:
     if missing:
         bar = partial(track, description="captions")
         worklist.failures += write_captions(missing, instantiate(cfg.captioner), 1, bar)
-    described = {entry: CaptionFiles(text.parent)[text.stem] for entry, text in texts.items() if text.exists()}
+    described = {
+        entry: drop_sentences(CaptionFiles(text.parent)[text.stem], cfg.captions.dropped_words)
+        for entry, text in texts.items()
+        if text.exists()
+    }
     worklist.entries = [
         replace(entry, prompt=described.get(entry, entry.prompt))
         for entry in worklist.entries

@@ -71,6 +71,23 @@ def test_both_kinds_may_lie_in_one_folder_as_realsrs(tmp_path):
         BenchmarkSet("x", str(tmp_path), ".", None, "_LR3")
 
 
+def test_captions_are_filtered_and_missing_ones_are_told(tmp_path, caplog):
+    write(tmp_path, a_LR4=4, b_LR4=4)
+    folder = tmp_path / "captions"
+    folder.mkdir()
+    (folder / "a.txt").write_text("A cat. A blurred dog.")
+    captions = {"captions": str(folder), "dropped_words": ["blur"]}
+    found = BenchmarkSet("x", str(tmp_path), ".", None, "_LR4", **captions).items(tmp_path)
+    assert [item.caption for item in found] == ["A cat.", ""]
+    assert f"dataset.captions={folder}: 1 of 2 images have no caption (b)" in caplog.text
+    message = "no caption for any image of x, such as a_LR4; there is one of a; captions are named as images are"
+    with pytest.raises(ValueError, match=message):
+        BenchmarkSet("x", str(tmp_path), ".", None, **captions)
+    (folder / "a.txt").unlink()
+    with pytest.raises(ValueError, match="no caption for any image of x, such as a; captions are named"):
+        BenchmarkSet("x", str(tmp_path), ".", None, "_LR4", **captions)
+
+
 def test_crops_of_a_pair_show_the_same_place(tmp_path):
     for side in (7, 8):  # off the centre by half an LR pixel, and not
         lr = torch.rand(1, 3, side, side + 3, generator=torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.comparison.rows import Run, make_rows
 from dit4sr_pl.evaluate import evaluate
 from dit4sr_pl.model import Variant, load_part, save_part
+from dit4sr_pl.restoration.sampling import Sampler
 from dit4sr_pl.scores.results import read_result
 from testing import ROOT
 from testing.made_up_scores import draw_scores, made_up
@@ -55,6 +56,22 @@ def test_the_factor_of_lr_injection_is_an_option_and_belongs_to_the_identity(tra
     with pytest.raises(ValueError, match=r"holds other scores \(method\)"):
         evaluation(trained / "own.safetensors", tmp_path / "given")
     assert evaluation(trained / "scaled.safetensors", tmp_path / "scaled", "injection_scale=40.0") == scaled
+
+
+def test_captions_reach_the_network_filtered_and_belong_to_the_identity(trained, tmp_path, monkeypatch):
+    (tmp_path / "captions").mkdir()
+    for name in "01":
+        (tmp_path / "captions" / f"{name}.txt").write_text("A cat. Its background is out of focus.")
+    captions = [f"dataset.captions={tmp_path / 'captions'}"]
+    asked, prompt = [], Sampler.prompt
+    monkeypatch.setattr(Sampler, "prompt", lambda self, caption: asked.append(caption) or prompt(self, caption))
+    filtered = evaluation(trained / "own.safetensors", tmp_path / "out", *captions)
+    assert asked == ["A cat."] * 2
+    with pytest.raises(ValueError, match=r"holds other scores \(files\)"):
+        evaluation(trained / "own.safetensors", tmp_path / "out", *captions, "captions.dropped_words=[]")
+    for name in "01":
+        (tmp_path / "captions" / f"{name}.txt").write_text("A cat.")
+    assert evaluation(trained / "own.safetensors", tmp_path / "out", *captions) == filtered
 
 
 def test_compare_does_not_average_seeds_of_different_networks():

@@ -1,10 +1,12 @@
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dit4sr_pl.images.captions import open_captions
+from dit4sr_pl.cli.command import read_conf
+from dit4sr_pl.images.captions import drop_sentences, open_captions
 
 CAPTIONS = {"a": " A dog\n runs. ", "sub.x/b.1": "Zwei Bäume", "empty": " "}
 CLEAN = {"a": "A dog runs.", "sub.x/b.1": "Zwei Bäume", "empty": "", "absent": ""}
@@ -62,3 +64,39 @@ def test_parquet_table_without_a_column_is_refused(tmp_path):
 def test_absent_source_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent: no such file or folder of captions"):
         open_captions(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "caption, left",
+    [
+        ("A red car. In the background, a Blurred tree. It is 3.5 m long!", "A red car. It is 3.5 m long!"),
+        ("Black and  white photo.", ""),
+        ("The focal point is a cat? A mat", "A mat"),
+        ("", ""),
+    ],
+)
+def test_sentences_with_one_of_the_words_go(caption, left):
+    assert drop_sentences(caption, ["focal", "blur", "black and white"]) == left
+
+
+PROMPTS = [json.loads(line) for line in (Path(__file__).parent / "benchmark_prompts.jsonl").read_text().splitlines()]
+
+
+def test_the_authors_captions_become_the_prompts_that_the_release_makes_of_them():
+    """Captions of their benchmark sets: `filtered` is what their script makes of `prompt`."""
+    words = read_conf("restore").captions.dropped_words
+    assert sum(row["prompt"] != row["filtered"] for row in PROMPTS) > 15
+    for row in PROMPTS:
+        assert drop_sentences(row["prompt"], words) == row["filtered"]
+        assert drop_sentences(row["filtered"], words) == row["filtered"]
+
+
+def test_llava_and_qwen_are_asked_the_releases_question_and_drop_the_same_sentences():
+    for name in ("llava", "qwen"):
+        cfg = read_conf("prepare", captioner=name)
+        assert cfg.captioner.instruction == (
+            "Please describe the actual objects in the image in a very detailed manner. Please do not include "
+            "descriptions related to the focus and bokeh of this image. Please do not include descriptions like the "
+            "background is blurred."
+        )
+        assert cfg.captioner.dropped_words == cfg.captions.dropped_words == read_conf("app").captions.dropped_words

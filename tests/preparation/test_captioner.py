@@ -11,7 +11,7 @@ from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.data.photo_sets import PhotoSet
 from dit4sr_pl.images.files import read_image, write_image
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.preparation.captioner import Captioner, drop_sentences, one_per_caption, write_captions
+from dit4sr_pl.preparation.captioner import Captioner, one_per_caption, write_captions
 from dit4sr_pl.prepare import main
 from testing.sigkill import assert_kills_change_nothing
 from testing.toy_llava import UNSPOKEN, WORDS, save_toy_llava
@@ -109,19 +109,6 @@ def test_two_images_of_one_caption_are_refused():
     assert one_per_caption(files[:3]) == files[:2]
     with pytest.raises(ValueError, match=r"a/1\.png and a/1\.jpg would share the caption a/1\.txt"):
         one_per_caption(files)
-
-
-@pytest.mark.parametrize(
-    "caption, left",
-    [
-        ("A red car. In the background, a Blurred tree. It is 3.5 m long!", "A red car. It is 3.5 m long!"),
-        ("Black and  white photo.", ""),
-        ("The focal point is a cat? A mat", "A mat"),
-        ("", ""),
-    ],
-)
-def test_sentences_with_one_of_the_words_go(caption, left):
-    assert drop_sentences(caption, ["focal", "blur", "black and white"]) == left
 
 
 def prepare(capsys, monkeypatch, *arguments) -> tuple[str | None, str]:

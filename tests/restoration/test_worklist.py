@@ -27,6 +27,17 @@ def test_results_keep_the_folders_and_the_stems(tmp_path):
     assert (entry.name, entry.target, entry.size) == ("b", output / "b.png", (2, 3))
 
 
+def test_captions_from_files_lose_sentences_and_a_typed_prompt_does_not(tmp_path):
+    save(tmp_path / "in/a.png")
+    (tmp_path / "in/a.txt").write_text("A red car.  Its\nbackground is Blurry. It has 3.5 doors!")
+    words = {"dropped_words": ["blur"]}
+    given = [{}, words, words | {"prompt": "A blurry car."}]
+    prompts = [make_worklist(tmp_path / "in", tmp_path / "out", **options).entries[0].prompt for options in given]
+    assert prompts == [
+        "A red car. Its background is Blurry. It has 3.5 doors!", "A red car. It has 3.5 doors!", "A blurry car.",
+    ]  # fmt: skip
+
+
 def test_files_that_would_share_a_result_are_all_named_and_can_keep_their_suffixes(tmp_path):
     for name in ("a.png", "a.jpg", "b.png"):
         save(tmp_path / "in" / name)

@@ -5,16 +5,20 @@ Nothing here imports PyTorch before an image is read, so files that do not fit t
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dit4sr_pl.images.captions import open_captions
+from dit4sr_pl.images.captions import drop_sentences, open_captions
 from dit4sr_pl.images.files import image_size, read_image
 from dit4sr_pl.images.pairs import by_name, check_pairs, check_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 SCALE = 4  # scale of the paper and of all its benchmarks
 
@@ -73,10 +77,12 @@ class BenchmarkSet:
         crop: side of centre crops of the ground truth, pixels; None: whole images.
         captions: folder of `.txt` files or a table (parquet, jsonl), by name; None: no captions.
         count: number of images in the whole set; None: unknown.
+        dropped_words: sentences of captions that contain one of these words are left out.
 
     Raises:
         FileNotFoundError: a folder does not exist.
-        ValueError: names have no partner or sizes do not fit; the message lists every file concerned.
+        ValueError: no image has a caption; or names have no partner or sizes do not fit, and the message lists every
+            file concerned.
     """
 
     def __init__(
@@ -90,16 +96,40 @@ class BenchmarkSet:
         crop: int | None = None,
         captions: str | None = None,
         count: int | None = None,
+        dropped_words: Iterable[str] = (),
     ):
         self.name, self.crop, self.count = name, crop, count
         self.lr = by_name(Path(folder) / lr, lr_suffix)
         self.hr = None if hr is None else by_name(Path(folder) / hr, hr_suffix)
-        captions = open_captions(captions) if captions is not None else {}
-        self.captions = {name: captions[name] if captions else "" for name in self.lr}
+        read = self.read_captions(captions)
+        self.captions = {name: drop_sentences(caption, dropped_words) for name, caption in read.items()}
         if self.hr is not None:
             check_pairs(self.lr, self.hr)
             check_sizes(self.lr, self.hr, SCALE)
         self.check_crop()
+
+    def read_captions(self, source: str | None) -> dict[str, str]:
+        """Returns the captions by image, and warns of images without one.
+
+        Raises:
+            ValueError: no image has a caption.
+        """
+        if source is None:
+            return dict.fromkeys(self.lr, "")
+        captions = open_captions(source)
+        known = captions.names()
+        if missing := [name for name in self.lr if name not in known]:
+            if len(missing) == len(self.lr):
+                found = f"; there is one of {min(known)}" if known else ""
+                raise ValueError(
+                    f"dataset.captions={source}: no caption for any image of {self.name}, such as {missing[0]}{found}; "
+                    "captions are named as images are, without dataset.lr_suffix"
+                )
+            log.warning(
+                "dataset.captions=%s: %d of %d images have no caption (%s)",
+                *(source, len(missing), len(self.lr), ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)),
+            )
+        return {name: captions[name] for name in self.lr}
 
     def items(self, restored: Path) -> list[Item]:
         """Returns the set's images, whose restored files are or will be PNG files in `restored`."""

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 COLUMNS = ("image", "caption")
@@ -23,7 +24,7 @@ class CaptionFiles:
         """
         path = self.folder / f"{name}.txt"
         try:
-            return " ".join(path.read_text(encoding="utf-8").split())
+            return on_one_line(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return ""
         except UnicodeDecodeError:
@@ -50,7 +51,7 @@ class CaptionTable:
         for image, caption in _jsonl_rows(path) if Path(path).suffix == ".jsonl" else _parquet_rows(path):
             if image in self.captions:
                 raise ValueError(f"{path}: two captions for {image}; keep one")
-            self.captions[image] = " ".join(caption.split())
+            self.captions[image] = on_one_line(caption)
 
     def __getitem__(self, name: str) -> str:
         """Returns the caption on one line, empty if there is none."""
@@ -59,6 +60,22 @@ class CaptionTable:
     def names(self) -> set[str]:
         """Returns the photos that have a caption; an empty one does not count."""
         return {name for name, caption in self.captions.items() if caption}
+
+
+def on_one_line(caption: str) -> str:
+    """Returns a caption with one space for every run of white space, as SD3's tokenizers read it."""
+    return " ".join(caption.split())
+
+
+def drop_sentences(caption: str, words: Iterable[str]) -> str:
+    """Returns a caption without the sentences that contain one of `words`, also within a word (`blurry`).
+
+    A sentence ends at `.`, `!` or `?`, whatever comes after it, as in the release: within `3.5` and before a quotation
+    mark, too.
+    """
+    words = [word.lower() for word in words]
+    sentences = re.split(r"(?<=[.!?])", caption)
+    return "".join(each for each in sentences if not any(word in on_one_line(each.lower()) for word in words)).strip()
 
 
 def open_captions(source: Path | str) -> CaptionFiles | CaptionTable:

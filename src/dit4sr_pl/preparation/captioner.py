@@ -1,6 +1,5 @@
 """Captions of images by a vision-language model (paper Section 5.1: LLaVA-1.5), through transformers."""
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dit4sr_pl.common.files import atomic_write
+from dit4sr_pl.images.captions import drop_sentences, on_one_line
 from dit4sr_pl.images.files import read_image
 
 transformers.utils.logging.disable_progress_bar()
@@ -82,7 +82,7 @@ class Captioner:
             ) from None
         answers = tokens[:, inputs["input_ids"].shape[1] :]
         captions = self.processor.batch_decode(answers, skip_special_tokens=True)
-        return [drop_sentences(caption, self.dropped_words) for caption in captions]
+        return [drop_sentences(on_one_line(caption), self.dropped_words) for caption in captions]
 
     def conversation(self, image: torch.Tensor) -> list[dict]:
         """Returns the chat that asks for one image's caption."""
@@ -93,14 +93,6 @@ class Captioner:
 
 
 UNSAMPLED = {"temperature": None, "top_p": None, "top_k": None}  # models come with settings for sampling
-
-
-def drop_sentences(caption: str, words: Iterable[str]) -> str:
-    """Returns a caption on one line without the sentences that contain one of `words`, also within a word
-    (`blurry`).
-    """
-    sentences = re.split(r"(?<=[.!?])\s+", " ".join(caption.split()))
-    return " ".join(s for s in sentences if not any(word.lower() in s.lower() for word in words))
 
 
 def one_per_caption(files: Iterable[tuple[Path, Path]]) -> list[tuple[Path, Path]]:

@@ -2,12 +2,12 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
-from dit4sr_pl.images.captions import CaptionFiles
+from dit4sr_pl.images.captions import CaptionFiles, drop_sentences
 from dit4sr_pl.images.files import find_images
 from dit4sr_pl.images.picture import PICTURE_SUFFIXES, read_header
 
@@ -54,6 +54,7 @@ def make_worklist(
     overwrite: bool = False,
     keep_suffix: bool = False,
     first_frame: bool = False,
+    dropped_words: Iterable[str] = (),
 ) -> Worklist:
     """Checks every file's name and header, so that most failures show before a model is read.
 
@@ -64,6 +65,7 @@ def make_worklist(
         overwrite: whether existing results are restored again.
         keep_suffix: whether the result of `b.jpg` is named `b.jpg.png` instead of `b.png`.
         first_frame: whether files with several frames or pages, which are refused otherwise, restore the first.
+        dropped_words: sentences of these text files that contain one of the words are left out.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -83,7 +85,8 @@ def make_worklist(
             if target.is_file() and not overwrite:
                 worklist.done += 1
                 continue
-            worklist.entries.append(Entry(file, target, name, *read_header(file, first_frame), prompt or texts[name]))
+            caption = prompt or drop_sentences(texts[name], dropped_words)
+            worklist.entries.append(Entry(file, target, name, *read_header(file, first_frame), caption))
         except (ValueError, OSError) as error:
             worklist.failures.append(str(error))
     return worklist
