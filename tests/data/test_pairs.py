@@ -167,6 +167,7 @@ def composed():
 def test_a_benchmark_is_named_with_its_folder_or_the_folder_of_all(composed):
     cfg = composed("data.validation=drealsr", "root=/all")
     name_benchmark(cfg)
+    assert "blur" in cfg.data.validation.dropped_words  # captions lose the same sentences as in evaluate
     assert (cfg.data.validation.folder, cfg.data.validation.count) == ("/all/DrealSRVal_crop128", 93)
     cfg.data.validation = {"name": "realsr", "folder": "/here", "captions": "/texts"}
     name_benchmark(cfg)
