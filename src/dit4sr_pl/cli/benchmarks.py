@@ -21,9 +21,8 @@ def name_benchmark(cfg: DictConfig) -> None:
     files = {path.stem: path for path in sorted((conf_folder() / "dataset").glob("*.yaml"))}
     if given.get("name", "folder") not in files:
         raise ValueError(f"data.validation={given.name}: no such benchmark; choose one of {', '.join(files)}")
-    layers = [
-        OmegaConf.load(conf_folder() / "captions.yaml").captions
-    ]  # the same sentences are left out as in evaluate
+    words = OmegaConf.load(conf_folder() / "captions.yaml").captions.dropped_words
+    layers = [OmegaConf.create({"dropped_words": list(words)})]  # captions lose the same sentences as in evaluate
     layers += [OmegaConf.load(files[name]) for name in ("folder", given.get("name", "folder"))]
     benchmark = OmegaConf.merge(*layers, given)
     folder = OmegaConf.to_container(benchmark)["folder"]
