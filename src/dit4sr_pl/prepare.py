@@ -1,4 +1,4 @@
-"""python -m dit4sr_pl.prepare stage=captions|embeddings|manifest data.folders=[PATH,...]
+"""python -m dit4sr_pl.prepare stage=crops|captions|embeddings|latents|manifest data.folders=[PATH,...]
 
 python -m dit4sr_pl.prepare stage=metrics metrics=paper
 """
@@ -50,6 +50,51 @@ def captions(cfg: DictConfig, shard: tuple[int, int]) -> None:
         raise ValueError("not captioned: " + "; ".join(failed))
 
 
+def crops(cfg: DictConfig, shard: tuple[int, int]) -> None:
+    """Cuts the crops of this shard's photos that do not exist yet; the last task writes their manifest."""
+    from rich.progress import track
+
+    from dit4sr_pl.data.photo_sets import open_sets
+    from dit4sr_pl.preparation.build_manifest import build_manifest
+    from dit4sr_pl.preparation.crops import is_pending, sources, write_crops
+
+    folder, (number, count) = Path(cfg.crops), shard
+    photos = sources(open_sets(cfg.data.folders, cfg.data.sets), folder, cfg.crops_per_photo)
+    ours = photos[number - 1 :: count]
+    bar = functools.partial(track, description="crops")
+    cut = write_crops(ours, cfg.data.crop_size, cfg.seed, f".{number}-of-{count}", bar)
+    there = sum(path.exists() for source in ours for path in source.crops)
+    print(f"{there} crops of {len(ours)} photos in {folder}")
+    for reason, left in sorted(cut.left_out.items()):
+        print(f"{left} photos left out: {reason}")
+    if there and not any(map(is_pending, photos)):
+        print(f"{build_manifest(folder, processes=cfg.processes).manifest}: the manifest of all crops")
+    if cut.failed:
+        raise ValueError("not cut: " + "; ".join(cut.failed))
+
+
+def latents(cfg: DictConfig, shard: tuple[int, int]) -> None:
+    """Encodes the crops of this shard that have no latents yet, with the autoencoder in float32."""
+    import torch
+    from hydra.utils import instantiate
+    from rich.progress import track
+
+    from dit4sr_pl.data.photo_sets import open_sets
+    from dit4sr_pl.preparation.latents import write_latents
+
+    number, count = shard
+    photos = [photo for photo_set in open_sets(cfg.data.folders, cfg.data.sets) for photo in photo_set.photos]
+    ours, device = photos[number - 1 :: count], torch.device(cfg.device)
+    backbone = instantiate(cfg.model.backbone, dtype="float32")
+    backbone.to(device)
+    bar = functools.partial(track, description="latents")
+    options = cfg.data.crop_size, cfg.seed, device, bar
+    failed = write_latents(ours, Path(cfg.latents), backbone.coder, instantiate(cfg.degradation), *options)
+    print(f"latents of {len(ours) - len(failed)} crops in {cfg.latents}")
+    if failed:
+        raise ValueError("not encoded: " + "; ".join(failed))
+
+
 def embeddings(cfg: DictConfig, shard: tuple[int, int]) -> None:
     """Encodes the prompts of this shard that the cache lacks."""
     import torch
@@ -77,10 +122,13 @@ def all_prompts(cfg: DictConfig) -> Iterator[str]:
     """Yields the prompts that training and its validation need: captions, and captions in the sampler's wording."""
     from hydra.utils import instantiate
 
+    from dit4sr_pl.data.latents import LatentPairs
     from dit4sr_pl.data.photo_sets import open_sets
 
     captions = [""]
-    for photo_set in open_sets(cfg.data.folders, cfg.data.sets, cfg.data.pairs):
+    if cfg.data.latents is not None:
+        yield from sorted(LatentPairs(cfg.data.latents, cfg.data.captions, 0, 0).prompts())
+    for photo_set in open_sets(cfg.data.folders, cfg.data.sets, cfg.data.pairs) if cfg.data.latents is None else []:
         yield from (photo.prompt for photo in photo_set.photos)
     for photo_set in open_sets(cfg.data.validation_folders) if cfg.data.validation_folders else []:
         captions += [photo.prompt for photo in photo_set.photos]
@@ -138,7 +186,14 @@ def weights_of(cfg: DictConfig) -> list[Weights]:
     return [Weights(**metric.weights) for metric in cfg.metrics.values() if "weights" in metric]
 
 
-STAGES = {"captions": captions, "embeddings": embeddings, "manifest": manifest, "metrics": metrics}
+STAGES = {
+    "captions": captions,
+    "embeddings": embeddings,
+    "manifest": manifest,
+    "metrics": metrics,
+    "crops": crops,
+    "latents": latents,
+}
 
 
 def named_sets(cfg: DictConfig) -> dict[str, DictConfig]:
@@ -157,7 +212,32 @@ def check(cfg: DictConfig) -> None:
     else:
         name_benchmark(cfg)
         check_data(cfg.data, written=cfg.stage)
-        {"captions": check_captions, "embeddings": check_embeddings, "manifest": check_manifest}[cfg.stage](cfg)
+        CHECKS[cfg.stage](cfg)
+
+
+def check_crops(cfg: DictConfig) -> None:
+    """Checks the options of `stage=crops`."""
+    if cfg.crops_per_photo < 1:
+        raise ValueError(f"crops_per_photo={cfg.crops_per_photo}: must be 1 or more")
+    check_sides(cfg)
+    inside = Path(cfg.crops).resolve()
+    for folder in [*cfg.data.folders, *(options.folder for options in named_sets(cfg).values())]:
+        if inside.is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"crops={cfg.crops}: lies in {folder}, and would be cut itself next time; choose another")
+    check_writable(cfg.crops, "crops")
+
+
+def check_latents(cfg: DictConfig) -> None:
+    """Checks the options of `stage=latents`."""
+    check_sides(cfg)
+    check_backbone(cfg.model.backbone)
+    check_writable(cfg.latents, "latents")
+
+
+def check_sides(cfg: DictConfig) -> None:
+    """Raises ValueError unless crops can be cut at `data.crop_size`."""
+    if cfg.data.crop_size < 16 or cfg.data.crop_size % 16:
+        raise ValueError(f"data.crop_size={cfg.data.crop_size}: must be a positive multiple of 16 pixels (one token)")
 
 
 def check_captions(cfg: DictConfig) -> None:
@@ -194,6 +274,15 @@ def check_manifest(cfg: DictConfig) -> None:
         raise ValueError(f"processes={cfg.processes}: must be 1 or more")
     for folder, path in manifests(cfg):
         check_writable(folder if path is None else Path(path).parent, "the manifest's folder")
+
+
+CHECKS = {
+    "crops": check_crops,
+    "captions": check_captions,
+    "embeddings": check_embeddings,
+    "latents": check_latents,
+    "manifest": check_manifest,
+}
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
 def check_prompts(cfg: DictConfig, module: "SuperResolutionModule", data: "SuperResolutionData") -> None:
     """Raises ValueError unless the cached embeddings hold all prompts of training and of its validation."""
-    needed = data.training_prompts()
+    needed = data.training.prompts()
     if data.validation is not None and cfg.trainer.limit_val_batches != 0:
         needed |= module.restorer.sampler.prompts(data.validation_captions())
     if missing := module.backbone.prompts.missing(needed):

@@ -72,7 +72,14 @@ def check_data(data: DictConfig, written: str = "") -> None:
                 check_readable(options[key], f"data.pairs.{name}.{key}")
     if "photos" in data:
         check_extra("data=demo", "demo", "skimage", "sklearn")
-    if not data.folders and not named and not pairs:
+    latents = data.get("latents")
+    for folder in [latents] if isinstance(latents, str) else latents or []:
+        check_readable(folder, "data.latents")
+    if data.get("captions") is not None:
+        if not latents:
+            raise ValueError("data.captions belongs to data.latents; photos have data.sets.NAME.captions")
+        check_readable(data.captions, "data.captions")
+    if not data.folders and not named and not pairs and not latents:
         raise ValueError("no photos; give data.folders=[PATH] or data.sets.NAME.folder=PATH")
 
 

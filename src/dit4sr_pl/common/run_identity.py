@@ -47,6 +47,8 @@ ADDED = {
     "callbacks.ema.update_starting_at_step": None,
     "data.pairs": {},
     "data.validation": None,
+    "data.latents": None,
+    "data.captions": None,
 }
 
 

@@ -113,6 +113,15 @@ class TrainingCrops(Dataset):
         """Returns the number of samples in an epoch."""
         return len(self.mixture)
 
+    def prompts(self) -> set[str]:
+        """Returns all prompts of samples, the empty one included."""
+        return {"", *(photo.prompt for photo in self.photos)}
+
+    def check(self) -> None:
+        """Checks the photos and captions of all sets; errors are those of `PhotoSet.check`."""
+        for photo_set in self.sets:
+            photo_set.check()
+
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         photo, image, lr = self._read(self.mixture.photo(draw.index, draw.epoch))
         draws = generator("cpu", self.seed, "sample", draw.index, draw.epoch)
@@ -187,6 +196,11 @@ class ValidationImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.photos)
+
+    def check(self) -> None:
+        """Checks the images and captions of all folders; errors are those of `PhotoSet.check`."""
+        for photo_set in self.sets:
+            photo_set.check()
 
     def captions(self) -> list[str]:
         """Returns the captions of all images."""

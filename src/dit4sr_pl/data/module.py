@@ -25,6 +25,7 @@ from dit4sr_pl.data.datasets import (
     ValidationImages,
     ValidationPairs,
 )
+from dit4sr_pl.data.latents import LatentPairs
 from dit4sr_pl.data.photo_sets import Folders
 
 
@@ -114,6 +115,9 @@ class SuperResolutionData(LightningDataModule):
         validation_limit: number of validation images; None: all.
         sets: further training images by name, the arguments of `PhotoSet`; a set whose folder is None is left out.
         pairs: training images with given LR images by name, the arguments of `PairSet`; without `hr` they are left out.
+        latents: folders of latents that were encoded before the run, in the place of all photos (`LatentPairs`); None:
+            images are degraded and encoded in every step. A batch then has `clean` and `lr_latent`, and no images.
+        captions: captions of the latents, see `LatentPairs`.
         validation: a benchmark (`conf/dataset/`) whose pairs are the validation images, in the place of folders.
 
     Raises:
@@ -138,16 +142,21 @@ class SuperResolutionData(LightningDataModule):
         validation_limit: int | None = None,
         sets: Mapping[str, Mapping[str, Any]] | None = None,
         pairs: Mapping[str, Mapping[str, Any]] | None = None,
+        latents: Folders | None = None,
+        captions: str | None = None,
         validation: PairedImages | None = None,
     ):
         super().__init__()
         for name, size in (("crop_size", crop_size), ("validation_crop", validation_crop or TOKEN)):
             if size < 1 or size % TOKEN:
                 raise ValueError(f"{name}={size}: must be a positive multiple of {TOKEN} pixels (one token)")
-        self.training = TrainingCrops(
-            *(folders, crop_size, seed, flip, min_gradient, redraws, empty_prompt_probability, photos_in_memory),
-            *(sets, pairs),
-        )
+        if latents is not None:
+            self.training = LatentPairs(latents, captions, seed, empty_prompt_probability)
+        else:
+            self.training = TrainingCrops(
+                *(folders, crop_size, seed, flip, min_gradient, redraws, empty_prompt_probability, photos_in_memory),
+                *(sets, pairs),
+            )
         self.validation = None
         if validation_folders and validation is not None:
             raise ValueError("data.validation and data.validation_folders are both given; give one of them")
@@ -157,10 +166,6 @@ class SuperResolutionData(LightningDataModule):
             self.validation = ValidationPairs(validation, seed, validation_limit)
         self.degradation, self.seed = degradation, seed
         self.batch_size, self.num_workers = batch_size, num_workers
-
-    def training_prompts(self) -> set[str]:
-        """Returns all prompts of training, the empty one included."""
-        return {"", *(photo.prompt for photo in self.training.photos)}
 
     def validation_captions(self) -> list[str]:
         """Returns the captions of the validation images."""
@@ -177,10 +182,10 @@ class SuperResolutionData(LightningDataModule):
         return "validation_sharpened" if sharpened else "validation"
 
     def prepare_data(self) -> None:
-        """Checks the photos of all sets, see `PhotoSet.check`. Lightning calls it in one process per machine."""
-        validation = self.validation.sets if isinstance(self.validation, ValidationImages) else []
-        for photo_set in [*self.training.sets, *validation]:
-            photo_set.check()
+        """Checks photos and captions, see `PhotoSet.check`. Lightning calls it in one process per machine."""
+        self.training.check()
+        if isinstance(self.validation, ValidationImages):
+            self.validation.check()
 
     def train_dataloader(self) -> DataLoader:
         """Returns the endless training batches of this device."""
@@ -210,7 +215,9 @@ class SuperResolutionData(LightningDataModule):
 
     @torch.no_grad()
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
-        """Degrades a batch on the device, except given pairs."""
+        """Degrades a batch on the device, except given pairs and latents."""
+        if "clean" in batch:
+            return batch
         images = batch["image"].float() / 255
         if "paired" in batch:
             return batch | {"image": images} | self._degrade_others(images, batch)

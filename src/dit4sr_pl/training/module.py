@@ -88,10 +88,8 @@ class SuperResolutionModule(LightningModule):
         """Returns the rectified-flow loss of a batch from `SuperResolutionData`."""
         keys = [(self.seed, position) for position in batch["position"].tolist()]
         generators = [generator("cpu", "flow", *key) for key in keys]
-        coder = self.backbone.coder
-        clean = coder.encode(batch["hr"], [generator("cpu", "posterior", *key) for key in keys])
-        lr_latent = coder.encode(enlarge(batch["lr"], batch["hr"].shape[-2:]))
-        embeds, pooled = self.backbone.prompts(batch["prompt"], self.device)
+        clean, lr_latent = self.latents(batch, keys)
+        embeds, pooled = self.embeddings(batch)
 
         timestep, sigma = (values.to(self.device) for values in self.flow.draw_timesteps(generators))
         noise = draw_noise(clean, generators)
@@ -102,6 +100,20 @@ class SuperResolutionModule(LightningModule):
         self.stop_unless_finite(mean)
         self.log("train/loss", mean, prog_bar=True)
         return loss
+
+    def latents(self, batch: dict, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Returns the latents of the HR images and of the enlarged LR images, encoded now or before the run."""
+        if "clean" in batch:
+            return batch["clean"], batch["lr_latent"]
+        coder = self.backbone.coder
+        clean = coder.encode(batch["hr"], [generator("cpu", "posterior", *key) for key in keys])
+        return clean, coder.encode(enlarge(batch["lr"], batch["hr"].shape[-2:]))
+
+    def embeddings(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Returns prompt embeddings and pooled ones, of the batch's prompts or as they came with the latents."""
+        if "embeds" in batch:
+            return batch["embeds"].to(self.backbone.dtype), batch["pooled"].to(self.backbone.dtype)
+        return self.backbone.prompts(batch["prompt"], self.device)
 
     def stop_unless_finite(self, loss: Tensor) -> None:
         """Raises ValueError, with the step, if the loss is nan or infinite."""

@@ -1,0 +1,176 @@
+"""Training on latents: those that `prepare stage=latents` writes, and the folders of the authors' scripts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from dit4sr_pl import prepare
+from dit4sr_pl.backbone.autoencoder import LatentCoder
+from dit4sr_pl.backbone.sd3 import Backbone
+from dit4sr_pl.cli.checks import read_shard
+from dit4sr_pl.cli.command import conf_folder
+from dit4sr_pl.common.randomness import derive_seed, generator
+from dit4sr_pl.data.datasets import Draw
+from dit4sr_pl.data.latents import LatentPairs
+from dit4sr_pl.degradation import Degradation
+from dit4sr_pl.images.files import read_image, write_image
+from dit4sr_pl.images.resize import enlarge
+from dit4sr_pl.train import train
+from testing.toy_runs import TOY_SD3, losses, toy
+
+NAMES = ["set/a_0", "set/a_1", "set/b_0"]
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("crops")
+    for number, name in enumerate(NAMES):
+        write_image(folder / f"{name}.png", torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(number)))
+    (folder / "set/a_1.txt").write_text("a cat")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def write(crops):
+    """Returns a function that runs the stage and returns its error message; the config is made once."""
+    words = ["stage=latents", "data.crop_size=64", "degradation=light", f"model.backbone.name={TOY_SD3}"]
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        given = compose("prepare", words)
+
+    def write(folder: Path, photos: Path = crops, shard: str = "1/1") -> str | None:
+        cfg = OmegaConf.merge(given, {"latents": str(folder), "data": {"folders": [str(photos)]}, "shard": shard})
+        try:
+            prepare.check(cfg)
+            prepare.latents(cfg, read_shard(shard))
+        except ValueError as error:
+            return str(error)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def latents(write, tmp_path_factory) -> Path:
+    """The latents of the crops, written by two tasks."""
+    folder = tmp_path_factory.mktemp("latents")
+    assert write(folder, shard="2/2") is None and write(folder, shard="1/2") is None
+    return folder
+
+
+@pytest.fixture(scope="module")
+def light() -> Degradation:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        options = compose("train", ["output=x"]).degradation
+    return Degradation(**{key: value for key, value in options.items() if key != "_target_"})
+
+
+@pytest.fixture(scope="module")
+def released(latents, tmp_path_factory) -> Path:
+    """A folder as the authors' scripts write it: flat, with embeddings of every prompt and of the empty one."""
+    folder = tmp_path_factory.mktemp("released")
+    for kind in ("latent_hr", "latent_lr", "prompt_embeds", "pooled_prompt_embeds"):
+        (folder / kind).mkdir()
+    for number, name in enumerate(NAMES):
+        for kind in ("latent_hr", "latent_lr"):
+            torch.save(
+                torch.load(latents / kind / f"{name}.pt", weights_only=True), folder / f"{kind}/000000{number}.pt"
+            )
+        torch.save(torch.full((1, 85, 16), float(number)), folder / f"prompt_embeds/000000{number}.pt")
+        torch.save(torch.full((1, 16), float(number)), folder / f"pooled_prompt_embeds/000000{number}.pt")
+    torch.save(torch.full((1, 85, 16), -1.0), folder / "prompt_embeds/NULL_prompt_embeds.pt")
+    torch.save(torch.full((1, 16), -1.0), folder / "pooled_prompt_embeds/NULL_pooled_prompt_embeds.pt")
+    return folder
+
+
+def test_latents_are_those_of_a_training_step_and_of_the_authors_layout(crops, latents, light):
+    coder = LatentCoder(Backbone(str(TOY_SD3), "float32", 8).vae)
+    for name in NAMES:
+        image = read_image(crops / f"{name}.png")[None] / 255
+        lr, hr = light(image, light.draw([derive_seed(0, "degradation", name)], (64, 64)))
+        expected = {
+            "latent_hr": coder.encode(hr, [generator("cpu", "posterior", 0, name)]),
+            "latent_lr": coder.encode(enlarge(lr, (64, 64))),
+        }
+        for kind, latent in expected.items():
+            stored = torch.load(latents / kind / f"{name}.pt", weights_only=True)
+            assert stored.shape[0] == 1 and stored.dtype == torch.float32 and torch.equal(stored, latent)
+
+
+def test_a_second_call_encodes_what_is_missing_and_other_sizes_are_named(write, latents, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in latents.rglob("*.pt")}
+    again, others = sorted(before)[0], sorted(before)[1:]
+    content = again.read_bytes()
+    again.unlink()
+    assert write(latents) is None
+    assert again.read_bytes() == content and all(path.stat().st_mtime_ns == before[path] for path in others)
+    write_image(tmp_path / "wide.png", torch.rand(3, 64, 96))
+    assert "wide.png: 96x64 pixels; crops must be 64x64" in write(tmp_path / "latents", tmp_path)
+
+
+def test_samples_are_latents_and_captions_by_name(latents, crops):
+    pairs = LatentPairs([latents], crops, seed=0, empty_prompt_probability=0.2)
+    assert [name for _, name in pairs.items] == NAMES and pairs.prompts() == {"", "a cat"}
+    samples = [pairs[Draw(1, epoch, 7)] for epoch in range(200)]
+    stored = torch.load(latents / "latent_hr/set/a_1.pt", weights_only=True)[0]
+    assert all(torch.equal(sample["clean"], stored) and sample["position"] == 7 for sample in samples)
+    assert 20 < sum(sample["prompt"] == "" for sample in samples) < 60
+    assert pairs[Draw(1, 3, 0)]["prompt"] == pairs[Draw(1, 3, 99)]["prompt"]
+
+
+def test_the_authors_folders_bring_their_embeddings(released):
+    pairs = LatentPairs(str(released), None, seed=0, empty_prompt_probability=0.5)
+    samples = [pairs[Draw(2, epoch, 0)] for epoch in range(50)]
+    assert {sample["embeds"].unique().item() for sample in samples} == {2.0, -1.0} and len(pairs) == 3
+    assert all(sample["pooled"].shape == (16,) and sample["embeds"].shape == (85, 16) for sample in samples)
+    assert all(sample["pooled"][0] == sample["embeds"][0, 0] for sample in samples) and not pairs.prompts()
+
+
+def test_latents_that_do_not_fit_together_are_named(released, tmp_path):
+    for kind in ("latent_hr", "latent_lr"):
+        (tmp_path / kind).mkdir()
+    torch.save(torch.zeros(1, 4, 8, 8), tmp_path / "latent_hr/a.pt")
+    torch.save(torch.zeros(1, 4, 8, 8), tmp_path / "latent_lr/b.pt")
+    with pytest.raises(ValueError, match="latent_hr and latent_lr differ in 2 names, such as a"):
+        LatentPairs([tmp_path], None, 0, 0)
+    with pytest.raises(FileNotFoundError, match="latent_hr: no latents; run prepare stage=latents"):
+        LatentPairs([tmp_path / "latent_lr"], None, 0, 0)
+    (tmp_path / "latent_lr/b.pt").rename(tmp_path / "latent_lr/a.pt")
+    (tmp_path / "latent_lr/a.pt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="latent_lr/a.pt: not read"):
+        LatentPairs([tmp_path], None, 0, 0)[Draw(0, 0, 0)]
+    torch.save(torch.zeros(1, 4, 8, 4), tmp_path / "latent_lr/a.pt")
+    with pytest.raises(ValueError, match=r"shape \(4, 8, 4\), the first ones have \(4, 8, 8\)"):
+        LatentPairs([tmp_path], None, 0, 0)[Draw(0, 0, 0)]
+    with pytest.raises(ValueError, match="has prompt embeddings"):
+        LatentPairs([released], tmp_path, 0, 0)
+
+
+def start(photos: Path, folder: Path, *words: str) -> None:
+    options = ["data=latents", "data.folders=[]", "data.validation_limit=1", "metrics=[psnr]", "callbacks=default"]
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        train(compose("train", [*toy(photos, folder)[1:], *options, *words]))
+
+
+@pytest.mark.slow
+def test_a_run_on_latents_resumes_exactly_and_needs_no_degradation(photos, latents, crops, tmp_path, monkeypatch):
+    words = [
+        f"data.latents=[{latents}]",
+        f"data.captions={crops}",
+        "trainer.max_steps=3",
+        "trainer.limit_val_batches=0",
+    ]
+    monkeypatch.setattr(LatentCoder, "encode", None)
+    monkeypatch.setattr(Degradation, "__call__", None)
+    start(photos, tmp_path / "whole", *words)
+    part = ["callbacks.checkpoint.every_n_train_steps=1"]
+    start(photos, tmp_path / "parts", *words, *part, "trainer.max_steps=2")
+    start(photos, tmp_path / "parts", *words, *part)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_run_on_the_authors_folders_reads_no_text_encoder(photos, released, tmp_path, monkeypatch):
+    monkeypatch.setattr(Backbone, "text_encoders", None)
+    start(photos, tmp_path, f"data.latents={released}", "trainer.limit_val_batches=0", "trainer.max_steps=1")
+    assert len(losses(tmp_path)) == 1
