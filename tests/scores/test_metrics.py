@@ -14,18 +14,21 @@ from urllib.parse import unquote
 
 import pyiqa
 import pytest
+import scipy.io
 import timm
 import torch
 import torchvision
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from pyiqa.archs import clip_model, clipiqa_arch, liqe_arch, lpips_arch, maniqa_arch, musiq_arch
+from pyiqa.archs import clip_model, clipiqa_arch, dists_arch, liqe_arch, lpips_arch, maniqa_arch, musiq_arch, niqe_arch
 from pyiqa.archs.clip_model import CLIP, load
 from pyiqa.archs.clipiqa_arch import CLIPIQA
+from pyiqa.archs.dists_arch import DISTS
 from pyiqa.archs.liqe_arch import LIQE
 from pyiqa.archs.maniqa_arch import MANIQA
 from pyiqa.archs.musiq_arch import MUSIQ
+from pyiqa.archs.niqe_arch import NIQE
 from pyiqa.utils.registry import ARCH_REGISTRY
 
 from dit4sr_pl.cli.command import conf_folder
@@ -41,6 +44,7 @@ from testing import two_scores
 
 OURS = ("psnr", "ssim", "stlpips")
 PAPER = ["psnr", "ssim", "lpips", "musiq", "maniqa", "clipiqa", "liqe"]
+MORE = ["stlpips", "dists", "niqe"]
 CLIPS = {  # arguments of CLIP, in their order
     "small": (64, 64, 2, 64, 32, 77, 49408, 64, 1, 2),
     "ViT-B-32.pt": (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12),
@@ -73,7 +77,7 @@ def pairs(tmp_path_factory):
 @functools.cache
 def configs(*overrides: str):
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return compose("train", [f"metrics=[{','.join([*PAPER, 'stlpips'])}]", *overrides]).metrics
+        return compose("train", [f"metrics=[{','.join([*PAPER, *MORE])}]", *overrides]).metrics
 
 
 def config(name: str, *overrides: str):
@@ -218,7 +222,7 @@ def assert_equals(score: ImageScore, net: torch.nn.Module, images: torch.Tensor)
     scores = score.each(images, None)
     assert scores.shape == (len(images),) and scores.dtype == torch.float32
     assert len(scores.unique()) == len(images)  # random weights, but no constant
-    torch.testing.assert_close(scores, net(images).flatten(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(scores, net(images).flatten().float(), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(scores[1:2], score.each(images[1:2], None), atol=1e-5, rtol=1e-5)
 
 
@@ -284,6 +288,36 @@ def test_liqe_equals_pyiqa(making, images):
     assert_equals(making.score("liqe"), net, images)
 
 
+class SmallLinear(torch.nn.Linear):
+    """A layer that stands for one of any size."""
+
+    def __init__(self, *_):
+        super().__init__(1, 1)
+
+
+@pytest.mark.slow
+def test_dists_equals_pyiqa(making, pairs, monkeypatch):
+    """VGG-16's classifier, nine tenths of its weights, is left out."""
+    make, images = torchvision.models.vgg16, tuple(part[:4] for part in pairs)
+    monkeypatch.setattr(torchvision.models.vgg.nn, "Linear", SmallLinear)
+    torch.save(make(weights=None).state_dict(), making.folder / "vgg16-397923af.pth")
+    with monkeypatch.context() as without_hub:
+        without_hub.setattr(torchvision.models, "vgg16", lambda weights: make(weights=None))
+        net = DISTS(pretrained=False).eval()
+    torch.nn.init.uniform_(net.alpha), torch.nn.init.uniform_(net.beta)
+    torch.save(net.state_dict(), making.folder / "DISTS_weights-f5e65c96.pth")
+    scores = making.score("dists").each(*images)
+    torch.testing.assert_close(scores, net(*images).flatten().detach(), atol=1e-6, rtol=1e-6)
+    assert scores.max() > 0.1 and len(scores.unique()) == len(scores)
+
+
+@pytest.mark.slow
+def test_niqe_equals_pyiqa(making, images):
+    path, draws = making.folder / "niqe_modelparameters.mat", torch.rand(36, 36, generator=generator("cpu", 1)).double()
+    scipy.io.savemat(path, {"mu_prisparam": draws[:1].numpy(), "cov_prisparam": (draws @ draws.T).numpy()})
+    assert_equals(making.score("niqe"), NIQE(color_space="yiq", pretrained_model_path=str(path)), images)
+
+
 @complete
 @pytest.mark.filterwarnings("ignore:.*jit:FutureWarning")
 @pytest.mark.parametrize("name, size", [("maniqa", None), ("clipiqa", "ViT-L-14.pt"), ("liqe", "ViT-B-32.pt")])
@@ -325,7 +359,7 @@ def test_all_weights_follow_to_another_device(name, making):
 def test_metrics_know_what_they_need(images):
     with pytest.raises(ValueError, match="psnr needs ground truth; give reference=FOLDER or metrics=no_reference"):
         metric("psnr").each(images, None)
-    theirs = {name: pyiqa.default_model_configs.DEFAULT_CONFIGS[config(name).name] for name in [*PAPER, "stlpips"]}
+    theirs = {name: pyiqa.default_model_configs.DEFAULT_CONFIGS[config(name).name] for name in [*PAPER, *MORE]}
     for name, entry in theirs.items():
         assert config(name).reference == (entry["metric_mode"] == "FR")
         assert config(name).lower_is_better == entry.get("lower_better", False)
@@ -348,15 +382,16 @@ def test_sets_are_the_papers_columns():
     assert all(not metric.reference for metric in metrics.values())
 
 
-NEEDED = [(name, file.url) for name in PAPER[2:] for file in config(name).weights.files]
+NEEDED = [(name, file.url) for name in [*PAPER[2:], *MORE[1:]] for file in config(name).weights.files]
 
 
 @pytest.mark.parametrize("name, url", NEEDED)
 def test_every_file_is_one_that_pyiqa_or_torchvision_asks_for(name, url):
     asked = [str(torchvision.models.AlexNet_Weights.IMAGENET1K_V1.url), *clip_model._MODELS.values()]
+    asked += [str(torchvision.models.VGG16_Weights.IMAGENET1K_V1.url)]
     asked += [
         url
-        for module in (lpips_arch, musiq_arch, maniqa_arch, clipiqa_arch, liqe_arch)
+        for module in (lpips_arch, musiq_arch, maniqa_arch, clipiqa_arch, liqe_arch, dists_arch, niqe_arch)
         for url in module.default_model_urls.values()
     ]
     assert url in asked

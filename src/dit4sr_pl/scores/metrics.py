@@ -70,7 +70,7 @@ class ImageScore(Metric):
             raise ValueError(f"{self.name} needs images of {self.smallest_side} pixels a side, not {tuple(sr.shape)}")
         images = (sr.float(), hr.float()) if self.reference else (sr.float(),)
         with exactly(sr.device):
-            return self.score(*images).flatten()
+            return self.score(*images).flatten().float()  # NIQE computes in float64
 
     def update(self, sr: Tensor, hr: Tensor | None) -> None:
         """Adds the scores of a batch."""

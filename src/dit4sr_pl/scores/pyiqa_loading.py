@@ -101,6 +101,10 @@ def reading_from(name: str, weights: Weights | None, opened: list[str]) -> Itera
             # MANIQA's file holds the weights of its vision transformer too.
             backbone = functools.partial(timm.create_model, "vit_base_patch8_224")
             enter(mock.patch.object(timm, "create_model", lambda *_, **__: backbone(pretrained=False)))
+        if name.startswith("niqe"):
+            from pyiqa.archs import niqe_arch
+
+            enter(mock.patch.object(niqe_arch, "load_file_from_url", path))
         if name.startswith("liqe"):
             from pyiqa.archs import liqe_arch
 
