@@ -16,14 +16,14 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
 
 
-def call(module: str, *arguments: str, cwd: Path) -> str | None:
+def call(module: str, *arguments: str | Path, cwd: Path) -> str | None:
     """Runs `python -m MODULE ARGUMENTS` in a folder in this process, which saves the imports of a new one.
 
     Returns:
         The line that the command ends with on stderr; None: it succeeded.
     """
     main = importlib.import_module(module).main
-    with contextlib.chdir(cwd), mock.patch.object(sys, "argv", [module, *arguments]):
+    with contextlib.chdir(cwd), mock.patch.object(sys, "argv", [module, *map(str, arguments)]):
         try:
             main()
         except SystemExit as end:

@@ -5,10 +5,14 @@ import shutil
 from pathlib import Path
 
 import torch
+from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
-from dit4sr_pl.model.reference_format import WEIGHTS
+from dit4sr_pl.model import DiT4SRTransformer, Variant
+from dit4sr_pl.model.reference_format import WEIGHTS, write_released
 from testing import ROOT
+from testing.networks import randomise
+from testing.toy_runs import TOY_SD3
 
 GOLDEN = ROOT / "tests" / "golden"
 
@@ -48,4 +52,22 @@ def write_release(
         weight_map |= dict.fromkeys(names[shard::shards], file)
         save_file({name: state[name] for name in names[shard::shards]}, target / file, {"format": "pt"})
     (target / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def write_toy_release(folder: Path, legacy: bool) -> Path:
+    """Writes a release over the toy SD3 pipeline, with random weights, and returns it.
+
+    Args:
+        folder: the folder to write; `transformer/` is made in it.
+        legacy: whether it was trained with legacy LR keys, as dit4sr_q, or with keys of its own, as dit4sr_r1.
+    """
+    base = SD3Transformer2DModel.from_pretrained(TOY_SD3, subfolder="transformer")
+    net = DiT4SRTransformer(base, Variant(injection_scale=1.2, legacy_lr_keys=legacy))
+    randomise(net.lr_stream)
+    if legacy:
+        for name, weight in net.lr_stream.named_parameters():
+            if ".k." in name:
+                weight.detach().zero_()
+    write_released(base, net.lr_stream, folder)
     return folder

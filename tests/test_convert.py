@@ -1,33 +1,23 @@
 """The command that converts released weights, in both directions, on the reference folders."""
 
-import sys
+import functools
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from dit4sr_pl.convert import main
 from dit4sr_pl.model import load_part
 from dit4sr_pl.model.reference_format import WEIGHTS, Release
 from dit4sr_pl.model.trained_part import fit_part
 from dit4sr_pl.restoration.restorer import build_network
+from testing.commands import call
 from testing.releases import GOLDEN, write_release
 
 
 @pytest.fixture
-def convert(tmp_path, monkeypatch):
+def convert(tmp_path):
     """A function that runs the command in `tmp_path` and returns the line that it ends with if it fails."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-    def run(*arguments) -> str | None:
-        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as end:
-            return end.code
-
-    return run
+    return functools.partial(call, "dit4sr_pl.convert", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(

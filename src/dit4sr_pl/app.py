@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from dit4sr_pl.cli.checkpoint import follow_checkpoint
 from dit4sr_pl.cli.checks import SCALES, check_backbone, check_extra, check_scale, check_text_length, choose_device
 from dit4sr_pl.cli.command import command
 
@@ -31,6 +32,7 @@ FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # Gra
 @command("app")
 def main(cfg: DictConfig) -> None:
     """Serves the page until it is interrupted."""
+    cfg = follow_checkpoint(cfg)
     check(cfg)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
@@ -40,7 +42,7 @@ def main(cfg: DictConfig) -> None:
 
     from dit4sr_pl.restoration.restorer import Restorer
 
-    device = torch.device(choose_device(cfg.device))
+    device = torch.device(choose_device(cfg.device, cfg.model.backbone))
     parts = instantiate(cfg.model.backbone), instantiate(cfg.sampler)
     restorer = Restorer.load(*parts, cfg.checkpoint, device, cfg.offload, cfg.injection_scale)
     # One image at a time has the memory to itself.

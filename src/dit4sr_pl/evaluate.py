@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError
 
+from dit4sr_pl.cli.checkpoint import follow_checkpoint
 from dit4sr_pl.cli.checks import (
     check_backbone,
     check_extra,
@@ -32,10 +33,12 @@ def main(cfg: DictConfig) -> None:
 
 def evaluate(cfg: DictConfig) -> None:
     """Restores and scores the rest of this shard, and writes the result when no shard has any left."""
+    if cfg.images is None and "backbone" in cfg.method:
+        cfg = follow_checkpoint(cfg)
     check(cfg)
     dataset, items = open_items(cfg)
     chosen = metrics_for(cfg, items)  # so far without PyTorch
-    cfg.device = choose_device(cfg.device)
+    cfg.device = choose_device(cfg.device, cfg.model.backbone if "backbone" in cfg.method else None)
 
     from hydra.utils import instantiate
     from rich.progress import track

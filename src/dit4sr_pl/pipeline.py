@@ -25,9 +25,11 @@ from dit4sr_pl.backbone.autoencoder import LatentCoder
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.cli.command import read_conf
 from dit4sr_pl.common.files import ASSETS
+from dit4sr_pl.common.hub import HubAddress, hub_errors, locate
 from dit4sr_pl.common.randomness import generator as seeded
 from dit4sr_pl.images.files import rgb_pixels
 from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, load_part
+from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.trained_part import check_base, fit_state, with_injection_scale
 from dit4sr_pl.restoration.sampling import Sampler, restore
 from dit4sr_pl.restoration.worklist import result_size
@@ -53,7 +55,7 @@ class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
 
     @classmethod
     def from_file(cls, path: str | Path) -> "LRStreamModel":
-        """Reads an LR-stream file (`lr_stream.safetensors`) or a training checkpoint (`.ckpt`).
+        """Reads an LR-stream file (`lr_stream.safetensors`), a training checkpoint (`.ckpt`) or a released folder.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -149,12 +151,17 @@ class DiT4SRPipeline(DiffusionPipeline):
         """Loads a pipeline, or builds one from an SD3 pipeline and an LR stream.
 
         Args:
-            name: a folder that `save_pretrained` wrote, or `tiny-dit4sr`, which is in this package. With `lr_stream`:
+            name: a folder that `save_pretrained` wrote, or an LR stream, which names its SD3 pipeline: a file,
+                `tiny-dit4sr`, `dit4sr_q`, `hub:OWNER/NAME` and whatever else `checkpoint_file` knows. With `lr_stream`:
                 the folder or hub id of the SD3 pipeline that it was trained over, or `tiny-sd3`.
-            lr_stream: an LR-stream file or a training checkpoint.
+            lr_stream: the LR stream, by the same names.
             injection_scale: factor of LR Injection, which `save_pretrained` keeps; None: the LR stream's own.
             arguments: diffusers' own (`dtype`, `revision`, components) and those of the class. With `lr_stream`, the
                 others are taken from `conf/model/` and `conf/sampler/`.
+
+        Raises:
+            FileNotFoundError: a file is missing, or a model of the hub cannot be read; the message says what to do.
+            ValueError: the LR stream is truncated, or was trained over another base.
         """
         pipeline = cls._load(name, lr_stream, arguments)
         if injection_scale is not None:
@@ -163,19 +170,22 @@ class DiT4SRPipeline(DiffusionPipeline):
 
     @classmethod
     def _load(cls, name: str | Path, lr_stream: str | Path | LRStreamModel | None, arguments: dict) -> "DiT4SRPipeline":
-        if (ASSETS / name / "lr_stream.safetensors").is_file():
-            name, lr_stream = "tiny-sd3", ASSETS / name / "lr_stream.safetensors"
+        if lr_stream is None and is_lr_stream(name):
+            lr_stream = LRStreamModel.from_file(checkpoint_file(name))
+            name = lr_stream.config.base["name"]
         if lr_stream is None:
-            return super().from_pretrained(name, **arguments)
+            with hub_errors(str(name), str(name)):
+                return super().from_pretrained(name, **arguments)
         shipped = ASSETS / name
         tiny = shipped.is_dir()
         backbone, sampler = ("tiny_sd3", "tiny") if tiny else ("sd35_medium", "paper")
         defaults = conf_defaults(backbone=backbone, sampler=sampler)
         if isinstance(lr_stream, str | Path):
-            lr_stream = LRStreamModel.from_file(lr_stream)
+            lr_stream = LRStreamModel.from_file(checkpoint_file(lr_stream))
         if "torch_dtype" in arguments:  # diffusers' older name of it
             arguments["dtype"] = arguments.pop("torch_dtype")
-        return super().from_pretrained(shipped if tiny else name, lr_stream=lr_stream, **defaults | arguments)
+        with hub_errors(str(name), str(name)):
+            return super().from_pretrained(shipped if tiny else name, lr_stream=lr_stream, **defaults | arguments)
 
     @torch.no_grad()
     def __call__(
@@ -263,6 +273,15 @@ class DiT4SRPipeline(DiffusionPipeline):
         )
 
     enable_group_offload = enable_sequential_cpu_offload
+
+
+def is_lr_stream(name: str | Path) -> bool:
+    """Returns whether a name is that of an LR stream, and not of a pipeline."""
+    place = locate(name)
+    if isinstance(place, HubAddress) or place.is_file():
+        return True
+    configs = place / "config.json", place / "transformer" / "config.json"
+    return any(config.is_file() for config in configs) and not (place / "model_index.json").exists()
 
 
 def conf_defaults(**choices: str) -> dict:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
+from dit4sr_pl.cli.checkpoint import follow_checkpoint
 from dit4sr_pl.cli.checks import (
     check_backbone,
     check_readable,
@@ -29,6 +30,7 @@ ALPHA = ("bicubic", "network")
 @command("restore")
 def main(cfg: DictConfig) -> None:
     """Restores pictures and reports how many."""
+    cfg = follow_checkpoint(cfg)
     check(cfg)
 
     from dit4sr_pl.restoration.worklist import make_worklist
@@ -38,7 +40,7 @@ def main(cfg: DictConfig) -> None:
     worklist = make_worklist(Path(cfg.input), Path(cfg.output), **options)
     total, done = worklist.total, worklist.done
     if worklist.entries:
-        cfg.device = choose_device(cfg.device)
+        cfg.device = choose_device(cfg.device, cfg.model.backbone)
         if cfg.get("captioner") is not None:
             caption(worklist, cfg)
     if worklist.entries:

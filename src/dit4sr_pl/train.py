@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from dit4sr_pl.cli.benchmarks import name_benchmark
 from dit4sr_pl.cli.checks import check_backbone, check_data, check_readable, check_text_length, check_writable
 from dit4sr_pl.cli.command import choice, command
-from dit4sr_pl.common.files import checkpoint_file
+from dit4sr_pl.common.hub import locate
 from dit4sr_pl.scores.weight_files import check_metrics
 from dit4sr_pl.training.run_folder import begin, finish, finished_steps, newest_checkpoint, open_run
 
@@ -177,7 +177,9 @@ def check(cfg: DictConfig) -> None:
         if not zipfile.is_zipfile(cfg.ckpt_path):
             raise ValueError(f"ckpt_path={cfg.ckpt_path}: truncated or not a checkpoint; resume from an earlier one")
     if cfg.model.checkpoint is not None:
-        check_readable(checkpoint_file(cfg.model.checkpoint), "model.checkpoint")
+        place = locate(cfg.model.checkpoint)
+        if isinstance(place, Path):  # what is on the hub is looked up when it is read
+            check_readable(place, "model.checkpoint")
     check_processes(cfg.trainer)
     check_whole_steps(cfg.trainer)
     if cfg.sharded and "ema" in cfg.callbacks:

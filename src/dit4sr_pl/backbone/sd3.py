@@ -22,6 +22,7 @@ from dit4sr_pl.backbone.autoencoder import LatentCoder
 from dit4sr_pl.backbone.prompt_cache import PromptCache
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.common.files import ASSETS
+from dit4sr_pl.common.hub import HubError, hub_errors
 
 
 class TextEncoders(StableDiffusion3Pipeline):
@@ -39,16 +40,20 @@ class Backbone:
         t5_tokens: number of T5's tokens in the text stream.
         embeddings: folder of prompt embeddings (`prepare stage=embeddings`), with which text encoders and tokenizers
             are never read; None: prompts are encoded when they come.
+        gpu_memory: GiB of a GPU's memory that all components need when they are on it together; None: little.
 
     Raises:
         FileNotFoundError: a component that a run asks for is not there; the message says what to do.
     """
 
-    def __init__(self, name: str, dtype: str, t5_tokens: int, embeddings: str | None = None):
+    def __init__(
+        self, name: str, dtype: str, t5_tokens: int, embeddings: str | None = None, gpu_memory: float | None = None
+    ):
         self.name = name
         self.dtype = getattr(torch, dtype)
         self.t5_tokens = t5_tokens
         self.embeddings = embeddings
+        self.gpu_memory = gpu_memory
         self.device, self.offload = torch.device("cpu"), False
 
     @property
@@ -102,8 +107,10 @@ class Backbone:
             FileNotFoundError: the component cannot be read; the message says what to do.
         """
         try:
-            with no_progress_bars():
+            with hub_errors(f"model.backbone.name={self.name}", self.name), no_progress_bars():
                 return kind.from_pretrained(self.location, **arguments)
+        except HubError:
+            raise
         except (OSError, ValueError) as error:
             component = arguments.get("subfolder", "text encoders")
             reason = str(error).strip().splitlines()[0]
@@ -112,16 +119,17 @@ class Backbone:
                 "diffusers' layout, a hub id (for gated models accept the licence and run `hf auth login`), or tiny-sd3"
             ) from None
 
-    def to(self, device: torch.device, offload: bool = False) -> None:
+    def to(self, device: torch.device, offload: bool | None = False) -> None:
         """Moves the components that have been read, and later ones when they are read, to a device.
 
         Call it when the training device is known.
 
         Args:
             device: where the components work.
-            offload: whether the autoencoder's and the text encoders' layers are on the device only while they run.
+            offload: whether the autoencoder's and the text encoders' layers are on the device only while they run;
+                None: where the device's memory is smaller than `gpu_memory`.
         """
-        self.device, self.offload = device, offload
+        self.device, self.offload = device, self.exceeds(device) if offload is None else offload
         read = vars(self)  # a cached property appears here after its first use
         if "transformer" in read:
             self.transformer.to(device)
@@ -129,6 +137,12 @@ class Backbone:
             self.place(self.vae)
         for encoder in encoders_of(self.text_encoders) if "text_encoders" in read else []:
             self.place(encoder)
+
+    def exceeds(self, device: torch.device) -> bool:
+        """Returns whether all components together need more memory than a GPU has."""
+        if device.type != "cuda" or self.gpu_memory is None:
+            return False
+        return torch.cuda.get_device_properties(device).total_memory < self.gpu_memory * 2**30
 
     def place(self, model: nn.Module) -> nn.Module:
         """Moves a component to the device, or hooks its layers if they are offloaded."""

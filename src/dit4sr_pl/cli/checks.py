@@ -1,19 +1,27 @@
 """Checks of a user's config that commands make before they import PyTorch."""
 
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from dit4sr_pl.backbone.text_length import check_t5_tokens, longest_prompt
+from dit4sr_pl.common.hub import check_access
 
 DTYPES = ("float32", "bfloat16", "float16")
 SCALES = (1, 8)
 
 
-def choose_device(name: str) -> str:
+def choose_device(name: str, backbone: DictConfig | None = None) -> str:
     """Returns the device to use; for `auto` it is the first CUDA device, or the CPU if there is none.
+
+    A CPU that is to run a backbone made for GPUs is worth a line on stderr.
+
+    Args:
+        name: `auto`, or PyTorch's name of a device.
+        backbone: config of the backbone that the device is to run; None: there is none.
 
     Raises:
         ValueError: the device cannot be used.
@@ -21,7 +29,9 @@ def choose_device(name: str) -> str:
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cpu") and backbone is not None and backbone.gpu_memory is not None:
+        print(f"warning: no GPU: {backbone.name} runs on the CPU, which takes minutes for a step", file=sys.stderr)
     try:
         torch.empty(1, device=name)
     except Exception as error:  # every kind of device has its own error
@@ -96,16 +106,19 @@ def check_scale(scale: float) -> None:
 def check_backbone(backbone: DictConfig) -> None:
     """Checks the config of a backbone.
 
-    A name that does not begin with `.`, `/` or `~` may be a hub id or a model in this package; only loading tells.
+    A name that begins with `.`, `/` or `~` is a folder; another one is a folder, a model in this package, or a hub id.
 
     Raises:
         ValueError: the dtype is unknown.
-        FileNotFoundError: the folder of the model or of the embeddings does not exist.
+        FileNotFoundError: the folder of the model or of the embeddings does not exist, or the hub's model cannot be
+            read.
     """
     if backbone.dtype not in DTYPES:
         raise ValueError(f"model.backbone.dtype={backbone.dtype}: choose one of {', '.join(DTYPES)}")
     if backbone.name.startswith((".", "/", "~")):
         check_readable(Path(backbone.name) / "model_index.json", "model.backbone.name")
+    elif "/" in backbone.name and not Path(backbone.name).exists():
+        check_access(backbone.name, "model.backbone.name")
     if backbone.embeddings is not None:
         check_readable(Path(backbone.embeddings) / "index.json", "model.backbone.embeddings")
 

@@ -151,6 +151,7 @@ def quiet_libraries() -> None:
     for name in ("diffusers.pipelines.stable_diffusion_3", "transformers.tokenization_utils_base"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning's own use of PyTorch
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`", UserWarning)  # diffusers' own use of the hub
     warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # spandrel's SwinIR
     warnings.filterwarnings("ignore", "The `srun` command is available", UserWarning)  # on a cluster, outside of a job
 

@@ -14,12 +14,6 @@ ASSETS = Path(__file__).parents[1] / "assets"  # weights in this package, and pu
 log = logging.getLogger(__name__)
 
 
-def checkpoint_file(checkpoint: Path | str) -> Path:
-    """Returns the file of a trained part, from its path or the name of one in this package."""
-    shipped = ASSETS / str(checkpoint) / "lr_stream.safetensors"
-    return shipped if shipped.is_file() else Path(checkpoint)
-
-
 @contextmanager
 def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
     """Yields a hidden name next to `path` to write to; the file becomes `path` when the block ends without an error.

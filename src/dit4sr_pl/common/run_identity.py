@@ -30,6 +30,7 @@ NO_EFFECT += ("data.num_workers", "data.photos_in_memory", "data.batch_size", "m
 NO_EFFECT += ("model.network.gradient_checkpointing", "model._target_")  # `_target_` says whether training is sharded
 NO_EFFECT += ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches", "trainer.strategy")
 NO_EFFECT += ("trainer.accelerator", "trainer.plugins", "trainer.enable_progress_bar", "trainer.log_every_n_steps")
+NO_EFFECT += ("model.backbone.gpu_memory",)
 # Copies of settings that have a key of their own.
 NO_EFFECT += ("model.optimizer", "model.seed", "model.sampler", "data.seed", "data.degradation")
 

@@ -10,16 +10,16 @@ from pickle import UnpicklingError
 
 import torch
 from diffusers import SD3Transformer2DModel
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from dit4sr_pl.common.files import atomic_write
+from dit4sr_pl.common.hub import RELEASED_BASE
+from dit4sr_pl.common.part_header import check_file, read_header
 from dit4sr_pl.model.reference_format import RELEASED_SCALE, Release, choose_lr_keys
 from dit4sr_pl.model.variant import Variant
 
-RELEASED_BASE = "stabilityai/stable-diffusion-3.5-medium"  # of all the authors' releases
 SAMPLES = 64  # values per weight that the fingerprint of a base covers
 
 
@@ -113,26 +113,15 @@ def load_part(path: str | Path) -> TrainedPart:
     path = Path(path)
     if path.is_dir():
         return load_release(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give an LR-stream file or a training checkpoint (.ckpt)")
     if path.suffix == ".ckpt":
         return load_checkpoint(path)
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or not safetensors ({error}); copy or train it again") from None
-    if not {"settings", "base"} <= header.keys():
-        raise ValueError(
-            f"{path}: safetensors, but not a trained part (its header names no network); "
-            "give a released weight file's folder"
-        )
-    return TrainedPart(json.loads(header["settings"]), json.loads(header["base"]), state)
+    header = read_header(path)
+    return TrainedPart(json.loads(header["settings"]), json.loads(header["base"]), load_file(path))
 
 
 def load_checkpoint(path: Path) -> TrainedPart:
     """Reads the averaged weights of a training checkpoint; errors are those of `load_part`."""
+    check_file(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         network_config, base, state = checkpoint["settings"], checkpoint["base"], checkpoint["state_dict"]
@@ -211,7 +200,7 @@ def check_base(base: SD3Transformer2DModel, trained_over: dict[str, str], source
     if trained_over["fingerprint"] != fingerprint(base):
         raise ValueError(
             f"{source}: trained over {trained_over['name']}, and this base model has other weights; "
-            "give the same one (backbone=NAME, model.backbone.name=PATH)"
+            "give the same one (backbone=NAME, in train model=NAME, or model.backbone.name=PATH)"
         )
 
 

@@ -8,9 +8,9 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from dit4sr_pl.backbone.sd3 import Backbone
-from dit4sr_pl.common.files import checkpoint_file
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part
+from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.trained_part import fit_part, with_injection_scale
 from dit4sr_pl.restoration.sampling import Sampler, restore
 
@@ -35,7 +35,7 @@ class Restorer:
         sampler: Sampler,
         checkpoint: str | Path,
         device: torch.device,
-        offload: bool = False,
+        offload: bool | None = None,
         injection_scale: float | None = None,
     ) -> "Restorer":
         """Loads a network from an LR-stream or ControlNet file, a training checkpoint (`.ckpt`) or a shipped LR

@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from dit4sr_pl.backbone.autoencoder import draw_noise
 from dit4sr_pl.backbone.flow import RectifiedFlow, interpolate
 from dit4sr_pl.backbone.sd3 import Backbone
-from dit4sr_pl.common.files import checkpoint_file
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import TrainedPart, load_part
-from dit4sr_pl.model.trained_part import base_of, check_network_config, fit_part
+from dit4sr_pl.model.checkpoint_files import checkpoint_file
+from dit4sr_pl.model.trained_part import base_of, check_base, check_network_config, fit_part, fit_state
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
 from dit4sr_pl.training.lightning_state import (
@@ -167,5 +167,6 @@ def start_from_checkpoint(net: nn.Module, checkpoint: str, may_differ: tuple[str
         ValueError: the trained part has another network config or base; the message names the file.
     """
     part = load_part(checkpoint_file(checkpoint))
+    check_base(net.base, part.base, checkpoint)
     check_network_config(net, part.network_config, checkpoint, may_differ)
-    fit_part(net, part, checkpoint)
+    fit_state(net.trained, part.state, checkpoint)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from dit4sr_pl.backbone.sd3 import Backbone
-from dit4sr_pl.common.files import checkpoint_file
 from dit4sr_pl.common.hashing import weights_hash
 from dit4sr_pl.evaluation.benchmark_sets import SCALE
 from dit4sr_pl.evaluation.methods import LRImage
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import load_part
+from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.trained_part import method_and_variant, with_injection_scale
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
@@ -62,7 +62,7 @@ class DiT4SR:
     def restorer(self) -> Restorer:
         """The network, loaded at its first use."""
         device = torch.device(self.device)
-        return Restorer.load(self.backbone, self.sampler, self.given, device, False, self.injection_scale)
+        return Restorer.load(self.backbone, self.sampler, self.given, device, None, self.injection_scale)
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
         for image in lr_images:
