@@ -1,10 +1,27 @@
 """The benchmarks that count or measure for a GPU, at toy size."""
 
+import json
+import subprocess
 import sys
 
 import pytest
 
 from benchmarks import launches
+from testing import ROOT
+
+# A machine with little more than PyTorch lacks these.
+MISSING = ("hydra", "omegaconf", "pyiqa", "imagecodecs", "stlpips_pytorch", "gradio", "spandrel", "bitsandbytes")
+GPU_SECTIONS = [
+    "environment",
+    "forward",
+    "training",
+    "restoring",
+    "lightning",
+    "degrading",
+    "autoencoder",
+    "text",
+    "kernels",
+]
 
 
 @pytest.mark.slow
@@ -18,3 +35,26 @@ def test_launches_are_counted_without_a_gpu(monkeypatch, capsys):
     evaluation, checkpointed, kept = counts[0], dict(counts[1:6]), dict(counts[6:])
     assert evaluation[1] < kept["forward"]  # merged and without autocast
     assert checkpointed["backward"] - kept["backward"] == pytest.approx(kept["forward"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_gpus_runs_at_toy_size_where_little_is_installed(tmp_path):
+    arguments = ["gpu.py", "--toy", "--device", "cpu", "--out", str(tmp_path), "--only", *GPU_SECTIONS]
+    program = f"""
+import runpy, sys
+sys.modules |= dict.fromkeys({MISSING})
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+sys.argv = {arguments}
+runpy.run_path({str(ROOT / "benchmarks" / "gpu.py")!r}, run_name="__main__")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    sections = json.loads((tmp_path / "results.json").read_text())["sections"]
+    assert list(sections) == GPU_SECTIONS
+    assert not [rows for rows in sections.values() if "error" in rows or "skipped" in rows]
+    rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")]
+    assert {row[0] for row in rows[1:]} == set(GPU_SECTIONS)
+    assert run.stdout.splitlines()[-1].startswith("| kernels")
+    distances = {row[1]: float(row[2]) for row in rows if " against " in row[1]}
+    assert len(distances) > 4
+    assert max(distances.values()) < 1e-5

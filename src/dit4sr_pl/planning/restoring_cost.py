@@ -56,14 +56,14 @@ def restoring_cost(backbone: MetaBackbone, network: nn.Module, sampler: Sampler,
         give_storage(network)
         give_storage(coder.vae)
         latent = coder.encode_tiled(torch.empty(1, 3, size, size), sampler.vae_tile)
-        encoded = counter.flops
+        encoded = counter.work.flops
         velocity = guided(network, prompts, sampler, [""], latent.device)
         predict = lambda *tiles: velocity(*tiles, torch.empty(()))  # noqa: E731
         batcher = sampler.tile_batcher(network)
         tiled(predict, latent, latent, sampler.tile, sampler.overlap, network.patch_size, batcher)
-        evaluated = counter.flops
+        evaluated = counter.work.flops
         list(coder.decode_tiled(latent, sampler.vae_tile))
-        decoded = counter.flops - evaluated
+        decoded = counter.work.flops - evaluated
     return RestoringCost(parameters, evaluations, evaluated - encoded, encoded + decoded)
 
 
