@@ -1,5 +1,6 @@
 import copy
 import io
+import re
 import shlex
 import shutil
 import sys
@@ -328,6 +329,23 @@ def test_sd3_controlnet_trains_validates_and_restores_by_the_same_commands(run, 
     for file in ("controlnet.safetensors", "checkpoints/last.ckpt"):
         restorer = Restorer.load(toy_backbone, sampler, tmp_path / "run" / file, torch.device("cpu"))
         assert restorer(lr, (64, 64), [""], ["lr"], 0).shape == (1, 3, 64, 64)
+
+
+def test_another_global_batch_than_the_papers_is_told_with_the_way_back(caplog):
+    cfg = composed("experiment=paper", "data.folders=[x]")
+    for devices, accumulated, told in (
+        (8, 1, None),
+        (4, 1, "a step has 32 images, not .* 64; trainer.accumulate_grad_batches=2 makes it 64"),
+        (4, 2, None),
+        (1, 2, "a step has 16 images, .* trainer.accumulate_grad_batches=8 makes it 64"),
+        (3, 1, "a step has 24 images, .* change data.batch_size"),
+    ):
+        caplog.clear()
+        cfg.trainer.devices, cfg.trainer.accumulate_grad_batches = devices, accumulated
+        train_module.tell_global_batch(cfg)
+        assert re.search(told, caplog.text) if told else not caplog.text
+    cfg.global_batch = None
+    train_module.tell_global_batch(cfg)
 
 
 def test_averaging_copies_what_is_trained_and_nothing_frozen():

@@ -18,6 +18,7 @@ from dit4sr_pl.cli.benchmarks import name_benchmark
 from dit4sr_pl.cli.checks import check_backbone, check_data, check_readable, check_text_length, check_writable
 from dit4sr_pl.cli.command import choice, command
 from dit4sr_pl.common.hub import locate
+from dit4sr_pl.common.run_identity import images_per_step
 from dit4sr_pl.scores.weight_files import check_metrics
 from dit4sr_pl.training.run_folder import begin, finish, finished_steps, newest_checkpoint, open_run
 
@@ -54,6 +55,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Trains in a folder that is locked and checked; arguments and results are those of `train`."""
     log.info("%s: training to step %d; loading PyTorch, photos and network", folder, cfg.trainer.max_steps)
+    tell_global_batch(cfg)
     import torch
 
     # Optimizer moments that decay into denormals make a CPU ten times slower. It must be set before threads start.
@@ -93,6 +95,18 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
         finish(folder, trainer.global_step)
         log.info("%s: finished at step %d", folder, trainer.global_step)
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def tell_global_batch(cfg: DictConfig) -> None:
+    """Warns if a step has another number of images than the experiment is made for, and says how to reach that."""
+    images = images_per_step(cfg)
+    if cfg.global_batch is None or images == cfg.global_batch:
+        return
+    advice = "change data.batch_size, trainer.devices or trainer.accumulate_grad_batches"
+    if isinstance(images, int):
+        batches, rest = divmod(cfg.global_batch * cfg.trainer.accumulate_grad_batches, images)
+        advice = advice if rest else f"trainer.accumulate_grad_batches={batches} makes it {cfg.global_batch}"
+    log.warning("a step has %s images, not the experiment's global batch of %d; %s", images, cfg.global_batch, advice)
 
 
 def check_prompts(cfg: DictConfig, module: "SuperResolutionModule", data: "SuperResolutionData") -> None:

@@ -1,8 +1,9 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
-from dit4sr_pl.backbone.flow import RectifiedFlow, interpolate
+from dit4sr_pl.backbone.flow import RectifiedFlow, TimestepDensity, interpolate
 from dit4sr_pl.common.randomness import generator
 
 SCHEDULER = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -29,6 +30,40 @@ def test_timesteps_are_the_schedulers_own_and_shifted_logit_normal():
     torch.testing.assert_close(sigma.quantile(quantiles), 3 * u / (1 + 2 * u), atol=0.02, rtol=0)
     again, _ = flow.draw_timesteps([generator("cpu", 0, i) for i in (7, 3)])
     assert torch.equal(again, timestep[[7, 3]])
+
+
+@pytest.mark.parametrize(
+    "density",
+    [
+        TimestepDensity(),
+        TimestepDensity("logit_normal", mean=-0.5, std=0.8),
+        TimestepDensity("mode", scale=1.29),
+        TimestepDensity("mode", scale=-0.5),
+        TimestepDensity("uniform"),
+    ],
+    ids=str,
+)
+def test_densities_are_those_of_diffusers_draw_by_draw(density):
+    ours = density.draw([generator("cpu", 0, i) for i in range(50)])
+    options = density.name, 1, density.mean, density.std, density.scale
+    theirs = [compute_density_for_timestep_sampling(*options, generator=generator("cpu", 0, i)) for i in range(50)]
+    torch.testing.assert_close(ours, torch.cat(theirs), rtol=1e-6, atol=1e-7)
+    assert ours.min() >= 0 and ours.max() <= 1
+
+
+def test_cosmap_has_the_density_that_diffusers_weighs_uniform_draws_with():
+    drawn = TimestepDensity("cosmap").draw([generator("cpu", 0, i) for i in range(4000)])
+    grid = torch.linspace(0, 1, 1001)
+    below = torch.cumulative_trapezoid(compute_loss_weighting_for_sd3("cosmap", grid), grid)
+    for share in (0.1, 0.3, 0.5, 0.9):
+        quantile = grid[1:][below >= share][0]
+        assert (drawn < quantile).float().mean() == pytest.approx(share, abs=0.025)
+
+
+@pytest.mark.parametrize("options", [{"name": "sigma_sqrt"}, {"std": 0.0}, {"scale": 1.8}, {"scale": -1.1}])
+def test_densities_that_do_not_exist_are_refused(options):
+    with pytest.raises(ValueError, match=f"model.timesteps.{next(iter(options))}="):
+        TimestepDensity(**options)
 
 
 @pytest.mark.parametrize("weighting", ["released", "velocity"])

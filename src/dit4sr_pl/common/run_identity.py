@@ -20,6 +20,7 @@ NO_EFFECT = (
     "ckpt_path",
     "overwrite",
     "root",
+    "global_batch",
     "logger",
     "callbacks",
     "metric_weights",
@@ -32,7 +33,7 @@ NO_EFFECT += ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_b
 NO_EFFECT += ("trainer.accelerator", "trainer.plugins", "trainer.enable_progress_bar", "trainer.log_every_n_steps")
 NO_EFFECT += ("model.backbone.gpu_memory",)
 # Copies of settings that have a key of their own.
-NO_EFFECT += ("model.optimizer", "model.seed", "model.sampler", "data.seed", "data.degradation")
+NO_EFFECT += ("model.optimizer", "model.schedule", "model.seed", "model.sampler", "data.seed", "data.degradation")
 
 # Settings that may change when a run is resumed, although its scores depend on them; docs/resume.md says why.
 MAY_CHANGE = ("trainer", "sampler", "metrics")
@@ -50,6 +51,19 @@ ADDED = {
     "data.validation": None,
     "data.latents": None,
     "data.captions": None,
+    "trainer.max_time": None,
+    "schedule._target_": "LearningRateSchedule",
+    "schedule.name": "constant",
+    "schedule.num_warmup_steps": 0,
+    "schedule.num_cycles": 1,
+    "schedule.power": 1.0,
+    "schedule.step_rules": None,
+    "schedule.decay": 0.0,
+    "model.timesteps._target_": "TimestepDensity",
+    "model.timesteps.name": "logit_normal",
+    "model.timesteps.mean": 0.0,
+    "model.timesteps.std": 1.0,
+    "model.timesteps.scale": 1.29,
 }
 
 
@@ -134,11 +148,16 @@ def flat_settings(cfg: DictConfig) -> dict[str, Any]:
     """
     written = OmegaConf.create(OmegaConf.to_yaml(cfg, resolve=True))
     settings = without_modules(dict(flatten(OmegaConf.to_container(written))))
-    trainer = written.trainer
-    counts = [written.data.batch_size, trainer.devices, trainer.num_nodes, trainer.accumulate_grad_batches]
-    known = all(isinstance(count, int) for count in counts)
-    settings["images per step"] = math.prod(counts) if known else " x ".join(map(str, counts))
+    settings["images per step"] = images_per_step(written)
     return settings
+
+
+def images_per_step(cfg: DictConfig) -> int | str:
+    """Returns the images of a step on all devices; if one of the factors is no number, the product in words."""
+    trainer = cfg.trainer
+    counts = [cfg.data.batch_size, trainer.devices, trainer.num_nodes, trainer.accumulate_grad_batches]
+    known = all(isinstance(count, int) for count in counts)
+    return math.prod(counts) if known else " x ".join(map(str, counts))
 
 
 def without_modules(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dit4sr_pl.backbone.autoencoder import draw_noise
-from dit4sr_pl.backbone.flow import RectifiedFlow, interpolate
+from dit4sr_pl.backbone.flow import RectifiedFlow, TimestepDensity, interpolate
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.resize import enlarge
@@ -20,6 +20,7 @@ from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.trained_part import base_of, check_base, check_network_config, fit_part, fit_state
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
+from dit4sr_pl.training.learning_rate import LearningRateSchedule, share_done
 from dit4sr_pl.training.lightning_state import (
     averages_weights,
     count_batches_anew,
@@ -42,7 +43,9 @@ class SuperResolutionModule(LightningModule):
             switches must be this network's; its factor of LR Injection may be another. None: the network's own
             initial weights.
         weighting: the loss weighting, see `RectifiedFlow`.
+        timesteps: density of the timesteps.
         optimizer: makes the optimizer from the parameters.
+        schedule: factor of the optimizer's learning rate over the run.
         sampler: the sampler that validation restores with.
         compile: whether training steps run through `torch.compile`.
         seed: seed of the run. Timestep and noise are functions of it and of a sample's position in the run.
@@ -54,15 +57,17 @@ class SuperResolutionModule(LightningModule):
         network: Callable[[SD3Transformer2DModel], nn.Module],
         checkpoint: str | None,
         weighting: str,
+        timesteps: TimestepDensity,
         optimizer: Callable[[Any], Optimizer],
+        schedule: LearningRateSchedule,
         sampler: Sampler,
         compile: bool,
         seed: int,
     ):
         super().__init__()
         self.backbone = backbone
-        self.flow = RectifiedFlow(backbone.scheduler, weighting)
-        self.optimizer = optimizer
+        self.flow = RectifiedFlow(backbone.scheduler, weighting, timesteps)
+        self.optimizer, self.schedule = optimizer, schedule
         self.seed = seed
         net = network(backbone.transformer)
         if checkpoint is not None:
@@ -83,6 +88,24 @@ class SuperResolutionModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Moves the backbone, which Lightning does not know, to the device."""
         self.backbone.to(self.device)
+
+    def on_train_start(self) -> None:
+        """Gives the optimizer the options of this run: with a checkpoint's state come those that it was saved with."""
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group.update(optimizer.defaults)
+        learning_rate = self.trainer.optimizers[0].defaults["lr"]
+        self.factor = self.schedule.over(self.trainer.max_steps, learning_rate)
+
+    def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
+        """Sets the learning rate of the step."""
+        if not self.schedule.varies:
+            return
+        factor = self.factor(self.global_step) * self.schedule.decayed(share_done(self.trainer))
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * factor
+        self.log("train/learning_rate", optimizer.defaults["lr"] * factor)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Returns the rectified-flow loss of a batch from `SuperResolutionData`."""
