@@ -312,6 +312,21 @@ def test_the_command_filters_captions_as_the_release_does_unless_told_otherwise(
     assert whole == 'A sign, "Palio." The sign is the focus of it. It is red.'
 
 
+def test_sample_k_is_the_result_of_the_seed_plus_k(photo, tmp_path, monkeypatch, capsys):
+    restorer = Bicubic()
+    arguments = [f"input={photo}", f"output={tmp_path / 'out'}", "seed=5"]
+    assert command(monkeypatch, restorer, *arguments, "samples=3") is None
+    assert "3 of 3 images restored" in capsys.readouterr().out
+    assert [(call.seed, call.names) for call in restorer.calls] == [(5, ["photo"]), (6, ["photo"]), (7, ["photo"])]
+    assert sorted(path.parent.name for path in (tmp_path / "out").rglob("*.png")) == [
+        "sample00",
+        "sample01",
+        "sample02",
+    ]
+    for wrong in ("0", "1.5", "101"):
+        assert "samples=" in command(monkeypatch, restorer, *arguments, f"samples={wrong}")
+
+
 @pytest.mark.slow
 def test_captions_outlast_ctrl_c_and_overwrite(folder, tmp_path, monkeypatch):
     asked, stop = [], 2

@@ -197,6 +197,7 @@ class DiT4SRPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         seed: int = 0,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        names: list[str] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         **sampler_options,
@@ -209,8 +210,10 @@ class DiT4SRPipeline(DiffusionPipeline):
             scale: factor of the sides, 1 or more.
             num_inference_steps: number of steps; None: the model's own.
             guidance_scale: scale of guidance; None: the model's own.
-            seed: an image's noise depends on it and on the image's place in the list.
+            seed: an image's noise depends on it and on the image's name.
             generator: CPU generators, one for all or one per image, in place of the seed.
+            names: one per image; with a file's name without suffix the noise and the result are those of `restore` and
+                `evaluate`. None: the places in the list.
             output_type: `pil`, `pt` (`(B, 3, H, W)` in 0..1) or `np` (`(B, H, W, 3)`).
             return_dict: whether the result is an `ImagePipelineOutput`, else a tuple.
             sampler_options: other fields of `Sampler`, such as `negative_prompt`, `color`, `tile`.
@@ -220,14 +223,17 @@ class DiT4SRPipeline(DiffusionPipeline):
         """
         lr = to_batch(image)
         captions = [prompt] * len(lr) if isinstance(prompt, str) else prompt
-        if scale < 1 or len(captions) != len(lr):
+        names = [str(place) for place in range(len(lr))] if names is None else names
+        if scale < 1 or len(captions) != len(lr) or len(names) != len(lr):
             raise ValueError(
-                f"scale={scale} must be 1 or more, and {len(lr)} images need one prompt each or one for all"
+                f"scale={scale} must be 1 or more, and {len(lr)} images need one prompt each or one for all; names, if "
+                "given, are one per image"
             )
         sampler_options |= {"steps": num_inference_steps, "guidance_scale": guidance_scale}
         given = {name: value for name, value in sampler_options.items() if value is not None}
-        sampler = replace(Sampler(type(self.scheduler).from_config, **self.config.sampler), **given)
-        generator = generator or [seeded("cpu", "restore", seed, str(place)) for place in range(len(lr))]
+        saved = {"fit": "extend"} | self.config.sampler  # folders of 0.1, which knew no other way, do not name it
+        sampler = replace(Sampler(type(self.scheduler).from_config, **saved), **given)
+        generator = generator or [seeded("cpu", "restore", seed, name) for name in names]
         generators = generator if isinstance(generator, list) else [generator] * len(lr)
         sr = self.restore(sampler, lr, scale, captions, generators)
         images = VaeImageProcessor(do_normalize=False).postprocess(sr.cpu(), output_type)

@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> None:
 
     from dit4sr_pl.restoration.worklist import make_worklist
 
-    options = {key: cfg[key] for key in ("prompt", "overwrite", "keep_suffix", "first_frame")}
+    options = {key: cfg[key] for key in ("prompt", "overwrite", "keep_suffix", "first_frame", "samples")}
     options["dropped_words"] = cfg.captions.dropped_words
     worklist = make_worklist(Path(cfg.input), Path(cfg.output), **options)
     total, done = worklist.total, worklist.done
@@ -98,8 +98,8 @@ def restore(worklist: "Worklist", cfg: DictConfig) -> None:
 
 
 def caption(worklist: "Worklist", cfg: DictConfig) -> None:
-    """Gives every picture without a prompt a caption, written next to its result, where the same command finds it
-    again.
+    """Gives every picture without a prompt a caption, written next to its first result, where the same command finds
+    it again.
 
     Pictures that cannot be read join the failures. The captioning model is freed afterwards.
     """
@@ -109,11 +109,13 @@ def caption(worklist: "Worklist", cfg: DictConfig) -> None:
     from dit4sr_pl.images.captions import CaptionFiles, drop_sentences
     from dit4sr_pl.preparation.captioner import write_captions
 
-    texts = {entry: entry.target.with_suffix(".txt") for entry in worklist.entries if not entry.prompt}
-    missing = [(entry.source, text) for entry, text in texts.items() if not text.exists()]
+    texts = {entry: entry.caption_file for entry in worklist.entries if not entry.prompt}
+    missing = {text: entry.source for entry, text in texts.items() if not text.exists()}
     if missing:
         bar = partial(track, description="captions")
-        worklist.failures += write_captions(missing, instantiate(cfg.captioner), 1, bar)
+        worklist.failures += write_captions(
+            [(source, text) for text, source in missing.items()], instantiate(cfg.captioner), 1, bar
+        )
     described = {
         entry: drop_sentences(CaptionFiles(text.parent)[text.stem], cfg.captions.dropped_words)
         for entry, text in texts.items()
@@ -156,6 +158,8 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"seed={cfg.seed}: must be a whole number")
     if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
         raise ValueError(f"batch_size={cfg.batch_size}: must be 1 or more")
+    if not isinstance(cfg.samples, int) or not 1 <= cfg.samples <= 100:
+        raise ValueError(f"samples={cfg.samples}: must be a whole number from 1 to 100")
     if cfg.alpha not in ALPHA:
         raise ValueError(f"alpha={cfg.alpha}: choose one of {', '.join(ALPHA)}")
     if Path(cfg.output).resolve() == Path(cfg.input).resolve():

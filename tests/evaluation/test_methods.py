@@ -72,6 +72,10 @@ def test_dit4sr_gives_four_times_the_size_in_the_enlarged_images_colours():
     assert not torch.equal(sr, restored(method("sampler.steps=2", "seed=1"), lr)["a"])
 
 
+def test_an_lr_image_of_one_pixel_is_restored():
+    assert restored(method("sampler.steps=1"), photo(1, 1))["a"].shape == (3, 4, 4)
+
+
 def test_the_baseline_is_restored_under_its_own_name(tmp_path, tiny_backbone):
     net = SD3ControlNet(tiny_backbone.transformer, 4)
     save_part(part_of(net, base_of(net, "tiny-sd3")), tmp_path / "controlnet.safetensors")

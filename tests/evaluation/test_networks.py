@@ -38,6 +38,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_equal_weights_in_another_network_are_another_evaluation(trained, tmp_path):
     own = evaluation(trained / "own.safetensors", tmp_path / "own")
     for name in ("scaled", "no_lr_residual"):

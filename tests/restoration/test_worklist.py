@@ -38,6 +38,24 @@ def test_captions_from_files_lose_sentences_and_a_typed_prompt_does_not(tmp_path
     ]  # fmt: skip
 
 
+def test_samples_have_a_folder_and_a_batch_each_and_one_caption(tmp_path):
+    for name in ("a.png", "deep/b.png"):
+        save(tmp_path / "in" / name)
+    save(tmp_path / "out/sample01/a.png")
+    worklist = make_worklist(tmp_path / "in", tmp_path / "out", samples=2)
+    assert (worklist.done, worklist.total) == (1, 4)
+    targets = {(entry.name, entry.sample): entry.target.relative_to(tmp_path / "out").as_posix()
+               for entry in worklist.entries}  # fmt: skip
+    expected = {("a", 0): "sample00/a.png", ("deep/b", 0): "sample00/deep/b.png", ("deep/b", 1): "sample01/deep/b.png"}
+    assert targets == expected
+    assert {entry.caption_file for entry in worklist.entries if entry.name == "deep/b"} == {
+        tmp_path / "out/sample00/deep/b.txt"
+    }
+    assert [[entry.target.parts[-2] for entry in batch] for batch in batches(worklist.entries, 8)] == [
+        ["sample00", "deep"], ["deep"],
+    ]  # fmt: skip
+
+
 def test_files_that_would_share_a_result_are_all_named_and_can_keep_their_suffixes(tmp_path):
     for name in ("a.png", "a.jpg", "b.png"):
         save(tmp_path / "in" / name)

@@ -120,7 +120,7 @@ def upgraded(before: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, A
     Args:
         before: the identity that a folder holds.
         today: the identity of today's command. The network of 0.1, which did not record it, was the one that the
-            checkpoint's file describes: the same file describes it today.
+            checkpoint's file describes: the same file describes it today. Its samplers had two options less.
     """
     metrics = {metric: without_modules(options) for metric, options in before["metrics"].items()}
     method = dict(before["method"])
@@ -128,6 +128,7 @@ def upgraded(before: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, A
         method["weights_hash"] = method.pop("checkpoint")
     if "network" in today["method"]:
         method.setdefault("network", today["method"]["network"])
+        method["sampler"] = {"fit": "floor", "process_size": None} | method["sampler"]
     return {**before, "metrics": metrics, "method": method}
 
 

@@ -16,26 +16,27 @@ class LazyEnlargement:
     """The images that `enlarge` would return, computed window by window: `images[..., rows, columns]`, as for a tensor.
 
     Args:
-        lr: `(B, 3, h, w)` in 0..1.
+        lr: `(B, 3, h, w)` in 0..1, which may be lazy, too.
         size: height and width of the enlarged images.
         extent: height and width including reflections at the bottom and the right, which repeat as needed; None:
             `size`.
     """
 
-    def __init__(self, lr: Tensor, size: tuple[int, int], extent: tuple[int, int] | None = None):
+    def __init__(self, lr: "Tensor | LazyEnlargement", size: tuple[int, int], extent: tuple[int, int] | None = None):
         self.lr, self.size = lr, size
         self.shape = torch.Size([*lr.shape[:2], *(extent or size)])
 
     def __getitem__(self, window: tuple) -> Tensor:
-        images, mixed = self.lr, []
+        needed, mixed = [], []
         for dim, wanted in zip((2, 3), window[1:], strict=True):
             position = torch.arange(*wanted.indices(self.shape[dim]), dtype=torch.float64)
             there_and_back = max(2 * (self.size[dim - 2] - 1), 1)
             position = torch.minimum(position % there_and_back, -position % there_and_back)
             index, weights = bicubic_taps(position, self.lr.shape[dim], self.size[dim - 2])
             first, last = int(index.min()), int(index.max())
-            images = images.narrow(dim, first, last - first + 1)  # no tensor becomes as wide as the whole image
+            needed.append(slice(first, last + 1))  # no tensor becomes as wide as the whole image
             mixed.append((dim, index - first, weights))
+        images = self.lr[..., needed[0], needed[1]]
         for dim, index, weights in mixed:
             images = weighted(images, dim, index.to(images.device), weights.to(images))
         return images.clamp_(0, 1)

@@ -68,7 +68,7 @@ class PictureRestorer:
         entries, pictures = zip(*read, strict=True)
         try:
             names, prompts = [entry.name for entry in entries], [entry.prompt for entry in entries]
-            restored = self(pictures, names, prompts, on_step)
+            restored = replace(self, seed=self.seed + entries[0].sample)(pictures, names, prompts, on_step)
         except FAILURES as error:
             yield from [Outcome(entry, reason(entry, error)) for entry in entries]
             return

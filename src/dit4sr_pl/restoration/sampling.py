@@ -11,9 +11,9 @@ from torch import Tensor
 from dit4sr_pl.backbone.autoencoder import LatentCoder, draw_noise
 from dit4sr_pl.backbone.flow import interpolate
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
-from dit4sr_pl.images.resize import LazyEnlargement
 from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.restoration.color import ALIGNMENTS
+from dit4sr_pl.restoration.fitting import FITS, enlarge_through, resize, working_sizes
 from dit4sr_pl.restoration.tiling import TileBatcher, tiled
 
 STARTS = ("noise", "lr")
@@ -41,6 +41,8 @@ class Sampler:
         smallest: smallest side in latents; smaller images are extended by reflection, and their results cut.
         vae_tile: side of the autoencoder's tiles in latents, for larger images; they overlap by a quarter.
         color: alignment to the enlarged LR image: `adain`, `wavelet` or `none`.
+        fit: how sides that are no multiples of the grid fit it, see `working_sizes`.
+        process_size: size at which smaller results are restored, see `working_sizes`.
 
     Raises:
         ValueError: a number is out of range.
@@ -60,6 +62,8 @@ class Sampler:
     smallest: int
     vae_tile: int
     color: str
+    fit: str = "floor"
+    process_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "smallest"):
@@ -67,7 +71,9 @@ class Sampler:
                 raise ValueError(f"sampler: {name}={getattr(self, name)}; at least 1 is needed")
         if not 0 < self.tile_memory < math.inf:
             raise ValueError(f"sampler: tile_memory={self.tile_memory}; give GiB, above 0")
-        for name, choices in (("start", STARTS), ("color", ALIGNMENTS)):
+        if self.process_size is not None and (not isinstance(self.process_size, int) or self.process_size < 1):
+            raise ValueError(f"sampler: process_size={self.process_size}; give pixels, or null for every size as it is")
+        for name, choices in (("start", STARTS), ("color", ALIGNMENTS), ("fit", FITS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"sampler: {name}={getattr(self, name)!r}; choose one of {', '.join(choices)}")
         if not 0 < self.strength <= 1:
@@ -125,7 +131,8 @@ def restore(
     device: torch.device | None = None,
     batcher: TileBatcher | None = None,
 ) -> Tensor:
-    """Restores a batch of LR images of one size. No second image of the result's size is made.
+    """Restores a batch of LR images of one size. A second image of the result's size is made only where the sampler
+    restores at another one.
 
     Args:
         net: the whole network.
@@ -148,22 +155,25 @@ def restore(
         ValueError: a single tile does not fit into the device's memory.
     """
     device = device or lr.device
-    extent = tuple(extended(length, sampler.smallest * coder.factor, net.patch_size * coder.factor) for length in size)
-    enlarged = (LazyEnlargement(each, size, extent) for each in lr.to(device).split(1))
+    sizes = working_sizes(tuple(lr.shape[-2:]), size, coder.factor, sampler.fit, sampler.process_size)
+    height, width = sizes[-1]
+    least, multiple = sampler.smallest * coder.factor, net.patch_size * coder.factor
+    extent = extended(height, least, multiple), extended(width, least, multiple)
+    enlarged = (enlarge_through(each, sizes, extent) for each in lr.to(device).split(1))
     lr_latent = torch.cat([coder.encode_tiled(each, sampler.vae_tile) for each in enlarged])
     noise = draw_noise(lr_latent, generators)
     velocity = guided(net, encode_prompts, sampler, captions, device)
     batcher = batcher or sampler.tile_batcher(net)
     latent = sample(velocity, scheduler, sampler, lr_latent, noise, net.patch_size, batcher, on_step)
     del lr_latent, noise  # each takes a byte per pixel of the result
-    sr = torch.empty(*lr.shape[:2], *size, device=lr.device)
+    sr = torch.empty(*lr.shape[:2], height, width, device=lr.device)
     for image, each in zip(sr, latent.split(1), strict=True):
         top = 0
         for band in coder.decode_tiled(each, sampler.vae_tile):
             rows = image[:, top : top + band.shape[2]]  # the last band may be cut
-            rows.copy_(band[0, :, : rows.shape[1], : size[1]])
+            rows.copy_(band[0, :, : rows.shape[1], :width])
             top += band.shape[2]
-    return ALIGNMENTS[sampler.color](sr, LazyEnlargement(lr, size)).clamp_(0, 1)
+    return resize(ALIGNMENTS[sampler.color](sr, enlarge_through(lr, sizes)).clamp_(0, 1), size)
 
 
 def extended(length: int, least: int, multiple: int) -> int:

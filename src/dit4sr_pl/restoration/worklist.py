@@ -1,5 +1,6 @@
 """The pictures to restore: files, the names of their results, their prompts. Needs no PyTorch."""
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,8 @@ class Entry:
         size: height and width from the file's header.
         alpha: whether the file has alpha.
         prompt: its caption, may be empty.
+        sample: number of the sample; its noise is that of the seed plus this number.
+        caption_file: file of a caption that a model writes, which all samples share.
     """
 
     source: Path
@@ -31,6 +34,8 @@ class Entry:
     size: tuple[int, int]
     alpha: bool
     prompt: str = ""
+    sample: int = 0
+    caption_file: Path | None = None
 
 
 @dataclass
@@ -55,6 +60,7 @@ def make_worklist(
     keep_suffix: bool = False,
     first_frame: bool = False,
     dropped_words: Iterable[str] = (),
+    samples: int = 1,
 ) -> Worklist:
     """Checks every file's name and header, so that most failures show before a model is read.
 
@@ -66,6 +72,7 @@ def make_worklist(
         keep_suffix: whether the result of `b.jpg` is named `b.jpg.png` instead of `b.png`.
         first_frame: whether files with several frames or pages, which are refused otherwise, restore the first.
         dropped_words: sentences of these text files that contain one of the words are left out.
+        samples: results per picture; with more than one, sample k is in the folder `samplekk` of `output`.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -73,30 +80,32 @@ def make_worklist(
     """
     root, files = _find(source, output)
     texts, worklist = CaptionFiles(root), Worklist()
-    targets = {file: output / _target(file.relative_to(root), keep_suffix) for file in files}
-    wanted, inputs = Counter(targets.values()), {os.path.realpath(file) for file in files}
-    for file, target in targets.items():
-        name = file.relative_to(root).with_suffix("").as_posix()
+    folders = [output] if samples == 1 else [output / f"sample{sample:02}" for sample in range(samples)]
+    results = {file: _target(file.relative_to(root), keep_suffix) for file in files}
+    wanted, inputs = Counter(results.values()), {os.path.realpath(file) for file in files}
+    for sample, (file, result) in itertools.product(range(samples), results.items()):
+        name, target = file.relative_to(root).with_suffix("").as_posix(), folders[sample] / result
         try:
-            if wanted[target] > 1:
-                raise ValueError(f"{file}: {wanted[target]} files share the result {target}; give keep_suffix=true")
+            if wanted[result] > 1:
+                raise ValueError(f"{file}: {wanted[result]} files share the result {target}; give keep_suffix=true")
             if os.path.realpath(target) in inputs:
                 raise ValueError(f"{file}: its result {target} would replace an input; choose another output")
             if target.is_file() and not overwrite:
                 worklist.done += 1
                 continue
             caption = prompt or drop_sentences(texts[name], dropped_words)
-            worklist.entries.append(Entry(file, target, name, *read_header(file, first_frame), caption))
+            header, text = read_header(file, first_frame), (folders[0] / result).with_suffix(".txt")
+            worklist.entries.append(Entry(file, target, name, *header, caption, sample, text))
         except (ValueError, OSError) as error:
             worklist.failures.append(str(error))
     return worklist
 
 
 def batches(entries: Sequence[Entry], batch_size: int) -> Iterator[list[Entry]]:
-    """Yields up to `batch_size` entries of one size; sizes come in the order of their first picture."""
+    """Yields up to `batch_size` entries of one size and sample number, in the order of their first picture."""
     by_size = {}
     for entry in entries:
-        by_size.setdefault(entry.size, []).append(entry)
+        by_size.setdefault((entry.size, entry.sample), []).append(entry)
     for same in by_size.values():
         yield from (same[first : first + batch_size] for first in range(0, len(same), batch_size))
 

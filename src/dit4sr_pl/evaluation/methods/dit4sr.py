@@ -11,7 +11,6 @@ from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.hashing import weights_hash
 from dit4sr_pl.evaluation.benchmark_sets import SCALE
 from dit4sr_pl.evaluation.methods import LRImage
-from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.trained_part import method_and_variant, with_injection_scale
@@ -66,8 +65,5 @@ class DiT4SR:
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
         for image in lr_images:
-            exact = tuple(SCALE * length for length in image.lr.shape[-2:])
-            floored = tuple(length // 8 * 8 for length in exact)
-            enlarged = enlarge(image.lr.to(self.device), exact)
-            sr = self.restorer(enlarged, floored, [image.caption], [image.name], self.seed)
-            yield image.name, enlarge(sr, exact)[0]
+            size = tuple(SCALE * length for length in image.lr.shape[-2:])
+            yield image.name, self.restorer(image.lr, size, [image.caption], [image.name], self.seed)[0]
