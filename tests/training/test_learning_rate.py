@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import Timer
 from dit4sr_pl.training.learning_rate import NAMES, LearningRateSchedule, share_done
 from testing.toy_runs import events
 
-DEFAULTS = {"num_warmup_steps": 0, "num_cycles": 1, "power": 1.0, "step_rules": None, "decay": 0.0}
 OPTIONS = {
     "constant": {},
     "piecewise_constant": {"step_rules": "1:3,0.1:6,0.01"},
@@ -20,17 +19,13 @@ OPTIONS = {
 }
 
 
-def schedule(name: str, **options) -> LearningRateSchedule:
-    return LearningRateSchedule(name, **DEFAULTS | options)
-
-
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_schedule_is_diffusers(name):
     options = OPTIONS.get(name, {"num_warmup_steps": 3})
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=2e-3)
     theirs = get_scheduler(name, optimizer, **{"num_warmup_steps": 0, "num_training_steps": 12} | options)
-    ours = schedule(name, **options).over(12, 2e-3)
+    ours = LearningRateSchedule(name, **options).over(12, 2e-3)
     for step in range(12):
         assert 2e-3 * ours(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
         theirs.step()
@@ -42,10 +37,10 @@ def trainer(step: int, steps: int, *callbacks: Timer) -> SimpleNamespace:
 
 
 def test_a_decay_ends_with_the_run():
-    falling = schedule("constant", decay=0.5)
+    falling = LearningRateSchedule("constant", decay=0.5)
     factors = [falling.decayed(share_done(trainer(step, 20))) for step in range(21)]
     assert factors[:11] == [1.0] * 11 and factors[11:] == pytest.approx([(20 - step) / 10 for step in range(11, 21)])
-    assert schedule("constant").decayed(0.99) == 1.0
+    assert LearningRateSchedule("constant").decayed(0.99) == 1.0
 
 
 def test_the_time_counts_where_it_ends_the_run(monkeypatch):
@@ -68,15 +63,15 @@ def test_the_time_counts_where_it_ends_the_run(monkeypatch):
 )
 def test_what_a_schedule_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        LearningRateSchedule(**DEFAULTS | options)
+        LearningRateSchedule(**options)
 
 
 def test_a_schedule_without_its_end_or_its_rules_is_refused():
     with pytest.raises(ValueError, match="give trainer.max_steps"):
-        schedule("cosine").over(-1, 1.0)
+        LearningRateSchedule("cosine").over(-1, 1.0)
     with pytest.raises(ValueError, match="give schedule.step_rules"):
-        schedule("piecewise_constant").over(9, 1.0)
-    assert schedule("constant_with_warmup", num_warmup_steps=4).over(-1, 1.0)(2) == 0.5
+        LearningRateSchedule("piecewise_constant").over(9, 1.0)
+    assert LearningRateSchedule("constant_with_warmup", num_warmup_steps=4).over(-1, 1.0)(2) == 0.5
 
 
 QUICK = ["trainer.limit_val_batches=0", "callbacks=default", "callbacks.checkpoint.every_n_train_steps=1"]

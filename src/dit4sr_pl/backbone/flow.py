@@ -51,6 +51,9 @@ class TimestepDensity:
         return u
 
 
+LOGIT_NORMAL = TimestepDensity()  # the paper's
+
+
 class RectifiedFlow:
     """Straight paths from data to noise: `z_t = (1 - sigma) z_0 + sigma eps`, velocity `v = eps - z_0`.
 
@@ -68,7 +71,7 @@ class RectifiedFlow:
         self,
         scheduler: FlowMatchEulerDiscreteScheduler,
         weighting: str,
-        density: TimestepDensity = TimestepDensity(),
+        density: TimestepDensity = LOGIT_NORMAL,
     ):
         if weighting not in WEIGHTINGS:
             raise ValueError(f"loss weighting {weighting!r}; choose one of {', '.join(WEIGHTINGS)}")

@@ -28,12 +28,12 @@ class LearningRateSchedule:
         ValueError: an argument is out of its range.
     """
 
-    name: str
-    num_warmup_steps: int
-    num_cycles: int
-    power: float
-    step_rules: str | None
-    decay: float
+    name: str = "constant"
+    num_warmup_steps: int = 0
+    num_cycles: int = 1
+    power: float = 1.0
+    step_rules: str | None = None
+    decay: float = 0.0
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -76,6 +76,9 @@ class LearningRateSchedule:
     def decayed(self, done: float) -> float:
         """Returns the factor of the decay when the share `done` of the run, in 0..1, is done."""
         return max(0.0, min(1.0, (1 - done) / self.decay)) if self.decay else 1.0
+
+
+CONSTANT = LearningRateSchedule()  # the paper's
 
 
 def share_done(trainer: Trainer) -> float:

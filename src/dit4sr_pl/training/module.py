@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dit4sr_pl.backbone.autoencoder import draw_noise
-from dit4sr_pl.backbone.flow import RectifiedFlow, TimestepDensity, interpolate
+from dit4sr_pl.backbone.flow import LOGIT_NORMAL, RectifiedFlow, TimestepDensity, interpolate
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.resize import enlarge
@@ -20,7 +20,7 @@ from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.trained_part import base_of, check_base, check_network_config, fit_part, fit_state
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
-from dit4sr_pl.training.learning_rate import LearningRateSchedule, share_done
+from dit4sr_pl.training.learning_rate import CONSTANT, LearningRateSchedule, share_done
 from dit4sr_pl.training.lightning_state import (
     averages_weights,
     count_batches_anew,
@@ -43,12 +43,12 @@ class SuperResolutionModule(LightningModule):
             switches must be this network's; its factor of LR Injection may be another. None: the network's own
             initial weights.
         weighting: the loss weighting, see `RectifiedFlow`.
-        timesteps: density of the timesteps.
         optimizer: makes the optimizer from the parameters.
-        schedule: factor of the optimizer's learning rate over the run.
         sampler: the sampler that validation restores with.
         compile: whether training steps run through `torch.compile`.
         seed: seed of the run. Timestep and noise are functions of it and of a sample's position in the run.
+        timesteps: density of the timesteps.
+        schedule: factor of the optimizer's learning rate over the run.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class SuperResolutionModule(LightningModule):
         network: Callable[[SD3Transformer2DModel], nn.Module],
         checkpoint: str | None,
         weighting: str,
-        timesteps: TimestepDensity,
         optimizer: Callable[[Any], Optimizer],
-        schedule: LearningRateSchedule,
         sampler: Sampler,
         compile: bool,
         seed: int,
+        timesteps: TimestepDensity = LOGIT_NORMAL,
+        schedule: LearningRateSchedule = CONSTANT,
     ):
         super().__init__()
         self.backbone = backbone
