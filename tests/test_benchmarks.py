@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from benchmarks import launches
+from benchmarks import cached_latents, launches
 from testing import ROOT
+from testing.toy_runs import TOY_SD3
 
 # A machine with little more than PyTorch lacks these.
 MISSING = ("hydra", "omegaconf", "pyiqa", "imagecodecs", "stlpips_pytorch", "gradio", "spandrel", "bitsandbytes")
@@ -58,3 +59,14 @@ runpy.run_path({str(ROOT / "benchmarks" / "gpu.py")!r}, run_name="__main__")
     distances = {row[1]: float(row[2]) for row in rows if " against " in row[1]}
     assert len(distances) > 4
     assert max(distances.values()) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_step_on_cached_latents_is_compared_with_one_that_encodes(monkeypatch, capsys):
+    small = ["data.batch_size=2", "data.crop_size=64", f"model.backbone.name={TOY_SD3}", "trainer.precision=32-true"]
+    monkeypatch.setattr(sys, "argv", ["cached_latents.py", "--repeats", "1", *small])
+    cached_latents.main()
+    told = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if line.startswith("|")]
+    assert [(row[0], row[3]) for row in rows[2:]] == [("autoencoder", "2"), ("cached latents", "0")]
+    assert "2 images of 64 pixels" in told and "cached latents / autoencoder: 0." in told
