@@ -127,7 +127,7 @@ def all_prompts(cfg: DictConfig) -> Iterator[str]:
 
     captions = [""]
     if cfg.data.latents is not None:
-        yield from sorted(LatentPairs(cfg.data.latents, cfg.data.captions, 0, 0).prompts())
+        yield from sorted(LatentPairs(cfg.data.latents, cfg.data.captions, cfg.data.crop_size, 0, 0).prompts())
     for photo_set in open_sets(cfg.data.folders, cfg.data.sets, cfg.data.pairs) if cfg.data.latents is None else []:
         yield from (photo.prompt for photo in photo_set.photos)
     for photo_set in open_sets(cfg.data.validation_folders) if cfg.data.validation_folders else []:

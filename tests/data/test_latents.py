@@ -110,7 +110,7 @@ def test_a_second_call_encodes_what_is_missing_and_other_sizes_are_named(write, 
 
 
 def test_samples_are_latents_and_captions_by_name(latents, crops):
-    pairs = LatentPairs([latents], crops, seed=0, empty_prompt_probability=0.2)
+    pairs = LatentPairs([latents], crops, 64, seed=0, empty_prompt_probability=0.2)
     assert [name for _, name in pairs.items] == NAMES and pairs.prompts() == {"", "a cat"}
     samples = [pairs[Draw(1, epoch, 7)] for epoch in range(200)]
     stored = torch.load(latents / "latent_hr/set/a_1.pt", weights_only=True)[0]
@@ -119,8 +119,23 @@ def test_samples_are_latents_and_captions_by_name(latents, crops):
     assert pairs[Draw(1, 3, 0)]["prompt"] == pairs[Draw(1, 3, 99)]["prompt"]
 
 
+def test_larger_latents_are_cut_at_the_same_place_of_both(latents):
+    pairs = LatentPairs([latents], None, 32, seed=0, empty_prompt_probability=0)
+    hr, lr = (torch.load(latents / kind / "set/b_0.pt", weights_only=True)[0] for kind in ("latent_hr", "latent_lr"))
+    places = set()
+    for epoch in range(12):
+        sample = pairs[Draw(2, epoch, 0)]
+        windows = hr.unfold(1, 4, 1).unfold(2, 4, 1)
+        ((top, left),) = (windows == sample["clean"][:, None, None]).all(-1).all(-1).all(0).nonzero().tolist()
+        assert torch.equal(sample["lr_latent"], lr[:, top : top + 4, left : left + 4])
+        places.add((top, left))
+    assert len(places) > 5
+    with pytest.raises(ValueError, match="data.crop_size=128: .* is of 64 pixels; give data.crop_size=64"):
+        LatentPairs([latents], None, 128, 0, 0)
+
+
 def test_the_authors_folders_bring_their_embeddings(released):
-    pairs = LatentPairs(str(released), None, seed=0, empty_prompt_probability=0.5)
+    pairs = LatentPairs(str(released), None, 64, seed=0, empty_prompt_probability=0.5)
     samples = [pairs[Draw(2, epoch, 0)] for epoch in range(50)]
     assert {sample["embeds"].unique().item() for sample in samples} == {2.0, -1.0} and len(pairs) == 3
     assert all(sample["pooled"].shape == (16,) and sample["embeds"].shape == (85, 16) for sample in samples)
@@ -133,18 +148,18 @@ def test_latents_that_do_not_fit_together_are_named(released, tmp_path):
     torch.save(torch.zeros(1, 4, 8, 8), tmp_path / "latent_hr/a.pt")
     torch.save(torch.zeros(1, 4, 8, 8), tmp_path / "latent_lr/b.pt")
     with pytest.raises(ValueError, match="latent_hr and latent_lr differ in 2 names, such as a"):
-        LatentPairs([tmp_path], None, 0, 0)
+        LatentPairs([tmp_path], None, 64, 0, 0)
     with pytest.raises(FileNotFoundError, match="latent_hr: no latents; run prepare stage=latents"):
-        LatentPairs([tmp_path / "latent_lr"], None, 0, 0)
+        LatentPairs([tmp_path / "latent_lr"], None, 64, 0, 0)
     (tmp_path / "latent_lr/b.pt").rename(tmp_path / "latent_lr/a.pt")
     (tmp_path / "latent_lr/a.pt").write_bytes(b"PK")
     with pytest.raises(ValueError, match="latent_lr/a.pt: not read"):
-        LatentPairs([tmp_path], None, 0, 0)[Draw(0, 0, 0)]
+        LatentPairs([tmp_path], None, 64, 0, 0)[Draw(0, 0, 0)]
     torch.save(torch.zeros(1, 4, 8, 4), tmp_path / "latent_lr/a.pt")
     with pytest.raises(ValueError, match=r"shape \(4, 8, 4\), the first ones have \(4, 8, 8\)"):
-        LatentPairs([tmp_path], None, 0, 0)[Draw(0, 0, 0)]
+        LatentPairs([tmp_path], None, 64, 0, 0)[Draw(0, 0, 0)]
     with pytest.raises(ValueError, match="has prompt embeddings"):
-        LatentPairs([released], tmp_path, 0, 0)
+        LatentPairs([released], tmp_path, 64, 0, 0)
 
 
 def start(photos: Path, folder: Path, *words: str) -> None:

@@ -19,6 +19,7 @@ from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.data.datasets import Draw
 from dit4sr_pl.images.captions import open_captions
 
+PIXELS = 8  # pixels per latent along one side
 HR, LR, EMBEDS, POOLED = "latent_hr", "latent_lr", "prompt_embeds", "pooled_prompt_embeds"
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 class LatentPairs(Dataset):
     """Latents of HR images and of their enlarged LR images. The sample of a `Draw` is a dict:
 
-    - `clean`, `lr_latent`: float32 `(C, h, w)`
+    - `clean`, `lr_latent`: float32 `(C, crop_size/8, crop_size/8)`, the same random place of both where they are larger
     - `position`: position of the draw
     - `name`: path below `latent_hr`, without suffix
     - `prompt`: the caption, empty with `empty_prompt_probability`
@@ -36,16 +37,22 @@ class LatentPairs(Dataset):
     Args:
         folders: folders of latents, one or several of one kind.
         captions: folder of `.txt` files or table with the captions by name; None: no captions.
+        crop_size: side of the crops, pixels.
         seed: seed of the draws.
         empty_prompt_probability: probability of an empty prompt.
 
     Raises:
         FileNotFoundError: a folder lacks one of its parts.
-        ValueError: latents have no partner or no embeddings.
+        ValueError: latents have no partner or no embeddings, or are smaller than a crop.
     """
 
     def __init__(
-        self, folders: Sequence[str | Path], captions: str | Path | None, seed: int, empty_prompt_probability: float
+        self,
+        folders: str | Path | Sequence[str | Path],
+        captions: str | Path | None,
+        crop_size: int,
+        seed: int,
+        empty_prompt_probability: float,
     ):
         folders = [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
         self.embedded = all((folder / EMBEDS).is_dir() for folder in folders)
@@ -54,7 +61,11 @@ class LatentPairs(Dataset):
         self.items = [(folder, name) for folder in folders for name in names_in(folder, self.embedded)]
         self.captions = open_captions(captions) if captions is not None else None
         self.seed, self.empty_prompt_probability = seed, empty_prompt_probability
-        self.shape = read_latent(latent_file(self.items[0][0], HR, self.items[0][1])).shape
+        first = latent_file(self.items[0][0], HR, self.items[0][1])
+        self.shape, self.side = read_latent(first).shape, crop_size // PIXELS
+        if min(self.shape[1:]) < self.side:
+            side = PIXELS * min(self.shape[1:])
+            raise ValueError(f"data.crop_size={crop_size}: {first} is of {side} pixels; give data.crop_size={side}")
 
     def __len__(self) -> int:
         """Returns the number of samples in an epoch."""
@@ -64,7 +75,10 @@ class LatentPairs(Dataset):
         folder, name = self.items[draw.index]
         draws = generator("cpu", self.seed, "sample", draw.index, draw.epoch)
         empty = torch.rand((), generator=draws).item() < self.empty_prompt_probability
-        latents = {key: self.read(latent_file(folder, kind, name)) for key, kind in (("clean", HR), ("lr_latent", LR))}
+        top, left = (int(torch.randint(n - self.side + 1, (), generator=draws)) for n in self.shape[1:])
+        window = slice(None), slice(top, top + self.side), slice(left, left + self.side)
+        files = {"clean": latent_file(folder, HR, name), "lr_latent": latent_file(folder, LR, name)}
+        latents = {key: self.read(file)[window] for key, file in files.items()}
         return latents | {"position": draw.position, "name": name} | self.prompt(folder, name, empty)
 
     def read(self, path: Path) -> Tensor:

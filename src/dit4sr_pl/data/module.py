@@ -151,7 +151,7 @@ class SuperResolutionData(LightningDataModule):
             if size < 1 or size % TOKEN:
                 raise ValueError(f"{name}={size}: must be a positive multiple of {TOKEN} pixels (one token)")
         if latents is not None:
-            self.training = LatentPairs(latents, captions, seed, empty_prompt_probability)
+            self.training = LatentPairs(latents, captions, crop_size, seed, empty_prompt_probability)
         else:
             self.training = TrainingCrops(
                 *(folders, crop_size, seed, flip, min_gradient, redraws, empty_prompt_probability, photos_in_memory),
