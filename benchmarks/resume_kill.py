@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from dit4sr_pl.training.run_folder import checkpoints_in, is_whole
+from dit4sr_pl.model.training_state import is_whole
+from dit4sr_pl.training.run_folder import checkpoints_in
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from testing.toy_runs import events

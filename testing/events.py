@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,10 +26,17 @@ class Event(Callback):
         """Takes the place of the hook."""
         if trainer.global_step == self.steps:
             if self.what == "full":
-                folder = trainer.checkpoint_callback.folder
-                (folder / f".{self.steps + 1:07d}.ckpt.partial").symlink_to("/dev/full")
+                save = torch.save
+                torch.save = lambda checkpoint, file: fill(save, checkpoint)
             else:
                 os.kill(os.getpid(), signal.Signals[self.what])
+
+
+def fill(save: Callable, checkpoint: dict) -> None:
+    """Writes a checkpoint to a full disk; the next one is written as usual."""
+    torch.save = save
+    with open("/dev/full", "wb") as file:
+        save(checkpoint, file)
 
 
 def event(what: str, hook: str, steps: int) -> list[str]:

@@ -182,10 +182,8 @@ def test_an_output_among_the_lr_images_is_refused(root, pairs):
 
 def test_two_tasks_of_one_shard_do_not_work_at_once(root, tmp_path):
     arguments = ["dataset=realsr", f"root={root}", "method=bicubic", f"output={tmp_path / 'out'}"]
-    lock = tmp_path / "out" / "parts" / "1-of-1.lock"
-    lock.parent.mkdir(parents=True)
-    code = "import pathlib, time\nfrom dit4sr_pl.common.files import exclusive_lock\n"
-    code += f"with exclusive_lock(pathlib.Path({str(lock)!r})):\n"
+    code = "import pathlib, time\nfrom dit4sr_pl.common.files import folder_lock\n"
+    code += f"with folder_lock(pathlib.Path({str(tmp_path / 'out')!r})):\n"
     code += "    print('held', flush=True)\n    time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"

@@ -59,7 +59,9 @@ def evaluate(cfg: DictConfig) -> None:
         for metric in metrics.values():
             metric.to(cfg.device)
         score(mine, metrics, output, piece, functools.partial(track, description="scoring"))
-        missing = join(items, identity["metrics"], output, functools.partial(finish, cfg, dataset, method, identity))
+        missing = join(
+            items, identity["metrics"], output, piece, functools.partial(finish, cfg, dataset, method, identity)
+        )
     if missing:
         print(f"{len(items) - len(missing)} of {len(items)} images scored; the last shard to end writes the result")
 

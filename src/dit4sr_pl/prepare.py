@@ -19,7 +19,7 @@ from dit4sr_pl.cli.checks import (
     read_shard,
 )
 from dit4sr_pl.cli.command import command
-from dit4sr_pl.scores.weight_files import Weights, check_digest, download
+from dit4sr_pl.scores.weight_files import Weights, download
 
 
 @command("prepare")
@@ -170,11 +170,8 @@ def metrics(cfg: DictConfig, shard: tuple[int, int]) -> None:
         for file in weights.files:
             path = weights.path(file["url"])
             try:
-                if found := path.is_file():
-                    check_digest(path, file["sha256"])
-                else:
-                    download(file["url"], path, file["sha256"])
-                print(f"{path}: {'was there' if found else 'downloaded'}")
+                downloaded = download(file["url"], path, file["sha256"])
+                print(f"{path}: {'downloaded' if downloaded else 'was there'}")
             except (OSError, ValueError) as error:
                 failed.append(f"{path.name} from {file['url']} ({error})")
     if failed:

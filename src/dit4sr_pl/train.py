@@ -168,11 +168,12 @@ def step_of(checkpoint: Path | str, max_steps: int) -> int:
     """Returns the step of a checkpoint.
 
     Raises:
-        ValueError: no steps are left up to `max_steps`.
+        OSError: the checkpoint cannot be read.
+        ValueError: it is damaged, or no steps are left up to `max_steps`.
     """
-    import torch
+    from dit4sr_pl.model.training_state import read_checkpoint
 
-    step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    step = read_checkpoint(checkpoint)["global_step"]
     if step >= max_steps:
         raise ValueError(f"{checkpoint}: is of step {step}; give a larger trainer.max_steps than {max_steps}")
     log.info("resuming from step %d: %s", step, checkpoint)

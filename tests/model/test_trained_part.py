@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -87,3 +88,27 @@ def test_fingerprint_depends_on_the_weights_and_not_on_their_precision(base):
     assert fingerprint(base.half()) == fingerprint(base.float()) == as_trained
     base.proj_out.weight.data[0, 0] += 0.01
     assert fingerprint(base) != as_trained
+
+
+def test_a_changed_byte_in_weights_or_header_is_noticed(base, tmp_path):
+    path = tmp_path / "lr_stream.safetensors"
+    net = DiT4SRTransformer(base)
+    randomise(net.lr_stream)
+    save_part(toy_part(net), path)
+    data = path.read_bytes()
+    scale = data.index(b'injection_scale\\": 1.0') + len(b'injection_scale\\": ')
+    for at, message in ((len(data) - 3, "do not match the hash"), (scale, "do not match the hash")):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :])
+        with pytest.raises(ValueError, match=message):
+            load_part(path)
+
+
+def test_files_of_before_without_a_hash_are_read(base, tmp_path):
+    path = tmp_path / "lr_stream.safetensors"
+    part = toy_part(DiT4SRTransformer(base))
+    header = {"settings": json.dumps(part.network_config), "base": json.dumps(part.base)}
+    save_file(part.state, path, header)
+    assert load_part(path).network_config == part.network_config
+    save_file(part.state, path, header | {"settings": "{"})
+    with pytest.raises(ValueError, match="lr_stream.safetensors: damaged .its header cannot be read"):
+        load_part(path)

@@ -85,6 +85,23 @@ def test_a_folder_without_or_with_half_a_result_is_named(tmp_path):
         read_result(tmp_path)
 
 
+@pytest.mark.parametrize("cut", [-12, -6, -3])
+def test_scores_that_were_cut_off_after_the_result_was_written_are_refused(tmp_path, cut):
+    scores = {"a": {"psnr": 20.5}, "b": {"psnr": 21.25}, "c": {"psnr": 30.125}}
+    write_result(replace(RESULT, scores=scores), tmp_path)
+    assert read_result(tmp_path).scores == scores
+    whole = (tmp_path / "scores.csv").read_text()
+    (tmp_path / "scores.csv").write_text(whole.replace("\r", "")[:cut])
+    with pytest.raises(ValueError, match="scores.csv: not .* cut off or changed|scores.csv: c: not a number"):
+        read_result(tmp_path)
+
+
+def test_scores_in_another_encoding_are_named(tmp_path):
+    (tmp_path / "scores.csv").write_bytes("image,psnr\né,1\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="scores.csv: not UTF-8 text"):
+        read_scores(tmp_path / "scores.csv")
+
+
 def test_order_of_images_and_metrics_is_kept(tmp_path):
     scores = {"b": {"ssim": 1.0, "psnr": 2.0}, "a": {"ssim": 3.0, "psnr": 4.0}}
     write_scores(scores, tmp_path / "scores.csv")

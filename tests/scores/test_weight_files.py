@@ -2,7 +2,10 @@
 
 import hashlib
 import http.server
+import io
 import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,21 +15,39 @@ from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.prepare import check, metrics
 from dit4sr_pl.scores.weight_files import Weights, check_metrics, download
 
-CONTENTS = bytes(range(256)) * 4096
+
+def archive(contents: bytes) -> bytes:
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as zipped:
+        zipped.writestr("data.pkl", contents)
+    return file.getvalue()
+
+
+CONTENTS = archive(bytes(range(256)) * 4096)
+PAGE = b"<html>please log in</html>"
 SHA256 = hashlib.sha256(CONTENTS).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENTS as `/file` and only its first half as `/half`, and counts the requests."""
+    """Serves CONTENTS as `/file`, only its first half as `/half`, all of it in chunks as `/chunks`, and a page of HTML
+    as `/page`, and counts the requests.
+    """
+
+    protocol_version = "HTTP/1.1"
 
     def do_GET(self):
         self.server.requests += 1
-        if self.path not in ("/file", "/half"):
+        if self.path not in ("/file", "/half", "/chunks", "/page"):
             return self.send_error(404)
         self.send_response(200)
-        self.send_header("Content-Length", str(len(CONTENTS)))
+        self.send_header("Connection", "close")
+        if self.path == "/chunks":
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            return self.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(CONTENTS), CONTENTS))
+        contents = PAGE if self.path == "/page" else CONTENTS
+        self.send_header("Content-Length", str(len(contents)))
         self.end_headers()
-        self.wfile.write(CONTENTS[: len(CONTENTS) // 2 if self.path == "/half" else None])
+        self.wfile.write(contents[: len(contents) // 2 if self.path == "/half" else None])
 
     def log_message(self, *_):
         pass
@@ -52,7 +73,6 @@ def test_a_download_that_was_cut_off_leaves_nothing_and_begins_anew(server, tmp_
     with pytest.raises(ValueError, match=f"cut off after {len(CONTENTS) // 2} of {len(CONTENTS)} bytes; run it again"):
         download(f"{server.url}/half", path, sha256)
     assert names(tmp_path) == []
-    path.with_name(".file.partial").write_bytes(CONTENTS[:99])  # left by a killed process
     download(f"{server.url}/file", path, sha256)
     assert path.read_bytes() == CONTENTS and names(tmp_path) == ["file"]
 
@@ -61,6 +81,27 @@ def test_another_file_is_not_kept(server, tmp_path):
     with pytest.raises(ValueError, match="the server sent another file"):
         download(f"{server.url}/file", tmp_path / "file", "00")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("sha256", [SHA256, None])
+def test_a_portals_page_is_not_taken_for_weights(server, tmp_path, sha256):
+    with pytest.raises(ValueError, match="the server sent another file, such as a login page"):
+        download(f"{server.url}/page", tmp_path / "file", sha256)
+    assert names(tmp_path) == []
+    (tmp_path / "file").write_bytes(CONTENTS[:-1])  # as versions before 0.2 may have left it
+    with pytest.raises(ValueError, match="file: (not a complete file of weights|truncated or another file)"):
+        download(f"{server.url}/file", tmp_path / "file", sha256)
+
+
+def test_an_answer_without_a_length_is_read_to_its_end(server, tmp_path):
+    assert download(f"{server.url}/chunks", tmp_path / "file", None)
+    assert (tmp_path / "file").read_bytes() == CONTENTS
+
+
+def test_two_processes_download_a_file_once(server, tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda _: download(f"{server.url}/file", tmp_path / "file", SHA256), range(2)))
+    assert sorted(done) == [False, True] and server.requests == 1 and names(tmp_path) == ["file"]
 
 
 def prepared(server, folder: Path, *paths: str):

@@ -16,10 +16,11 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.cli.command import conf_folder
-from dit4sr_pl.common.files import exclusive_lock
+from dit4sr_pl.common.files import folder_lock
 from dit4sr_pl.model import load_part
+from dit4sr_pl.model.training_state import is_whole
 from dit4sr_pl.train import train
-from dit4sr_pl.training.run_folder import LOCK, check_same_run, checkpoints_in, is_whole, leads
+from dit4sr_pl.training.run_folder import check_same_run, checkpoints_in, leads
 from testing.commands import run as command
 from testing.events import event
 from testing.toy_runs import events, toy
@@ -232,7 +233,7 @@ def test_overwrite_starts_again_and_leaves_other_files(photos, tmp_path):
 
 
 def hold(folder: Path, ready) -> None:
-    with exclusive_lock(folder / LOCK):
+    with folder_lock(folder):
         if os.fork() == 0:  # DataLoader's workers outlive a killed process too
             time.sleep(60)
             os._exit(0)
@@ -252,7 +253,7 @@ def test_a_folder_belongs_to_one_process_until_that_ends(tmp_path):
     assert f"{tmp_path}: process {process.pid} on " in result.stderr and "writes here; wait for it" in result.stderr
     process.kill()
     process.join()
-    with exclusive_lock(tmp_path / LOCK):
+    with folder_lock(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
 
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -141,9 +142,7 @@ def check_writable(folder: str | Path, what: str) -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # several processes of a run may check at the same time
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"{what}={folder}: cannot be written ({error.strerror}); choose another folder") from None
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+HASH = "content_hash"  # entry of the header: hash of the weights and of the other entries
+
 
 def check_file(path: Path) -> None:
     """Raises FileNotFoundError unless a file exists."""
@@ -30,7 +32,18 @@ def read_header(path: Path) -> dict[str, str]:
             f"{path}: safetensors, but not a trained part (its header names no network); a released network is given "
             "by its folder"
         )
+    for key in ("settings", "base"):
+        if not is_object(header[key]):
+            raise ValueError(f"{path}: damaged (its header cannot be read); copy or train it again")
     return header
+
+
+def is_object(text: str) -> bool:
+    """Returns whether a text is an object of JSON."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def base_name(path: Path) -> str:

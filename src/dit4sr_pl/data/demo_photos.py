@@ -1,6 +1,5 @@
 """Photos for the demo and the miniature ablation, from the wheels of scikit-image and scikit-learn: no download."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ def write_demo_photos(folder: Path | str) -> None:
         for name in names:
             path = Path(folder, part, f"{name}.png")
             if not path.exists():
-                write(path, _load(name))
+                write_image(path, _load(name))
 
 
 def write_crops(folder: Path | str) -> None:
@@ -40,12 +39,7 @@ def write_crops(folder: Path | str) -> None:
             crops = _load(name).unfold(1, CROP, CROP).unfold(2, CROP, CROP).flatten(1, 2).transpose(0, 1)
             chosen = torch.linspace(0, len(crops) - 1, min(CROPS, len(crops))).round().int()
             for place, crop in reversed(list(enumerate(crops[chosen]))):  # 0 last: then all are there
-                write(Path(folder, f"{name}_{place}.png"), crop)
-
-
-def write(path: Path, image: torch.Tensor) -> None:
-    """Writes an image; several runs, or processes of one run, may do so at once."""
-    write_image(path, image, writer=f".{os.getpid()}")
+                write_image(Path(folder, f"{name}_{place}.png"), crop)
 
 
 def _load(name: str) -> torch.Tensor:

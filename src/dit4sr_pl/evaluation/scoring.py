@@ -9,18 +9,14 @@ and when the last image of the last shard is scored, the result's files replace 
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 
-from dit4sr_pl.common.files import atomic_write, exclusive_lock
+from dit4sr_pl.common.files import LOCK, atomic_write, exclusive_lock, folder_lock, is_held
 from dit4sr_pl.common.run_identity import differences, upgraded
 from dit4sr_pl.evaluation.benchmark_sets import Item
 from dit4sr_pl.evaluation.methods import LRImage, Method
@@ -63,7 +59,7 @@ def claim(folder: Path, identity: dict, restores: bool) -> dict:
     if other:
         raise ValueError(f"output={folder}: holds other scores ({', '.join(other)}); choose another folder")
     if before != identity:
-        with atomic_write(path, uuid4().hex) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(json.dumps(identity, indent=1))
     return identity
 
@@ -75,10 +71,10 @@ def measured(metrics: dict[str, dict]) -> dict[str, dict]:
 
 @contextlib.contextmanager
 def working(folder: Path, shard: tuple[int, int]) -> Iterator[Path]:
-    """Yields the file of a shard's scores, locked against other processes."""
+    """Yields the file of a shard's scores; the folder is locked against all but the other shards."""
     piece = folder / PIECES / "{}-of-{}.jsonl".format(*shard)
-    piece.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(piece.with_suffix(".lock")):
+    with folder_lock(folder, shard):
+        piece.parent.mkdir(exist_ok=True)
         yield piece
 
 
@@ -131,27 +127,51 @@ def one_score(metric: ImageScore, sr: torch.Tensor, hr: torch.Tensor | None) -> 
     return metric.each(sr.to(device), None if hr is None else hr.to(device)).item()
 
 
-def join(items: list[Item], metrics: dict[str, dict], folder: Path, write: Callable[[Scores], None]) -> list[str]:
-    """Writes all scores in the order of `items` once the last one exists, and returns the names that are missing."""
+def join(
+    items: list[Item], metrics: dict[str, dict], folder: Path, own: Path, write: Callable[[Scores], None]
+) -> list[str]:
+    """Writes all scores in the order of `items` once the last one exists, and returns the names that are missing.
+
+    Args:
+        items: all images of the set.
+        metrics: options of every metric by its name.
+        folder: the evaluation's output folder.
+        own: this task's piece.
+        write: writes the result.
+    """
     with locked(folder):
         scores = read_pieces(folder)
         complete = lambda item: all(has(scores, item, name, metrics[name]["measured"]) for name in metrics)  # noqa: E731
         missing = [item.name for item in items if not complete(item)]
         if not missing:
             write({item.name: {name: scores[item.name][name] for name in metrics} for item in items})
-            shutil.rmtree(folder / PIECES, ignore_errors=True)
+            remove_pieces(folder, own, set(metrics))
     return missing
+
+
+def remove_pieces(folder: Path, own: Path, metrics: set[str]) -> None:
+    """Removes the pieces whose rows are in `scores.csv`, except those that another task may still write to."""
+    for piece in sorted((folder / PIECES).glob("*.jsonl")):
+        free = piece == own or not is_held(folder / f"{LOCK}-{piece.stem}")
+        if free and {metric for row in rows(piece) for metric in row} <= {"image", *metrics}:
+            piece.unlink()
+    with contextlib.suppress(OSError):  # other tasks' pieces are in it
+        (folder / PIECES).rmdir()
 
 
 def read_pieces(folder: Path) -> Scores:
     """Returns all scores so far, finished or not."""
     scores = read_scores(folder / SCORES) if (folder / SCORES).exists() else {}
     for piece in sorted((folder / PIECES).glob("*.jsonl")):
-        for line in piece.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):  # else it was cut off
-                row = json.loads(line)
-                scores.setdefault(row.pop("image"), {}).update(row)
+        for row in rows(piece):
+            scores.setdefault(row.pop("image"), {}).update(row)
     return scores
+
+
+def rows(piece: Path) -> list[dict]:
+    """Returns the rows of a piece; a last line that was cut off is none."""
+    lines = piece.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 @contextlib.contextmanager
@@ -168,12 +188,6 @@ def journal(path: Path) -> Iterator[Callable[[dict], None]]:
         yield write
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder's settings; a killed process releases it."""
-    descriptor = os.open(folder / SETTINGS, os.O_RDWR)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Returns the lock that a task holds while it reads or replaces what all tasks write."""
+    return exclusive_lock(folder / f"{LOCK}-of-scores", wait=True)

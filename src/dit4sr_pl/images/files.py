@@ -90,7 +90,7 @@ def image_size(path: Path | str) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def write_image(path: Path | str, image: torch.Tensor, writer: str = "") -> None:
+def write_image(path: Path | str, image: torch.Tensor) -> None:
     """Writes an RGB image `(3, H, W)` as an 8-bit PNG, clamped to 0..1 and rounded to the nearest level.
 
     The file appears under its name only when it is complete; missing folders are made.
@@ -98,7 +98,6 @@ def write_image(path: Path | str, image: torch.Tensor, writer: str = "") -> None
     Args:
         path: a name that ends in `.png`.
         image: finite floats, `(3, H, W)`.
-        writer: must differ between processes that may write the file at the same time.
 
     Raises:
         ValueError: the name or the image is another.
@@ -109,7 +108,7 @@ def write_image(path: Path | str, image: torch.Tensor, writer: str = "") -> None
     if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point() or not image.isfinite().all():
         raise ValueError(f"{path}: not a finite float image (3, H, W): {image.dtype} {tuple(image.shape)}")
     levels = (image.detach().float().clamp(0, 1) * 255).round().byte()
-    with atomic_write(path, writer) as partial:
+    with atomic_write(path) as partial:
         Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()).save(partial, format="PNG")
 
 

@@ -3,21 +3,21 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
-import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from dit4sr_pl.common.files import atomic_write
+from dit4sr_pl.common.hashing import values_hash, weights_hash
 from dit4sr_pl.common.hub import RELEASED_BASE
-from dit4sr_pl.common.part_header import check_file, read_header
+from dit4sr_pl.common.part_header import HASH, check_file, read_header
 from dit4sr_pl.model.reference_format import RELEASED_SCALE, Release, choose_lr_keys
+from dit4sr_pl.model.training_state import read_checkpoint
 from dit4sr_pl.model.variant import Variant
 
 SAMPLES = 64  # values per weight that the fingerprint of a base covers
@@ -99,8 +99,14 @@ def save_part(part: TrainedPart, path: str | Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in part.state.items()}
     # Files and checkpoints keep the key `settings` for the network config, so that older ones can be read.
     header = {"settings": json.dumps(part.network_config), "base": json.dumps(part.base)}
+    header[HASH] = content_hash(header, state)
     with atomic_write(Path(path)) as partial:
         save_file(state, partial, header)
+
+
+def content_hash(header: Mapping[str, str], state: Mapping[str, Tensor]) -> str:
+    """Returns the hash of a file's weights and of what its header says about them."""
+    return values_hash({"settings": header["settings"], "base": header["base"], "weights": weights_hash(state)})
 
 
 def load_part(path: str | Path) -> TrainedPart:
@@ -108,27 +114,26 @@ def load_part(path: str | Path) -> TrainedPart:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or of another kind.
+        OSError: the file cannot be read.
+        ValueError: the file is truncated, damaged or of another kind.
     """
     path = Path(path)
     if path.is_dir():
         return load_release(path)
     if path.suffix == ".ckpt":
         return load_checkpoint(path)
-    header = read_header(path)
-    return TrainedPart(json.loads(header["settings"]), json.loads(header["base"]), load_file(path))
+    header, state = read_header(path), load_file(path)
+    if header.get(HASH) not in (None, content_hash(header, state)):  # files of 0.1 have none
+        raise ValueError(f"{path}: damaged (its contents do not match the hash in its header); copy or train it again")
+    return TrainedPart(json.loads(header["settings"]), json.loads(header["base"]), state)
 
 
 def load_checkpoint(path: Path) -> TrainedPart:
     """Reads the averaged weights of a training checkpoint; errors are those of `load_part`."""
     check_file(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        network_config, base, state = checkpoint["settings"], checkpoint["base"], checkpoint["state_dict"]
-    except (RuntimeError, EOFError, KeyError, UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: truncated or not a checkpoint of ours ({reason}); use an earlier one") from None
-    return TrainedPart(network_config, base, {name.split(".", 1)[1]: tensor for name, tensor in state.items()})
+    checkpoint = read_checkpoint(path)
+    state = {name.partition(".")[2]: tensor for name, tensor in checkpoint["state_dict"].items()}
+    return TrainedPart(checkpoint["settings"], checkpoint["base"], state)
 
 
 def load_release(

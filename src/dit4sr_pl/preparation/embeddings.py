@@ -42,11 +42,6 @@ def write_embeddings(
         ValueError: the cache has another backbone or number of T5 tokens, or a truncated file.
     """
     folder, (number, count) = Path(folder), shard
-    writer = f".{number}-of-{count}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f".*{writer}.partial"):
-        leftover.unlink()
-
     wanted = {}
     for prompt in itertools.chain([""], prompts):
         check_same_text(folder, wanted.setdefault(prompt_key(prompt), prompt), prompt)
@@ -65,21 +60,21 @@ def write_embeddings(
         if sum(tensor.nbytes for tensor in tensors.values()) >= file_bytes or key == todo[-1]:
             # The metadata has a single entry, since safetensors writes several in random order.
             metadata = {"embeddings": json.dumps(origin | {"prompts": texts})}
-            with atomic_write(folder / f"{min(texts)}.safetensors", writer) as partial:
+            with atomic_write(folder / f"{min(texts)}.safetensors") as partial:
                 save_file(tensors, partial, metadata)
             tensors, texts = {}, {}
-    write_index(folder, origin, writer)
+    write_index(folder, origin)
     return len(todo)
 
 
-def write_index(folder: Path, origin: dict, writer: str) -> None:
+def write_index(folder: Path, origin: dict) -> None:
     """Indexes all files, again if another task added one meanwhile: the last writer has seen all of them."""
     seen = None
     while seen != (files := list_cache_files(folder)):
         seen = files
         stored = read_headers(folder, **origin)
         index = origin | {"files": {key: name for key, (name, _) in sorted(stored.items())}}
-        with atomic_write(folder / INDEX, writer) as partial:
+        with atomic_write(folder / INDEX) as partial:
             partial.write_text(json.dumps(index, indent=0))
 
 

@@ -11,21 +11,19 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import io
 import json
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
 from dit4sr_pl.common.files import atomic_write
-
-if TYPE_CHECKING:
-    pass
 
 SCORES, ROW, PICTURES = "scores.csv", "results", "images"
 MEASURED_WITH = ("torch", "lightning", "diffusers", "spandrel", "pyiqa", "pillow", "dit4sr_pl")
@@ -89,7 +87,7 @@ def write_result(result: Result, folder: Path) -> None:
     table = pa.Table.from_pylist([row])
     with atomic_write(folder / f"{ROW}.parquet") as partial:
         pyarrow.parquet.write_table(table, partial)
-    with atomic_write(folder / f"{ROW}.csv") as partial, partial.open("w", newline="") as file:
+    with atomic_write(folder / f"{ROW}.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, row)
         writer.writeheader()
         writer.writerow({name: cell(value) for name, value in row.items()})
@@ -97,7 +95,7 @@ def write_result(result: Result, folder: Path) -> None:
 
 def write_scores(scores: dict[str, dict[str, float]], path: Path) -> None:
     """Writes scores per image; the columns are those of the first image."""
-    with atomic_write(path) as partial, partial.open("w", newline="") as file:
+    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["image", *next(iter(scores.values()))])
         writer.writeheader()
         for image, values in scores.items():
@@ -135,7 +133,11 @@ def read_scores(path: Path) -> dict[str, dict[str, float]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `evaluate` writes it")
     scores: dict[str, dict[str, float]] = {}
-    with path.open(newline="") as file:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text; score it again") from None
+    with io.StringIO(text, newline="") as file:
         rows = csv.DictReader(file)
         if not rows.fieldnames or rows.fieldnames[0] != "image" or len(rows.fieldnames) < 2:
             raise ValueError(f"{path}: not a table of scores (its columns must be `image`, then metrics)")
@@ -169,4 +171,21 @@ def read_result(folder: Path) -> Result:
         described["network"] = json.loads(row.get("network", "{}"))  # results of 0.1 do not have it
     except (pa.ArrowException, OSError, KeyError, IndexError) as error:
         raise ValueError(f"{path}: not a result ({error}); score it again") from None
-    return Result(**described, scores=read_scores(folder / SCORES))
+    result = Result(**described, scores=read_scores(folder / SCORES))
+    check_same_scores(row, result, folder)
+    return result
+
+
+def check_same_scores(row: Mapping, result: Result, folder: Path) -> None:
+    """Raises ValueError unless number and means of the images in `scores.csv` are those of `results.parquet`."""
+    means = {metric: row.get(metric) for metric in result.means}
+    same = [
+        isinstance(theirs, float) and (math.isclose(ours, theirs) or (math.isnan(ours) and math.isnan(theirs)))
+        for ours, theirs in zip(result.means.values(), means.values(), strict=True)
+    ]
+    if row.get("images") != len(result.scores) or not all(same):
+        raise ValueError(
+            f"{folder / SCORES}: not the scores of {ROW}.parquet ({len(result.scores)} images with means "
+            f"{result.means}, and there {row.get('images')} with {means}); the file was cut off or changed, score it "
+            "again"
+        )

@@ -4,12 +4,14 @@ import functools
 import hashlib
 import shutil
 import urllib.request
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from dit4sr_pl.common.files import atomic_write
+from dit4sr_pl.common.files import LOCK, atomic_write, exclusive_lock
 
 MODES = ("stop", "skip")
 TIMEOUT = 30  # seconds without a byte from the server
@@ -85,10 +87,29 @@ def check_metrics(metrics: Mapping[str, Mapping], side: int | None = None) -> No
 
 
 def check_digest(path: Path, sha256: str | None) -> None:
-    """Raises ValueError unless a file's SHA-256 begins with `sha256`."""
+    """Raises ValueError unless a file's SHA-256 begins with `sha256`, or without one, unless it is a file of weights.
+
+    Without a published hash a portal's page or a cut file is told by PyTorch's format: an archive with checksums.
+    """
     stat = path.stat()
-    if sha256 and not digest(path, stat.st_size, stat.st_mtime_ns).startswith(sha256):
+    if not sha256:
+        return check_archive(path, stat.st_size, stat.st_mtime_ns)
+    if not digest(path, stat.st_size, stat.st_mtime_ns).startswith(sha256):
         raise ValueError(f"{path}: truncated or another file (its SHA-256 is not {sha256}...); delete and get it again")
+
+
+@functools.cache
+def check_archive(path: Path, size: int, changed: int) -> None:
+    """Raises ValueError unless a file is an undamaged archive; checked once per process for its size and time of
+    change.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            whole = archive.testzip() is None
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, EOFError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: not a complete file of weights (a zip archive); delete and get it again")
 
 
 @functools.cache
@@ -98,13 +119,27 @@ def digest(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def download(url: str, path: Path, sha256: str | None) -> None:
-    """Downloads a file, which appears as `path` when it is complete.
+def download(url: str, path: Path, sha256: str | None) -> bool:
+    """Downloads a file, which appears as `path` when it is complete, and waits for a process that does so already.
+
+    Returns:
+        Whether this process downloaded it.
 
     Raises:
         OSError: there is no connection, or the server refuses.
         ValueError: the download was cut off, or the contents do not match `sha256`.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(path.with_name(f".{path.name}{LOCK}"), wait=True):
+        if path.is_file():
+            check_digest(path, sha256)
+            return False
+        get(url, path, sha256)
+        return True
+
+
+def get(url: str, path: Path, sha256: str | None) -> None:
+    """Downloads a file into a new name; errors are those of `download`."""
     with atomic_write(path) as partial:
         # Unlike torch.hub's download this has a timeout and notices a cut, also where no hash is published.
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, partial.open("wb") as file:
@@ -115,4 +150,4 @@ def download(url: str, path: Path, sha256: str | None) -> None:
         try:
             check_digest(partial, sha256)
         except ValueError:
-            raise ValueError("the server sent another file") from None
+            raise ValueError("the server sent another file, such as a login page") from None

@@ -12,20 +12,19 @@ This module does not import PyTorch, so a finished or refused run ends within a 
 import logging
 import os
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.common.files import atomic_write, exclusive_lock
+from dit4sr_pl.common.files import atomic_write, folder_lock
 from dit4sr_pl.common.run_identity import differences, resume_identity
 from dit4sr_pl.training.provenance import record_code
 
 log = logging.getLogger(__name__)
 
-CONFIG, LOG, LOCK, CHECKPOINTS, FINISHED = "config.yaml", "train.log", ".lock", "checkpoints", "finished.yaml"
+CONFIG, LOG, CHECKPOINTS, FINISHED = "config.yaml", "train.log", "checkpoints", "finished.yaml"
 WRITTEN = (CONFIG, FINISHED, "code.*", LOG, "*.safetensors", "events.out.tfevents.*", "losses.csv", "scores.csv")
 WRITTEN += ("results.*", "images", CHECKPOINTS)
 
@@ -39,7 +38,7 @@ def open_run(cfg: DictConfig) -> Iterator[Path]:
     """
     folder = Path(cfg.output)
     leader = leads(cfg.trainer)
-    with exclusive_lock(folder / LOCK) if leader else nullcontext():
+    with folder_lock(folder) if leader else nullcontext():
         if leader and cfg.overwrite:
             clear(folder)
         check_same_run(cfg, folder)
@@ -137,19 +136,21 @@ def newest_checkpoint(folder: Path, max_steps: int) -> Path | None:
     """Returns the newest undamaged checkpoint before step `max_steps`; None: the run starts from the beginning.
 
     A checkpoint of the last step leaves nothing to train, so a run without results repeats that step.
+
+    Raises:
+        OSError: a checkpoint cannot be read, which does not mean that it is damaged.
+        ValueError: all of them are damaged.
     """
-    for path in checkpoints_in(folder):
-        if int(path.stem) < max_steps:
-            if is_whole(path):
-                return path
-            log.warning("%s: damaged; the run resumes from an earlier checkpoint, or from the beginning", path)
+    from dit4sr_pl.model.training_state import is_whole
+
+    paths = [path for path in checkpoints_in(folder) if int(path.stem) < max_steps]
+    for path in paths:
+        if is_whole(path):
+            return path
+        log.warning("%s: damaged; the run resumes from an earlier checkpoint", path)
+    if paths:
+        raise ValueError(
+            f"{folder / CHECKPOINTS}: all checkpoints are damaged, such as {paths[0].name}; give ckpt_path=FILE to "
+            "resume from another one, or overwrite=true to start again"
+        )
     return None
-
-
-def is_whole(path: Path) -> bool:
-    """Returns whether a checkpoint is complete and matches the checksums in it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError):
-        return False

@@ -1,7 +1,6 @@
 """Checkpoints that are never half-written, at intervals of steps and minutes and on a scheduler's signals."""
 
 import logging
-import os
 import signal
 import threading
 import time
@@ -40,7 +39,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with atomic_write(Path(path)) as partial, partial.open("wb") as file:
                 torch.save(checkpoint, file)
-                os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # PyTorch's writer hides an OSError behind a RuntimeError
             if (cause := os_error(error)) is None:
                 raise
