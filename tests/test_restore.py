@@ -18,6 +18,7 @@ from PIL import ExifTags, Image
 
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.cli.command import conf_folder
+from dit4sr_pl.common.files import folder_lock
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.files import find_images, read_image, write_image
 from dit4sr_pl.images.resize import enlarge
@@ -101,15 +102,39 @@ def test_what_is_done_stays_without_a_model_until_overwrite(folder, tmp_path, mo
     arguments = [f"input={folder}", f"output={tmp_path / 'out'}"]
     restorer = Bicubic()
     command(monkeypatch, restorer, *arguments)
-    (tmp_path / "out/3.png").write_bytes(b"mine")
     assert command(monkeypatch, restorer, *arguments) is None
     assert restorer.loads == 0 and "nothing to do: 5 of 5 images are in" in capsys.readouterr().out
     (tmp_path / "out/0.png").unlink()
-    assert command(monkeypatch, restorer, *arguments) is None
-    assert "1 of 5 images restored" in (out := capsys.readouterr().out) and "4 were there" in out
+    (tmp_path / "out/3.png").write_bytes(b"mine")
+    assert "out/3.png: exists and is no PNG; move it, or give" in command(monkeypatch, restorer, *arguments)
+    assert "1 of 5 images restored" in (out := capsys.readouterr().out) and "3 were there" in out
     assert (tmp_path / "out/3.png").read_bytes() == b"mine"
     assert command(monkeypatch, restorer, *arguments, "overwrite=true") is None
     assert (tmp_path / "out/3.png").read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize("left", [0, 20, -1])
+def test_an_empty_or_cut_off_result_is_not_done(photo, tmp_path, monkeypatch, left):
+    arguments = [f"input={photo}", f"output={tmp_path / 'out'}"]
+    assert command(monkeypatch, Bicubic(), *arguments) is None
+    whole = (tmp_path / "out/photo.png").read_bytes()
+    (tmp_path / "out/photo.png").write_bytes(whole[:left])
+    assert command(monkeypatch, Bicubic(), *arguments) is None
+    assert (tmp_path / "out/photo.png").read_bytes() == whole and os.listdir(tmp_path / "out") == ["photo.png"]
+
+
+def test_one_task_at_a_time_restores_into_a_folder_and_shards_do_side_by_side(folder, tmp_path, monkeypatch, capsys):
+    arguments = [f"input={folder}", f"output={tmp_path / 'out'}"]
+    with folder_lock(tmp_path / "out", (1, 2)):
+        for shard in ("1/1", "1/2"):
+            message = command(monkeypatch, Bicubic(), *arguments, f"shard={shard}")
+            assert f"{tmp_path / 'out'}: " in message and "writes here; wait for it" in message
+        assert command(monkeypatch, Bicubic(), *arguments, "shard=2/2") is None
+    assert sorted(os.listdir(tmp_path / "out")) == ["1.png", "3.png"]
+    assert command(monkeypatch, Bicubic(), *arguments, "shard=1/2") is None
+    assert sorted(os.listdir(tmp_path / "out")) == [f"{i}.png" for i in range(5)]
+    assert "3 of 3 images restored" in capsys.readouterr().out
+    assert "shard=3/2: must be i/n" in run_restore(monkeypatch, *arguments, "shard=3/2")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ python -m dit4sr_pl.prepare stage=metrics metrics=paper
 
 import functools
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +20,7 @@ from dit4sr_pl.cli.checks import (
     read_shard,
 )
 from dit4sr_pl.cli.command import command
+from dit4sr_pl.common.files import folder_lock
 from dit4sr_pl.scores.weight_files import Weights, download
 
 
@@ -44,7 +46,10 @@ def captions(cfg: DictConfig, shard: tuple[int, int]) -> None:
     number, count = shard
     files = files[number - 1 :: count]
     bar = functools.partial(track, description="captions")
-    failed = write_captions(files, instantiate(cfg.captioner), cfg.batch_size, bar)
+    with ExitStack() as locks:
+        for folder in sorted({photo.captions.folder for photo in photos}):
+            locks.enter_context(folder_lock(folder, shard))
+        failed = write_captions(files, instantiate(cfg.captioner), cfg.batch_size, bar)
     print(f"{len(files) - len(failed)} of {len(files)} images have captions")
     if failed:
         raise ValueError("not captioned: " + "; ".join(failed))
@@ -62,7 +67,8 @@ def crops(cfg: DictConfig, shard: tuple[int, int]) -> None:
     photos = sources(open_sets(cfg.data.folders, cfg.data.sets), folder, cfg.crops_per_photo)
     ours = photos[number - 1 :: count]
     bar = functools.partial(track, description="crops")
-    cut = write_crops(ours, cfg.data.crop_size, cfg.seed, f".{number}-of-{count}", bar)
+    with folder_lock(folder, shard):
+        cut = write_crops(ours, cfg.data.crop_size, cfg.seed, bar)
     there = sum(path.exists() for source in ours for path in source.crops)
     print(f"{there} crops of {len(ours)} photos in {folder}")
     for reason, left in sorted(cut.left_out.items()):
@@ -89,7 +95,8 @@ def latents(cfg: DictConfig, shard: tuple[int, int]) -> None:
     backbone.to(device)
     bar = functools.partial(track, description="latents")
     options = cfg.data.crop_size, cfg.seed, device, bar
-    failed = write_latents(ours, Path(cfg.latents), backbone.coder, instantiate(cfg.degradation), *options)
+    with folder_lock(Path(cfg.latents), shard):
+        failed = write_latents(ours, Path(cfg.latents), backbone.coder, instantiate(cfg.degradation), *options)
     print(f"latents of {len(ours) - len(failed)} crops in {cfg.latents}")
     if failed:
         raise ValueError("not encoded: " + "; ".join(failed))
@@ -146,7 +153,7 @@ def manifest(cfg: DictConfig, shard: tuple[int, int]) -> None:
 
     damaged = []
     for folder, path in manifests(cfg):
-        with Progress() as progress:
+        with folder_lock(Path(folder) if path is None else Path(path).parent), Progress() as progress:
             show = functools.partial(progress.update, progress.add_task(f"manifest of {folder}", total=None))
             built = build_manifest(
                 folder, path, cfg.processes, lambda done, total, show=show: show(completed=done, total=total)

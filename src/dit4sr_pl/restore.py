@@ -16,8 +16,10 @@ from dit4sr_pl.cli.checks import (
     check_text_length,
     check_writable,
     choose_device,
+    read_shard,
 )
 from dit4sr_pl.cli.command import command
+from dit4sr_pl.common.files import folder_lock, has_contents
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -32,12 +34,17 @@ def main(cfg: DictConfig) -> None:
     """Restores pictures and reports how many."""
     cfg = follow_checkpoint(cfg)
     check(cfg)
+    with folder_lock(Path(cfg.output), read_shard(cfg.shard)):
+        restore_folder(cfg)
 
+
+def restore_folder(cfg: DictConfig) -> None:
+    """Restores this shard's pictures into a locked folder and reports how many."""
     from dit4sr_pl.restoration.worklist import make_worklist
 
     options = {key: cfg[key] for key in ("prompt", "overwrite", "keep_suffix", "first_frame", "samples")}
     options["dropped_words"] = cfg.captions.dropped_words
-    worklist = make_worklist(Path(cfg.input), Path(cfg.output), **options)
+    worklist = make_worklist(Path(cfg.input), Path(cfg.output), shard=read_shard(cfg.shard), **options)
     total, done = worklist.total, worklist.done
     if worklist.entries:
         cfg.device = choose_device(cfg.device, cfg.model.backbone)
@@ -110,7 +117,7 @@ def caption(worklist: "Worklist", cfg: DictConfig) -> None:
     from dit4sr_pl.preparation.captioner import write_captions
 
     texts = {entry: entry.caption_file for entry in worklist.entries if not entry.prompt}
-    missing = {text: entry.source for entry, text in texts.items() if not text.exists()}
+    missing = {text: entry.source for entry, text in texts.items() if not has_contents(text)}
     if missing:
         bar = partial(track, description="captions")
         worklist.failures += write_captions(
@@ -119,7 +126,7 @@ def caption(worklist: "Worklist", cfg: DictConfig) -> None:
     described = {
         entry: drop_sentences(CaptionFiles(text.parent)[text.stem], cfg.captions.dropped_words)
         for entry, text in texts.items()
-        if text.exists()
+        if has_contents(text)
     }
     worklist.entries = [
         replace(entry, prompt=described.get(entry, entry.prompt))
@@ -153,6 +160,7 @@ def check(cfg: DictConfig) -> None:
     if OmegaConf.is_missing(cfg, "input"):
         raise ValueError("no value for input; give an image or a folder of images as input=PATH")
     check_readable(cfg.input, "input")
+    read_shard(cfg.shard)
     check_scale(cfg.scale)
     if not isinstance(cfg.seed, int):
         raise ValueError(f"seed={cfg.seed}: must be a whole number")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dit4sr_pl.common.files import folder_lock
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.data.photo_sets import PhotoSet
 from dit4sr_pl.images.files import read_image, write_image
@@ -85,7 +86,17 @@ def test_every_caption_is_written_once_and_what_exists_stays(captioner, photos):
 def caption_for_killing(model_folder, photos, captions):
     torch.set_num_threads(1)
     captioner = Captioner(str(model_folder), "What is it ?", 6, 64, "float32", "cpu")
-    assert write_captions(caption_files(photos, captions), captioner, 2) == []
+    with folder_lock(captions):
+        assert write_captions(caption_files(photos, captions), captioner, 2) == []
+
+
+def test_an_empty_file_is_no_caption(photos, tmp_path):
+    files = caption_files(photos, tmp_path)
+    for _, text in files:
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.touch()
+    assert write_captions(files, lambda images: ["a bus"] * len(images), 2) == []
+    assert {text.read_text() for _, text in files} == {"a bus\n"}
 
 
 @pytest.mark.slow

@@ -4,11 +4,13 @@ import re
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dit4sr_pl.backbone import prompt_cache
 from dit4sr_pl.backbone.prompt_cache import PromptCache, prompt_key
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.cli.command import quiet_libraries
+from dit4sr_pl.common.files import folder_lock
 from dit4sr_pl.preparation import embeddings
 from dit4sr_pl.preparation.embeddings import write_embeddings
 from testing.sigkill import assert_kills_change_nothing
@@ -146,6 +148,38 @@ def test_truncated_files_are_named(tmp_path):
     (tmp_path / "index.json").write_text("{")
     with pytest.raises(ValueError, match="not an index of embeddings"):
         read(tmp_path)
+
+
+def test_a_changed_byte_of_an_embedding_is_noticed_when_it_is_read(tmp_path):
+    write(tmp_path, ["a", "b"], file_bytes=10**6)
+    (path,) = tmp_path.glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # of the last key
+    path.write_bytes(data)
+    last, first = sorted(["", "a", "b"], key=prompt_key, reverse=True)[:2]
+    cache = read(tmp_path)
+    cache([first], CPU)
+    with pytest.raises(ValueError, match="the hash of its embeddings is another.; delete it and run prepare"):
+        cache([last], CPU)
+
+
+def test_embeddings_of_before_without_hashes_are_read(tmp_path):
+    write(tmp_path, ["a"], file_bytes=10**6)
+    (path,) = tmp_path.glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["embeddings"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del header["hashes"]
+    save_file(tensors, path, {"embeddings": json.dumps(header)})
+    assert torch.equal(read(tmp_path)(["a"], CPU)[0], toy_encode("a")[0])
+
+
+def test_one_task_per_shard_writes_into_a_cache(tmp_path):
+    with folder_lock(tmp_path, (1, 2)):
+        for shard in ((1, 1), (1, 2)):
+            with pytest.raises(ValueError, match="writes here; wait for it"):
+                write(tmp_path, ["a"], shard=shard)
+        write(tmp_path, ["a"], shard=(2, 2))
 
 
 PROMPTS = [f"photo {i} of {i % 7} cats" for i in range(60)]

@@ -4,7 +4,8 @@ A cache is a folder of safetensors files and their index:
 
     index.json               {"backbone": name, "t5_tokens": n, "files": {key: file name}}
     <key>.safetensors        per prompt <key>.embeds (T, D_text) and <key>.pooled (D_pooled), bfloat16;
-                             its header holds backbone, t5_tokens and the prompts' texts by key
+                             its header holds backbone, t5_tokens and, by key, the prompts' texts and hashes of
+                             their embeddings
 
 A prompt's key is the hash of its text. A file is named by its first key and is complete once it has its name. The
 index is made from the headers of the files.
@@ -18,6 +19,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from dit4sr_pl.common.hashing import weights_hash
 
 INDEX = "index.json"
 
@@ -41,13 +44,9 @@ class PromptCache:
         path = self.folder / INDEX
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; run prepare stage=embeddings embeddings={folder}")
-        try:
-            index = json.loads(path.read_text())
-            check_origin(path, index, backbone, t5_tokens)
-            self.files = index["files"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{path}: not an index of embeddings ({error}); run prepare stage=embeddings") from None
-        self.opened: dict[str, tuple[safe_open, dict[str, str]]] = {}
+        self.files = read_index(path, backbone, t5_tokens)
+        self.opened: dict[str, tuple[safe_open, dict]] = {}
+        self.checked: set[str] = set()  # keys whose embeddings have the hash in their file's header
 
     def __call__(self, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns prompt embeddings `(B, T, D_text)` and pooled ones `(B, D_pooled)`.
@@ -71,26 +70,74 @@ class PromptCache:
             raise ValueError(
                 f"{self.folder}: holds no embeddings of the prompt {prompt!r}; run prepare stage=embeddings"
             )
-        file, prompts = self.open(self.files[key])
-        check_same_text(self.folder, prompts[key], prompt)
-        return file.get_tensor(f"{key}.embeds"), file.get_tensor(f"{key}.pooled")
+        path = self.folder / self.files[key]
+        file, header = self.open(path)
+        try:
+            check_same_text(self.folder, header["prompts"][key], prompt)
+            read = file.get_tensor(f"{key}.embeds"), file.get_tensor(f"{key}.pooled")
+        except (SafetensorError, KeyError) as error:
+            raise damaged(path, error) from None
+        if key not in self.checked and header.get("hashes", {}).get(key) not in (None, embeddings_hash(*read)):
+            raise damaged(path, "the hash of its embeddings is another")
+        self.checked.add(key)
+        return read
 
-    def open(self, name: str) -> tuple[safe_open, dict[str, str]]:
-        """Returns a file of the cache, mapped once, and the texts of its prompts by key."""
-        if name not in self.opened:
-            file, header = open_file(self.folder / name)
-            self.opened[name] = file, header["prompts"]
-        return self.opened[name]
+    def open(self, path: Path) -> tuple[safe_open, dict]:
+        """Returns a file of the cache, mapped once, and its header."""
+        if path.name not in self.opened:
+            self.opened[path.name] = open_file(path)
+        return self.opened[path.name]
+
+
+def read_index(path: Path, backbone: str, t5_tokens: int) -> dict[str, str]:
+    """Returns the file names of an index by key; raises ValueError if it is none, or of another backbone."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        header = {key: index[key] for key in ("backbone", "t5_tokens")}
+        files = {str(key): checked_name(name) for key, name in index["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not an index of embeddings ({error}); run prepare stage=embeddings") from None
+    check_origin(path, header, backbone, t5_tokens)
+    return files
+
+
+def checked_name(name: object) -> str:
+    """Returns the name of a file of the cache; raises ValueError for anything else, such as a path elsewhere."""
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        raise ValueError(f"{name!r} is no file of the cache")
+    return name
+
+
+def embeddings_hash(embeds: Tensor, pooled: Tensor) -> str:
+    """Returns the hash of one prompt's embeddings."""
+    return weights_hash({"embeds": embeds, "pooled": pooled})
 
 
 def open_file(path: Path) -> tuple[safe_open, dict]:
-    """Returns a mapped file and its header; raises ValueError if it is missing or no file of embeddings."""
+    """Returns a mapped file and its header.
+
+    Raises:
+        OSError: the file cannot be read, which does not mean that it is damaged.
+        ValueError: it is missing, or no file of embeddings.
+    """
+    if not path.is_file():
+        raise damaged(path, "no such file")
+    path.open("rb").close()  # safetensors' own errors do not tell why
     try:
         file = safe_open(path, "pt")
-        return file, json.loads((file.metadata() or {})["embeddings"])
-    except (SafetensorError, KeyError, OSError) as error:
-        reason = f"{path}: missing, truncated or no file of embeddings ({error})"
-        raise ValueError(f"{reason}; delete it and run prepare stage=embeddings") from None
+        header = json.loads((file.metadata() or {})["embeddings"])
+        entries = header, header["prompts"], header.get("hashes", {})
+        if not all(isinstance(entry, dict) for entry in entries) or not {"backbone", "t5_tokens"} <= header.keys():
+            raise ValueError("its header is another")
+        return file, header
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, reason: object) -> ValueError:
+    """Returns the error of a file that cannot be used."""
+    reason = f"{path}: missing, truncated, damaged or no file of embeddings ({reason})"
+    return ValueError(f"{reason}; delete it and run prepare stage=embeddings")
 
 
 def check_origin(path: Path, header: dict, backbone: str, t5_tokens: int) -> None:

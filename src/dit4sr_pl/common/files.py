@@ -63,6 +63,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def has_contents(path: Path) -> bool:
+    """Returns whether a file exists and is not empty, as a power cut may leave files of other programs."""
+    return path.is_file() and path.stat().st_size > 0
+
+
 def sync(path: Path) -> None:
     """Waits until the contents of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -132,7 +132,7 @@ def look_up(address: HubAddress) -> Found:
         if commit is None:
             raise
         return Found(commit, cached_files(address.repo, commit), error)
-    with atomic_write(note, f".{os.getpid()}") as partial:
+    with atomic_write(note) as partial:
         partial.write_text(info.sha)
     return Found(info.sha, [sibling.rfilename for sibling in info.siblings], None)
 

@@ -12,6 +12,7 @@ from kornia.color import rgb_to_grayscale
 from kornia.filters import sobel
 from torch.utils.data import Dataset
 
+from dit4sr_pl.common.names import check_name, folded
 from dit4sr_pl.common.randomness import derive_seed, generator
 from dit4sr_pl.data.photo_sets import SCALE, Folders, Mixture, Photo, open_sets
 from dit4sr_pl.images.files import image_size, read_image
@@ -225,9 +226,10 @@ def check_names(photos: Sequence[Photo]) -> None:
     """Raises ValueError if two validation images have one name, by which noise, scores and pictures are kept."""
     first = {}
     for photo in photos:
-        if first.setdefault(photo.name, photo) is not photo:
+        check_name(photo.file, photo.folder)
+        if (other := first.setdefault(folded(photo.name), photo)) is not photo:
             raise ValueError(
-                f"{first[photo.name].path} and {photo.path} are two validation images of one name; rename one of them, "
+                f"{other.path} and {photo.path} are two validation images of one name; rename one of them, "
                 "or validate on one of their folders"
             )
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dit4sr_pl.common.names import check_names
 from dit4sr_pl.images.files import find_images
 
 MANIFEST = "manifest.parquet"
@@ -40,7 +41,7 @@ def read_manifest(path: Path | str, limit: int | None = None) -> Manifest:
 
     Raises:
         FileNotFoundError: there is no such manifest.
-        ValueError: the file is something else.
+        ValueError: the file is something else, or a path in it leaves the folder or occurs twice.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such manifest; run {COMMAND}")
@@ -48,7 +49,8 @@ def read_manifest(path: Path | str, limit: int | None = None) -> Manifest:
         table = pq.read_table(path, columns=["path", "size", "error"]).slice(0, limit)
         files, sizes, errors = (table[name].to_pylist() for name in ("path", "size", "error"))
     except (pa.ArrowException, KeyError):
-        raise ValueError(f"{path}: not a manifest; remove it and run {COMMAND}") from None
+        raise ValueError(f"{path}: not a manifest; move it elsewhere and run {COMMAND}") from None
+    check_names(files, path)
     good = [error is None for error in errors]
     return Manifest(
         list(itertools.compress(files, good)),

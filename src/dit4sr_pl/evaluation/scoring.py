@@ -20,7 +20,7 @@ from dit4sr_pl.common.files import LOCK, atomic_write, exclusive_lock, folder_lo
 from dit4sr_pl.common.run_identity import differences, upgraded
 from dit4sr_pl.evaluation.benchmark_sets import Item
 from dit4sr_pl.evaluation.methods import LRImage, Method
-from dit4sr_pl.images.files import write_image
+from dit4sr_pl.images.files import is_complete_png, write_image
 from dit4sr_pl.scores.metrics import ImageScore
 from dit4sr_pl.scores.results import PICTURES, SCORES, read_scores
 
@@ -80,7 +80,7 @@ def working(folder: Path, shard: tuple[int, int]) -> Iterator[Path]:
 
 def restore(items: list[Item], method: Method, bar: Bar) -> None:
     """Restores the images that do not exist yet and writes them."""
-    missing = [item for item in items if not item.sr.exists()]
+    missing = [item for item in items if not is_complete_png(item.sr)]
     if not missing:
         return
     paths = {item.name: item.sr for item in missing}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 UNKNOWN_RANGE = "32-bit pixels; save it with 8 or 16 bits per channel"
+PNG_BEGIN, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB\x60\x82"
 ROWS = 256  # rows of a large image that are processed at once
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")  # some of Pillow's others start programs
 
@@ -110,6 +111,25 @@ def write_image(path: Path | str, image: torch.Tensor) -> None:
     levels = (image.detach().float().clamp(0, 1) * 255).round().byte()
     with atomic_write(path) as partial:
         Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()).save(partial, format="PNG")
+
+
+def is_complete_png(path: Path | str) -> bool:
+    """Returns whether a PNG file has its end; False too for no file and an empty one, which power cuts leave.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds something else, which must not be taken for a result, nor be replaced by one.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            begin = file.read(len(PNG_BEGIN))
+            if begin and begin != PNG_BEGIN:
+                raise ValueError(f"{path}: exists and is no PNG; move it, or give overwrite=true")
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - len(PNG_END)))
+            return file.read() == PNG_END
+    except FileNotFoundError:
+        return False
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:

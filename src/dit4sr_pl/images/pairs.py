@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from dit4sr_pl.common.names import check_name, folded
 from dit4sr_pl.images.files import find_images, image_size
 
 
@@ -14,19 +15,20 @@ def by_name(folder: Path, suffix: str = "") -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: two files have one name, or no name ends in `suffix`.
+        ValueError: two files have one name without regard to case, a name cannot be used, or none ends in `suffix`.
     """
-    found: dict[str, list[Path]] = {}
+    found: dict[str, list[tuple[str, Path]]] = {}
     for path in find_images(folder):
         stem = path.relative_to(folder).with_suffix("").as_posix()
         if match := re.fullmatch(rf"(.*){re.escape(suffix)}(_\d+)?", stem, re.DOTALL):
-            found.setdefault(match[1] + (match[2] or ""), []).append(path)
-    twice = [" and ".join(path.name for path in paths) for paths in found.values() if len(paths) > 1]
+            name = check_name(match[1] + (match[2] or ""), folder)
+            found.setdefault(folded(name), []).append((name, path))
+    twice = [" and ".join(path.name for _, path in files) for files in found.values() if len(files) > 1]
     if twice:
         raise ValueError(f"{folder}: one name, several files: {'; '.join(twice)}; keep one of each")
     if not found:
         raise ValueError(f"{folder}: no image there has a name that ends in {suffix}")
-    return {name: path for name, (path,) in found.items()}
+    return {name: path for ((name, path),) in found.values()}
 
 
 def check_pairs(first: dict[str, Path], second: dict[str, Path]) -> None:

@@ -35,9 +35,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a place before the start
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{path}: truncated or not a checkpoint of ours ({reason}); use an earlier one"
-        ) from None
+        raise ValueError(f"{path}: truncated or not a checkpoint of ours ({reason}); use an earlier one") from None
 
 
 def is_whole(path: Path | str) -> bool:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dit4sr_pl.common.files import atomic_write
+from dit4sr_pl.common.names import check_names
 from dit4sr_pl.data.manifest import MANIFEST, file_size, list_photos, read_manifest
 from dit4sr_pl.images.files import check_image
 
@@ -60,13 +61,12 @@ def build_manifest(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the folder holds no image, a file name is not UTF-8, or `output` is a file of another kind.
+        ValueError: the folder holds no image, a file name cannot be used, or `output` is a file of another kind.
     """
     folder = Path(folder)
     output = folder / MANIFEST if output is None else Path(output)
     files = list_photos(folder)
-    for file in files:
-        _check_utf8(file)
+    check_names(files, folder)
     rows = {file: row for file, row in _known(output).items() if row["size"] == file_size(folder / file)}
     left = [file for file in files if file not in rows]
     on_file(len(files) - len(left), len(files))
@@ -107,13 +107,6 @@ def _inspect(folder: Path, file: str) -> Row:
     except ValueError as error:
         row["error"] = str(error).removeprefix(f"{path}: ")
     return row
-
-
-def _check_utf8(file: str) -> None:
-    try:
-        file.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{os.fsencode(file)}: a file name that is not UTF-8; rename the file") from None
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from dit4sr_pl.common.files import atomic_write
+from dit4sr_pl.common.files import atomic_write, has_contents
+from dit4sr_pl.common.names import check_name, folded
 from dit4sr_pl.images.captions import drop_sentences, on_one_line
 from dit4sr_pl.images.files import read_image
 
@@ -99,13 +100,15 @@ def one_per_caption(files: Iterable[tuple[Path, Path]]) -> list[tuple[Path, Path
     """Returns pairs of an image and its caption file, each once.
 
     Raises:
-        ValueError: two images share a caption file.
+        ValueError: two images share a caption file without regard to case, or its name cannot be used.
     """
-    images = {}
+    pairs = {}
     for image, text in files:
-        if images.setdefault(text, image) != image:
-            raise ValueError(f"{images[text]} and {image} would share the caption {text}; rename one of them")
-    return [(image, text) for text, image in images.items()]
+        check_name(text.name, text.parent)
+        other, _ = pairs.setdefault(folded(str(text)), (image, text))
+        if other != image:
+            raise ValueError(f"{other} and {image} would share the caption {text}; rename one of them")
+    return list(pairs.values())
 
 
 def write_captions(
@@ -127,18 +130,18 @@ def write_captions(
     """
     failed = []
     batches = [files[first : first + batch_size] for first in range(0, len(files), batch_size)]
-    for batch in track([batch for batch in batches if not all(text.exists() for _, text in batch)]):
+    for batch in track([batch for batch in batches if not all(has_contents(text) for _, text in batch)]):
         readable = []
         for image, text in batch:
             try:
                 readable.append((text, read_image(image)))
             except ValueError as error:
                 failed.append(str(error))
-        if all(text.exists() for text, _ in readable):
+        if all(has_contents(text) for text, _ in readable):
             continue
         captions = captioner([image for _, image in readable])
         for (text, _), caption in zip(readable, captions, strict=True):
-            if not text.exists():
+            if not has_contents(text):
                 with atomic_write(text) as partial:
                     partial.write_text(caption + "\n", encoding="utf-8")
     return failed

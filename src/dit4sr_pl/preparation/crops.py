@@ -12,7 +12,7 @@ from torch import Tensor
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.data.datasets import pad_to
 from dit4sr_pl.data.photo_sets import PhotoSet
-from dit4sr_pl.images.files import image_size, read_image, write_image
+from dit4sr_pl.images.files import image_size, is_complete_png, read_image, write_image
 
 # The rules of the authors' data script.
 SMALLEST_PHOTO = 384 * 384  # pixels; smaller photos are left out
@@ -58,7 +58,6 @@ def write_crops(
     photos: Sequence[Source],
     size: int,
     seed: int,
-    writer: str = "",
     track: Callable[[Sequence[Source]], Iterable[Source]] = iter,
 ) -> Cut:
     """Cuts the missing crops of photos; each is a function of the seed, the photo's name and the crop's number.
@@ -67,7 +66,6 @@ def write_crops(
         photos: photos with the files of their crops.
         size: side of the crops, pixels; smaller photos are enlarged by reflection first.
         seed: seed of the places, and of which crops are mirrored: half of them, as in the authors' script.
-        writer: see `write_image`.
         track: wraps the photos that are iterated, such as a progress bar.
     """
     cut = Cut(Counter(), [])
@@ -75,11 +73,11 @@ def write_crops(
         try:
             if reason := left_out(source.photo):
                 cut.left_out[reason] += 1
-            elif missing := [k for k, path in enumerate(source.crops) if not path.exists()]:
+            elif missing := [k for k, path in enumerate(source.crops) if not is_complete_png(path)]:
                 image = read_image(source.photo)
                 for k in missing:
                     crop = draw_crop(image, size, generator("cpu", seed, "crop", source.name, k))
-                    write_image(source.crops[k], crop / 255, writer)
+                    write_image(source.crops[k], crop / 255)
         except ValueError as error:
             cut.failed.append(str(error))
     return cut
@@ -96,7 +94,7 @@ def left_out(photo: Path) -> str | None:
 def is_pending(source: Source) -> bool:
     """Returns whether crops of a photo are still to be cut; an unreadable photo has none."""
     try:
-        return not all(path.exists() for path in source.crops) and not left_out(source.photo)
+        return not all(is_complete_png(path) for path in source.crops) and not left_out(source.photo)
     except ValueError:
         return False
 

@@ -10,8 +10,15 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dit4sr_pl.backbone.prompt_cache import INDEX, check_origin, check_same_text, open_file, prompt_key
-from dit4sr_pl.common.files import atomic_write
+from dit4sr_pl.backbone.prompt_cache import (
+    INDEX,
+    check_origin,
+    check_same_text,
+    embeddings_hash,
+    open_file,
+    prompt_key,
+)
+from dit4sr_pl.common.files import atomic_write, folder_lock
 
 
 def write_embeddings(
@@ -41,30 +48,38 @@ def write_embeddings(
     Raises:
         ValueError: the cache has another backbone or number of T5 tokens, or a truncated file.
     """
-    folder, (number, count) = Path(folder), shard
-    wanted = {}
+    folder, origin = Path(folder), {"backbone": backbone, "t5_tokens": t5_tokens}
+    with folder_lock(folder, shard):
+        todo = missing_prompts(prompts, folder, origin, shard)
+        last = max(todo, default=None)
+        tensors, texts, hashes = {}, {}, {}
+        for prompt in track(list(todo.values())):
+            key = prompt_key(prompt)
+            embeds, pooled = (tensor[0].bfloat16() for tensor in encode(prompt))
+            tensors |= {f"{key}.embeds": embeds, f"{key}.pooled": pooled}
+            texts[key], hashes[key] = prompt, embeddings_hash(embeds, pooled)
+            if sum(tensor.nbytes for tensor in tensors.values()) >= file_bytes or key == last:
+                # The metadata has a single entry, since safetensors writes several in random order.
+                metadata = {"embeddings": json.dumps(origin | {"prompts": texts, "hashes": hashes})}
+                with atomic_write(folder / f"{min(texts)}.safetensors") as partial:
+                    save_file(tensors, partial, metadata)
+                tensors, texts, hashes = {}, {}, {}
+        write_index(folder, origin)
+    return len(todo)
+
+
+def missing_prompts(prompts: Iterable[str], folder: Path, origin: dict, shard: tuple[int, int]) -> dict[str, str]:
+    """Returns this shard's prompts that a cache lacks, by key and in the order of keys; errors are those of
+    `write_embeddings`.
+    """
+    wanted, (number, count) = {}, shard
     for prompt in itertools.chain([""], prompts):
         check_same_text(folder, wanted.setdefault(prompt_key(prompt), prompt), prompt)
-    stored = read_headers(folder, backbone, t5_tokens)
+    stored = read_headers(folder, **origin)
     for key in wanted.keys() & stored.keys():
         check_same_text(folder, stored[key][1], wanted[key])
     todo = [key for key in sorted(wanted) if key not in stored and int(key, 16) % count == number - 1]
-
-    origin = {"backbone": backbone, "t5_tokens": t5_tokens}
-    tensors, texts = {}, {}
-    for prompt in track([wanted[key] for key in todo]):
-        key = prompt_key(prompt)
-        embeds, pooled = encode(prompt)
-        tensors |= {f"{key}.embeds": embeds[0].bfloat16(), f"{key}.pooled": pooled[0].bfloat16()}
-        texts[key] = prompt
-        if sum(tensor.nbytes for tensor in tensors.values()) >= file_bytes or key == todo[-1]:
-            # The metadata has a single entry, since safetensors writes several in random order.
-            metadata = {"embeddings": json.dumps(origin | {"prompts": texts})}
-            with atomic_write(folder / f"{min(texts)}.safetensors") as partial:
-                save_file(tensors, partial, metadata)
-            tensors, texts = {}, {}
-    write_index(folder, origin)
-    return len(todo)
+    return {key: wanted[key] for key in todo}
 
 
 def write_index(folder: Path, origin: dict) -> None:

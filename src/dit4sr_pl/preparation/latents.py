@@ -5,7 +5,6 @@
 This is the layout of the authors' data scripts. `data/latents.py` reads it.
 """
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dit4sr_pl.backbone.autoencoder import LatentCoder
-from dit4sr_pl.common.files import atomic_write
+from dit4sr_pl.common.files import atomic_write, has_contents
 from dit4sr_pl.common.randomness import derive_seed, generator
 from dit4sr_pl.data.latents import HR, LR, latent_file
 from dit4sr_pl.data.photo_sets import Photo
@@ -50,7 +49,7 @@ def write_latents(
     failed = []
     for photo in track(photos):
         files = {kind: latent_file(folder, kind, photo.name) for kind in (HR, LR)}
-        missing = {kind: path for kind, path in files.items() if not path.exists()}
+        missing = {kind: path for kind, path in files.items() if not has_contents(path)}
         if not missing:
             continue
         try:
@@ -65,7 +64,7 @@ def write_latents(
             continue
         latents = encode_pair(image[None].to(device), photo.name, coder, degradation, seed)
         for kind, path in missing.items():
-            with atomic_write(path, f".{os.getpid()}") as partial:
+            with atomic_write(path) as partial:
                 torch.save(latents[kind].cpu(), partial)
     return failed
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
+from dit4sr_pl.common.names import LONGEST, folded
 from dit4sr_pl.images.captions import CaptionFiles, drop_sentences
-from dit4sr_pl.images.files import find_images
+from dit4sr_pl.images.files import find_images, is_complete_png
 from dit4sr_pl.images.picture import PICTURE_SUFFIXES, read_header
 
 
@@ -59,6 +60,7 @@ def make_worklist(
     overwrite: bool = False,
     keep_suffix: bool = False,
     first_frame: bool = False,
+    shard: tuple[int, int] = (1, 1),
     dropped_words: Iterable[str] = (),
     samples: int = 1,
 ) -> Worklist:
@@ -71,6 +73,7 @@ def make_worklist(
         overwrite: whether existing results are restored again.
         keep_suffix: whether the result of `b.jpg` is named `b.jpg.png` instead of `b.png`.
         first_frame: whether files with several frames or pages, which are refused otherwise, restore the first.
+        shard: this task's number, from 1, and the number of tasks; each has every n-th picture.
         dropped_words: sentences of these text files that contain one of the words are left out.
         samples: results per picture; with more than one, sample k is in the folder `samplekk` of `output`.
 
@@ -82,15 +85,18 @@ def make_worklist(
     texts, worklist = CaptionFiles(root), Worklist()
     folders = [output] if samples == 1 else [output / f"sample{sample:02}" for sample in range(samples)]
     results = {file: _target(file.relative_to(root), keep_suffix) for file in files}
-    wanted, inputs = Counter(results.values()), {os.path.realpath(file) for file in files}
-    for sample, (file, result) in itertools.product(range(samples), results.items()):
+    wanted = Counter(folded(str(result)) for result in results.values())
+    inputs, (number, count) = {os.path.realpath(file) for file in files}, shard
+    for sample, (file, result) in itertools.product(range(samples), [*results.items()][number - 1 :: count]):
         name, target = file.relative_to(root).with_suffix("").as_posix(), folders[sample] / result
         try:
-            if wanted[result] > 1:
-                raise ValueError(f"{file}: {wanted[result]} files share the result {target}; give keep_suffix=true")
+            if (sharing := wanted[folded(str(result))]) > 1:
+                raise ValueError(f"{file}: {sharing} files share the result {target}; give keep_suffix=true")
+            if len(os.fsencode(target.name)) > LONGEST:
+                raise ValueError(f"{file}: the name of its result is longer than {LONGEST} bytes; rename it")
             if os.path.realpath(target) in inputs:
                 raise ValueError(f"{file}: its result {target} would replace an input; choose another output")
-            if target.is_file() and not overwrite:
+            if is_complete_png(target) and not overwrite:
                 worklist.done += 1
                 continue
             caption = prompt or drop_sentences(texts[name], dropped_words)

@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlparse
 from dit4sr_pl.common.files import LOCK, atomic_write, exclusive_lock
 
 MODES = ("stop", "skip")
+PICKLE = b"\x80\x02"  # first bytes of PyTorch's former format
 TIMEOUT = 30  # seconds without a byte from the server
 
 
@@ -87,29 +88,26 @@ def check_metrics(metrics: Mapping[str, Mapping], side: int | None = None) -> No
 
 
 def check_digest(path: Path, sha256: str | None) -> None:
-    """Raises ValueError unless a file's SHA-256 begins with `sha256`, or without one, unless it is a file of weights.
-
-    Without a published hash a portal's page or a cut file is told by PyTorch's format: an archive with checksums.
-    """
+    """Raises ValueError unless a file's SHA-256 begins with `sha256`."""
     stat = path.stat()
-    if not sha256:
-        return check_archive(path, stat.st_size, stat.st_mtime_ns)
-    if not digest(path, stat.st_size, stat.st_mtime_ns).startswith(sha256):
+    if sha256 and not digest(path, stat.st_size, stat.st_mtime_ns).startswith(sha256):
         raise ValueError(f"{path}: truncated or another file (its SHA-256 is not {sha256}...); delete and get it again")
 
 
-@functools.cache
-def check_archive(path: Path, size: int, changed: int) -> None:
-    """Raises ValueError unless a file is an undamaged archive; checked once per process for its size and time of
-    change.
+def check_download(path: Path, sha256: str | None) -> None:
+    """Raises ValueError unless a file has its SHA-256 or, where none is published, a format of PyTorch's: an archive,
+    whose checksums are compared, or a pickle.
     """
+    if sha256:
+        return check_digest(path, sha256)
     try:
         with zipfile.ZipFile(path) as archive:
             whole = archive.testzip() is None
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, EOFError, ValueError):
-        whole = False
+        with path.open("rb") as file:
+            whole = file.read(2) == PICKLE
     if not whole:
-        raise ValueError(f"{path}: not a complete file of weights (a zip archive); delete and get it again")
+        raise ValueError(f"{path}: truncated or no file of weights; delete and get it again")
 
 
 @functools.cache
@@ -132,7 +130,7 @@ def download(url: str, path: Path, sha256: str | None) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(path.with_name(f".{path.name}{LOCK}"), wait=True):
         if path.is_file():
-            check_digest(path, sha256)
+            check_download(path, sha256)
             return False
         get(url, path, sha256)
         return True
@@ -148,6 +146,6 @@ def get(url: str, path: Path, sha256: str | None) -> None:
         if expected is not None and size != int(expected):
             raise ValueError(f"cut off after {size} of {expected} bytes; run it again")
         try:
-            check_digest(partial, sha256)
+            check_download(partial, sha256)
         except ValueError:
             raise ValueError("the server sent another file, such as a login page") from None
