@@ -44,6 +44,24 @@ def event(what: str, hook: str, steps: int) -> list[str]:
     return [f"+callbacks.event={{_target_: testing.events.Event, what: {what}, hook: {hook}, steps: {steps}}}"]
 
 
+class Exit(Callback):
+    """Ends the process with an error at one step, without a checkpoint.
+
+    Args:
+        hook: name of Lightning's hook in which it happens.
+        steps: optimizer steps done by then.
+    """
+
+    def __init__(self, hook: str, steps: int):
+        self.steps = steps
+        setattr(self, hook, self.exit)
+
+    def exit(self, trainer: Trainer, *_) -> None:
+        """Takes the place of the hook."""
+        if trainer.global_step == self.steps:
+            raise SystemExit(1)
+
+
 class Threads(Callback):
     """Writes the number of PyTorch's threads to `folder/threads`, and sends SIGTERM to its own process in one run.
 

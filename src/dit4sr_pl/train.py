@@ -3,10 +3,12 @@
 python -m dit4sr_pl.train [+ablation=NAME] [experiment=NAME] [ckpt_path=FILE] [-m ...]
 """
 
+import functools
 import logging
 import os
 import shlex
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +22,19 @@ from dit4sr_pl.cli.command import choice, command
 from dit4sr_pl.common.hub import locate
 from dit4sr_pl.common.run_identity import images_per_step
 from dit4sr_pl.scores.weight_files import check_metrics
-from dit4sr_pl.training.run_folder import begin, finish, finished_steps, newest_checkpoint, open_run
+from dit4sr_pl.training.run_folder import (
+    Start,
+    finish,
+    finished_steps,
+    is_restart,
+    newest_checkpoint,
+    open_run,
+    settle,
+)
 
 if TYPE_CHECKING:
+    from lightning import Trainer
+
     from dit4sr_pl.data.module import SuperResolutionData
     from dit4sr_pl.model import TrainedPart
     from dit4sr_pl.scores.results import Result
@@ -45,7 +57,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """
     check(cfg)
     with open_run(cfg) as folder:
-        steps = finished_steps(folder)
+        steps = 0 if cfg.overwrite else finished_steps(folder)
         if steps >= cfg.trainer.max_steps and cfg.ckpt_path is None:
             log.info("%s: finished at step %d; give a larger trainer.max_steps to train longer", folder, steps)
             return {}
@@ -61,14 +73,16 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
     # Optimizer moments that decay into denormals make a CPU ten times slower. It must be set before threads start.
     torch.set_flush_denormal(True)
     from hydra.utils import instantiate
-    from lightning import Trainer, seed_everything
+    from lightning import seed_everything
 
     from dit4sr_pl.model import save_part
     from dit4sr_pl.model.trained_part import part_of
     from dit4sr_pl.scores.results import write_result
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hides its list of devices and its tips
-    checkpoint = cfg.ckpt_path or newest_checkpoint(folder, cfg.trainer.max_steps)
+    checkpoint = cfg.ckpt_path
+    if checkpoint is None and not cfg.overwrite:
+        checkpoint = newest_checkpoint(folder, cfg.trainer.max_steps)
     start = step_of(checkpoint, cfg.trainer.max_steps) if checkpoint else 0
     seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
@@ -77,16 +91,16 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
     module = instantiate(cfg.model)
     if cfg.model.backbone.embeddings is not None:
         check_prompts(cfg, module, data)
-    trainer: Trainer = instantiate(
-        cfg.trainer,
-        val_check_interval=validation_interval(cfg.trainer),
-        callbacks=list(callbacks.values()),
-        logger=instantiate(cfg.logger, purge_step=start),  # TensorBoard hides repeated steps
-        default_root_dir=folder / ".none",  # on SLURM Lightning would prefer an hpc_ckpt file in this folder
-    )
-    if trainer.is_global_zero:
-        begin(cfg, folder, start)
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    changes = Start(cfg, folder, start)
+    trainer = make_trainer(cfg, folder, changes, callbacks)
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    except BaseException:
+        if trainer.is_global_zero:
+            changes.undo()
+        raise
+    if trainer.global_step == start:
+        raise ValueError(f"{folder}: no step was trained; check trainer.limit_train_batches and trainer.max_time")
     part = part_of(module.net, module.base)
     if trainer.is_global_zero:
         save_part(part, folder / f"{module.net.trained_name}.safetensors")
@@ -107,6 +121,22 @@ def tell_global_batch(cfg: DictConfig) -> None:
         batches, rest = divmod(cfg.global_batch * cfg.trainer.accumulate_grad_batches, images)
         advice = advice if rest else f"trainer.accumulate_grad_batches={batches} makes it {cfg.global_batch}"
     log.warning("a step has %s images, not the experiment's global batch of %d; %s", images, cfg.global_batch, advice)
+
+
+def make_trainer(cfg: DictConfig, folder: Path, changes: Start, callbacks: Mapping) -> "Trainer":
+    """Returns the trainer, which changes the run's folder when the first step is trained."""
+    from hydra.utils import instantiate
+
+    from dit4sr_pl.training.callbacks import FirstStep
+
+    first_step = FirstStep(changes.begin, functools.partial(settle, folder))
+    return instantiate(
+        cfg.trainer,
+        val_check_interval=validation_interval(cfg.trainer),
+        callbacks=[first_step, *callbacks.values()],
+        logger=instantiate(cfg.logger, purge_step=changes.step),  # TensorBoard hides repeated steps
+        default_root_dir=folder / ".none",  # on SLURM Lightning would prefer an hpc_ckpt file in this folder
+    )
 
 
 def check_prompts(cfg: DictConfig, module: "SuperResolutionModule", data: "SuperResolutionData") -> None:
@@ -185,6 +215,7 @@ def check(cfg: DictConfig) -> None:
     OmegaConf.resolve(cfg)
     if missing := OmegaConf.missing_keys(cfg):
         raise ValueError(f"no value for {', '.join(sorted(missing))}; give it as key=value")
+    ignore_repeated_options(cfg)
     name_benchmark(cfg)
     check_data(cfg.data)
     if cfg.ckpt_path is not None:
@@ -204,6 +235,17 @@ def check(cfg: DictConfig) -> None:
     if "scores" in cfg.callbacks:
         check_metrics(cfg.callbacks.scores.metrics, cfg.data.validation_crop if cfg.data.validation is None else None)
     check_writable(cfg.output, "output")
+
+
+def ignore_repeated_options(cfg: DictConfig) -> None:
+    """Drops `overwrite` and `ckpt_path` where a scheduler repeats a command that has trained in this folder before.
+
+    With them a requeued job would start again each time.
+    """
+    given = [f"{key}={cfg[key]}" for key in ("overwrite", "ckpt_path") if cfg[key]]
+    if given and is_restart(Path(cfg.output)):
+        cfg.overwrite, cfg.ckpt_path = False, None
+        log.warning("%s: restarted by the scheduler; it resumes, without %s", cfg.output, " and ".join(given))
 
 
 def check_processes(trainer: DictConfig) -> None:

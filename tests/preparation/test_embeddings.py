@@ -102,7 +102,7 @@ def test_a_file_that_another_task_adds_meanwhile_is_indexed_too(tmp_path, monkey
         return list_cache_files(folder)
 
     monkeypatch.setattr(embeddings, "list_cache_files", listing)
-    embeddings.write_index(tmp_path, {"backbone": "toy", "t5_tokens": 2}, "")
+    embeddings.write_index(tmp_path, {"backbone": "toy", "t5_tokens": 2})
     assert prompt_key("b") in json.loads((tmp_path / "index.json").read_text())["files"]
 
 

@@ -224,14 +224,6 @@ def test_a_finished_run_says_so_without_pytorch(tmp_path):
     assert result.returncode == 0 and ".: finished at step 1000" in result.stderr, result.stderr
 
 
-@pytest.mark.slow
-def test_overwrite_starts_again_and_leaves_other_files(photos, tmp_path):
-    for _ in range(2):
-        start(photos, tmp_path, "trainer.max_steps=2", "overwrite=true")
-        (tmp_path / "notes.txt").touch()
-    assert (tmp_path / "notes.txt").exists() and len(list(tmp_path.glob("events*"))) == 1
-
-
 def hold(folder: Path, ready) -> None:
     with folder_lock(folder):
         if os.fork() == 0:  # DataLoader's workers outlive a killed process too

@@ -43,8 +43,9 @@ def check_names(names: Iterable[object], source: object) -> list[str]:
     """
     checked, first = [check_name(name, source) for name in names], {}
     for name in checked:
-        if (other := first.setdefault(folded(name), name)) is not name:
-            raise ValueError(f"{source}: {other!r} and {name!r} are one name; rename one of the files")
+        if (key := folded(name)) in first:
+            raise ValueError(f"{source}: {first[key]!r} and {name!r} are one name; rename one of the files")
+        first[key] = name
     return checked
 
 

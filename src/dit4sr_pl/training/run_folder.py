@@ -1,7 +1,8 @@
 """The folder of a training run. One process at a time writes to it, and all its starts share their settings.
 
     config.yaml               the resolved config of the last start
-    code.yaml, code.diff      its commit, the uncommitted changes, the versions of packages
+    code.yaml, code.diff      the commit, the uncommitted changes, the versions of packages when training began
+    code-NNNNNNN.yaml, .diff  the same, when it resumed from step NNNNNNN
     train.log                 the log of all starts
     checkpoints/              NNNNNNN.ckpt by step; last.ckpt links to the newest; files named .aside are not read
     finished.yaml             written last
@@ -11,22 +12,25 @@ This module does not import PyTorch, so a finished or refused run ends within a 
 
 import logging
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dit4sr_pl.common.files import atomic_write, folder_lock
 from dit4sr_pl.common.run_identity import differences, resume_identity
-from dit4sr_pl.training.provenance import record_code
+from dit4sr_pl.training import former_run
+from dit4sr_pl.training.former_run import CHECKPOINTS, check_not_read, files_of_run, holds_run, is_set_aside
+from dit4sr_pl.training.provenance import record_code, recorded_job, scheduler_job
 
 log = logging.getLogger(__name__)
 
-CONFIG, LOG, CHECKPOINTS, FINISHED = "config.yaml", "train.log", "checkpoints", "finished.yaml"
-WRITTEN = (CONFIG, FINISHED, "code.*", LOG, "*.safetensors", "events.out.tfevents.*", "losses.csv", "scores.csv")
-WRITTEN += ("results.*", "images", CHECKPOINTS)
+CONFIG, LOG, FINISHED = "config.yaml", "train.log", "finished.yaml"
+EVENTS = "events.out.tfevents.*"
 
 
 @contextmanager
@@ -34,16 +38,29 @@ def open_run(cfg: DictConfig) -> Iterator[Path]:
     """Locks the run's folder, appends the log to its `train.log`, and yields the folder.
 
     Raises:
-        ValueError: another process writes there, or the folder holds a run with other settings.
+        ValueError: another process writes there; the folder holds a run with other settings; or `overwrite=true` would
+            replace what the command reads.
     """
     folder = Path(cfg.output)
     leader = leads(cfg.trainer)
-    with folder_lock(folder) if leader else nullcontext():
-        if leader and cfg.overwrite:
-            clear(folder)
-        check_same_run(cfg, folder)
-        with logged(folder / LOG) if leader else nullcontext():
-            yield folder
+    with folder_lock(folder) if leader else nullcontext(), logged(folder / LOG) if leader else nullcontext():
+        if leader:
+            settle(folder)
+        if cfg.overwrite:
+            check_not_read(files_of_run(folder), cfg)
+        else:
+            check_same_run(cfg, folder)
+        yield folder
+
+
+def settle(folder: Path) -> None:
+    """Decides about a run that `overwrite=true` has set aside: it goes if the new run has a checkpoint, else it is put
+    back.
+    """
+    if is_set_aside(folder) and (checkpoints_in(folder) or (folder / FINISHED).is_file()):
+        former_run.remove(folder)
+    elif former_run.put_back(folder):
+        log.warning("%s: the new run stopped before its first checkpoint; the former run is back", folder)
 
 
 def leads(trainer: DictConfig) -> bool:
@@ -55,24 +72,35 @@ def leads(trainer: DictConfig) -> bool:
     return (trainer.devices == 1 and trainer.num_nodes == 1) or all(rank == "0" for rank in ranks)
 
 
-def clear(folder: Path) -> None:
-    """Removes a run's files from a folder, its config last."""
-    for path in [path for pattern in reversed(WRITTEN) for path in folder.glob(pattern)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def check_same_run(cfg: DictConfig, folder: Path) -> None:
     """Raises ValueError, with the settings that differ, if the folder holds a run with other settings."""
+    if (folder / CONFIG).is_file() and not holds_run(folder):
+        raise ValueError(f"{folder / CONFIG}: not a run's; give another folder (output=FOLDER)")
     if not (folder / CONFIG).is_file() or not (checkpoints_in(folder) or (folder / FINISHED).is_file()):
         return
-    ours, theirs = resume_identity(cfg), resume_identity(OmegaConf.load(folder / CONFIG))
+    theirs = resume_identity(read_config(folder / CONFIG))
+    ours = resume_identity(cfg)
     if differing := differences(ours, theirs):
         named = ", ".join(f"{key}={ours.get(key)} (the run has {theirs.get(key)})" for key in differing[:3])
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError(
             f"{folder} holds a run with other settings: {named}{more}; give another folder (output=FOLDER), "
-            "or overwrite=true to remove that run"
+            "or overwrite=true to replace that run"
         )
+
+
+def read_config(path: Path) -> DictConfig:
+    """Reads a run's config; raises ValueError, with what to do, if it is empty or damaged."""
+    try:
+        config = OmegaConf.load(path)
+        if isinstance(config, DictConfig) and {"trainer", "data", "model"} <= config.keys():
+            return config
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError):
+        pass
+    raise ValueError(
+        f"{path}: empty or damaged, so nothing tells whether its checkpoints are of this run; bring it back, give "
+        "another folder (output=FOLDER), or overwrite=true to replace that run"
+    )
 
 
 @contextmanager
@@ -99,37 +127,82 @@ def logged(path: Path) -> Iterator[None]:
         file.close()
 
 
-def begin(cfg: DictConfig, folder: Path, start: int) -> None:
-    """Prepares the folder for a training from step `start`; the run counts as unfinished from now on.
+class Start:
+    """The changes that a start of a run makes to its folder, none of which happens before its first step is trained.
 
-    Records config and code, renames the checkpoints after `start` to `.aside`, and removes half-written ones.
+    Args:
+        cfg: the run's config; with `overwrite`, the run that the folder holds is set aside.
+        folder: the run's folder, locked.
+        step: the step that training resumes from.
     """
-    (folder / FINISHED).unlink(missing_ok=True)
-    with atomic_write(folder / CONFIG) as partial:
-        OmegaConf.save(cfg, partial, resolve=True)
-    record_code(folder)
-    for path in checkpoints_in(folder):
-        if int(path.stem) > start:
-            path.replace(path.with_suffix(".ckpt.aside"))
-    for partial in (folder / CHECKPOINTS).glob(".*.partial"):
-        partial.unlink()
+
+    def __init__(self, cfg: DictConfig, folder: Path, step: int):
+        self.cfg, self.folder, self.step, self.begun = cfg, folder, step, False
+        self.former = files_of_run(folder) if cfg.overwrite else []
+        self.events = set(folder.glob(EVENTS))
+
+    def begin(self) -> None:
+        """Records config and code; the run counts as unfinished from now on.
+
+        Checkpoints after the step that training resumes from are renamed to `.aside`.
+        """
+        self.begun, folder = True, self.folder
+        former_run.set_aside(self.former)
+        (folder / FINISHED).unlink(missing_ok=True)
+        with atomic_write(folder / CONFIG) as partial:
+            OmegaConf.save(self.cfg, partial, resolve=True)
+        record_code(folder, self.step)
+        for path in checkpoints_in(folder):
+            if int(path.stem) > self.step:
+                path.replace(path.with_suffix(".ckpt.aside"))
+
+    def undo(self) -> None:
+        """Leaves the folder as it was after an error or a signal, unless the new run has a checkpoint."""
+        if not self.begun:
+            for events in set(self.folder.glob(EVENTS)) - self.events:
+                events.unlink()  # TensorBoard would hide the steps that were to be repeated
+        settle(self.folder)
+
+
+def is_restart(folder: Path) -> bool:
+    """Returns whether a scheduler has started this command again after it has trained in this folder."""
+    if int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0 or not (folder / CONFIG).is_file():
+        return False
+    kept = bool(checkpoints_in(folder)) or not is_set_aside(folder)  # otherwise another run's files come back
+    return kept and recorded_job(folder) == scheduler_job()
 
 
 def finish(folder: Path, steps: int) -> None:
     """Marks the run as finished after `steps` steps."""
     with atomic_write(folder / FINISHED) as partial:
         OmegaConf.save({"steps": steps}, partial)
+    settle(folder)
 
 
 def finished_steps(folder: Path) -> int:
     """Returns the steps of a finished run; 0: the run is not finished."""
     path = folder / FINISHED
-    return OmegaConf.load(path).steps if path.is_file() else 0
+    if not path.is_file():
+        return 0
+    try:
+        steps = OmegaConf.load(path).steps
+        if isinstance(steps, int) and steps >= 0:
+            return steps
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, AttributeError):
+        pass
+    log.warning("%s: empty or damaged; the run counts as unfinished", path)
+    return 0
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Returns the checkpoints of a run, the newest first."""
-    return sorted((folder / CHECKPOINTS).glob("[0-9]*.ckpt"), key=lambda path: int(path.stem), reverse=True)
+    return by_step(folder / CHECKPOINTS)
+
+
+def by_step(folder: Path) -> list[Path]:
+    """Returns the checkpoints in a folder, the newest first; other files, such as somebody's copies, do not count."""
+    names = [path for path in folder.glob("*.ckpt") if re.fullmatch(r"[0-9]+", path.stem)]
+    return sorted(names, key=lambda path: int(path.stem), reverse=True)
 
 
 def newest_checkpoint(folder: Path, max_steps: int) -> Path | None:
@@ -152,5 +225,11 @@ def newest_checkpoint(folder: Path, max_steps: int) -> Path | None:
         raise ValueError(
             f"{folder / CHECKPOINTS}: all checkpoints are damaged, such as {paths[0].name}; give ckpt_path=FILE to "
             "resume from another one, or overwrite=true to start again"
+        )
+    if aside := sorted((folder / CHECKPOINTS).glob("*.ckpt.aside")):
+        log.warning(
+            "%s: there is no checkpoint but %s, which was set aside; give ckpt_path=FILE to resume from such a file",
+            folder,
+            aside[-1].name,
         )
     return None

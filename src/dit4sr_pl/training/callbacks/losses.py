@@ -32,17 +32,23 @@ class Losses(Callback):
         self.batches = state["batches"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Removes the rows of batches that a resumed run repeats."""
+        """Starts counting."""
         if self.batches is None:
             self.batches = batches_done(trainer)
-        if trainer.is_global_zero:
-            rows = self.path.read_text().splitlines()[1:] if self.path.exists() else []
-            kept = [row for row in rows if int(row.split(",")[0]) <= self.batches]
-            with atomic_write(self.path) as partial:
-                partial.write_text("".join(f"{row}\n" for row in ["batch,loss", *kept]))
+        self.continued = False
+
+    def remove_repeated_rows(self) -> None:
+        """Removes the rows of batches that a resumed run repeats."""
+        rows = self.path.read_text().splitlines()[1:] if self.path.exists() else []
+        kept = [row for row in rows if int(row.split(",")[0]) <= self.batches]
+        with atomic_write(self.path) as partial:
+            partial.write_text("".join(f"{row}\n" for row in ["batch,loss", *kept]))
 
     def on_train_batch_end(self, trainer: Trainer, *_) -> None:
         """Appends a row."""
+        if trainer.is_global_zero and not self.continued:
+            self.remove_repeated_rows()
+            self.continued = True
         loss = trainer.callback_metrics["train/loss"].item()
         self.batches += 1
         if trainer.is_global_zero:
