@@ -208,6 +208,6 @@ def test_a_file_of_another_kind_is_not_overwritten(folder, content):
     else:
         path.write_bytes(content)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="manifest.parquet: not a manifest; move it elsewhere and run python -m dit4sr_pl"):
+    with pytest.raises(ValueError, match="manifest.parquet: not a manifest; move it elsewhere and run python"):
         build_manifest(folder)
     assert path.read_bytes() == before

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.common.files import checkpoint_file
+from dit4sr_pl.common.hub import locate
 from dit4sr_pl.common.names import check_name
 
 FORMER = ".former_run"
@@ -62,7 +62,8 @@ def check_not_read(files: Iterable[Path], cfg: DictConfig) -> None:
     replaced = {os.path.realpath(file): file for file in files}
     for key in READ:
         for value in texts(OmegaConf.select(cfg, key)):
-            read = os.path.realpath(checkpoint_file(value) if key == "model.checkpoint" else Path(value).expanduser())
+            place = locate(value) if key == "model.checkpoint" else Path(value).expanduser()
+            read = os.path.realpath(place) if isinstance(place, Path) else "/dev/null"  # the hub's own folder
             if inside := [file for real, file in replaced.items() if Path(real).is_relative_to(read)]:
                 raise ValueError(
                     f"overwrite=true would replace {inside[0]}, which {key} ({value}) reads; give another folder "
