@@ -1,13 +1,14 @@
 """The command that converts released weights, in both directions, on the reference folders."""
 
 import functools
+import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dit4sr_pl.model import load_part
-from dit4sr_pl.model.reference_format import WEIGHTS, Release
+from dit4sr_pl.model.reference_format import INDEX, WEIGHTS, Release
 from dit4sr_pl.model.trained_part import fit_part
 from dit4sr_pl.restoration.restorer import build_network
 from testing.commands import call
@@ -79,3 +80,26 @@ def test_mistakes_get_one_line(convert):
     ):
         line = convert(*arguments)
         assert line.startswith("error: ") and message in line and "\n" not in line
+
+
+def test_what_is_there_is_replaced_only_when_that_is_asked_for(convert, tmp_path):
+    """Shards of former weights go with their index, which every reader would prefer; other files stay."""
+    write_release(tmp_path / "release")
+    assert convert("input=release", "output=ours.safetensors") is None
+    assert convert("input=release", "output=ours.safetensors").startswith("error: ours.safetensors: exists; give")
+    Release(tmp_path / "release").base().save_pretrained(tmp_path / "sd3" / "transformer")
+    (tmp_path / "sd3" / "model_index.json").write_text("{}")
+    folder = tmp_path / "back" / "transformer"
+    folder.mkdir(parents=True)
+    index = {"weight_map": {"a": "old-1.safetensors", "b": "old-2.safetensors"}}
+    (folder / INDEX).write_text(json.dumps(index))
+    for name in ("old-1.safetensors", "old-2.safetensors", "mine.safetensors"):
+        (folder / name).write_text("")
+    command = ["input=ours.safetensors", "output=back", "model.backbone.name=./sd3"]
+    assert f"{INDEX}: exists; give another output, or overwrite=true" in convert(*command)
+    assert len(list(folder.iterdir())) == 4
+    assert convert(*command, "overwrite=true") is None
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", WEIGHTS, "mine.safetensors"]
+    assert convert("input=back", "output=ours.safetensors", "overwrite=true") is None
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "../../elsewhere"}}))
+    assert "does not stay within its folder" in convert(*command, "overwrite=true")

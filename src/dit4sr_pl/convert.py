@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.cli.checks import check_backbone, check_readable, check_writable
 from dit4sr_pl.cli.command import command
+from dit4sr_pl.common.files import folder_lock
 
 if TYPE_CHECKING:
     from dit4sr_pl.model import TrainedPart
@@ -39,10 +40,11 @@ def write_release(cfg: DictConfig) -> None:
     from hydra.utils import instantiate
 
     from dit4sr_pl.model import load_part
-    from dit4sr_pl.model.reference_format import write_released
+    from dit4sr_pl.model.reference_format import write_released, written_over
     from dit4sr_pl.model.trained_part import fit_part
     from dit4sr_pl.restoration.restorer import build_network
 
+    check_replaced(cfg, written_over(Path(cfg.output)))
     part = load_part(cfg.input)
     if part.network_config["network"] != "dit4sr":
         raise ValueError(
@@ -50,7 +52,8 @@ def write_release(cfg: DictConfig) -> None:
         )
     net = build_network(instantiate(cfg.model.backbone).transformer, part.network_config)
     fit_part(net, part, cfg.input)
-    write_released(net.base, net.lr_stream, Path(cfg.output))
+    with folder_lock(Path(cfg.output)):
+        write_released(net.base, net.lr_stream, Path(cfg.output))
     script, model = "test_wollava_r1.py", "model_dit4sr_r1"
     if legacy_keys(part):
         script, model = "test_wollava.py", "model_dit4sr"
@@ -72,9 +75,16 @@ def check(cfg: DictConfig) -> None:
         if Path(cfg.output).suffix != ".safetensors":
             raise ValueError(f"output={cfg.output}: give a file name that ends in .safetensors")
         check_writable(Path(cfg.output).parent, "output")
+        check_replaced(cfg, [path for path in [Path(cfg.output)] if path.exists()])
     else:
         check_backbone(cfg.model.backbone)
         check_writable(cfg.output, "output")
+
+
+def check_replaced(cfg: DictConfig, there: list[Path]) -> None:
+    """Raises ValueError if the command would replace files without having been told to."""
+    if there and not cfg.overwrite:
+        raise ValueError(f"{there[0]}: exists; give another output, or overwrite=true to replace it")
 
 
 if __name__ == "__main__":

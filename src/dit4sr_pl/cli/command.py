@@ -19,6 +19,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dit4sr_pl.cli.texts import for_hydra
+
 PACKAGE = Path(__file__).parents[1]
 USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
 # Hydra copies this singleton for every config group that `--help` lists, which takes more than a second in all.
@@ -105,7 +107,12 @@ def command(config_name: str) -> Callable:
 
             # Otherwise Hydra prints several lines and exits by itself.
             with env_override({"HYDRA_FULL_ERROR": "1"}), mistakes("output"):
-                hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(task)()
+                given = sys.argv
+                sys.argv = [given[0], *for_hydra(given[1:], config_name)]
+                try:
+                    hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(task)()
+                finally:
+                    sys.argv = given
 
         return entry_point
 
@@ -137,10 +144,17 @@ def run_job(main: Callable[[DictConfig], None], cfg: DictConfig, show_traceback:
         raise ValueError(failure)
 
 
-def read_conf(command: str, **choices: str) -> DictConfig:
-    """Returns `conf/<command>.yaml` as the command gets it, with `choices` as options of config groups."""
+def read_conf(command: str, *arguments: str, **choices: str) -> DictConfig:
+    """Returns `conf/<command>.yaml` as the command gets it, with `choices` as options of config groups.
+
+    Args:
+        command: the command's name.
+        arguments: `key=value` as on the command line; paths and texts need no quotes.
+        choices: options by config group.
+    """
+    options = [f"{group}={option}" for group, option in choices.items()]
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return hydra.compose(command, [f"{group}={option}" for group, option in choices.items()])
+        return hydra.compose(command, [*options, *for_hydra(arguments, command)])
 
 
 def quiet_libraries() -> None:

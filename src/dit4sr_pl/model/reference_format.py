@@ -13,11 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dit4sr_pl.common.files import atomic_write
+from dit4sr_pl.common.names import check_name
 from dit4sr_pl.model.lr_stream import LRStream
 from dit4sr_pl.model.variant import Variant
 
 RELEASED_SCALE = 1.2  # injection_scale, a constant of the reference's source
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
+INDEX = f"{WEIGHTS}.index.json"
 RELEASED = re.compile(r"transformer_blocks\.(\d+)\.(?:(attn2?)\.to_(q|k|v|out)_control|ff\.control_conv)\.(\w+)")
 # The released code builds SD3.5's image-only attention with text projections, and never uses them.
 DEAD = re.compile(r"transformer_blocks\.\d+\.attn2\.(add_[qkv]_proj|to_add_out|norm_added_[qk])\.\w+")
@@ -38,8 +40,8 @@ class Release:
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        self.folder = next((f for f in (folder, folder / "transformer") if (f / "config.json").is_file()), folder)
-        if not (self.folder / "config.json").is_file():
+        self.folder = next((f for f in (folder, folder / "transformer") if (f / CONFIG).is_file()), folder)
+        if not (self.folder / CONFIG).is_file():
             raise FileNotFoundError(f"{folder}: no config.json; give the released folder or its transformer/")
         self.files = {name: file for file in open_weights(self.folder) for name in file.keys()}  # noqa: SIM118
         used = {name: RELEASED.fullmatch(name) for name in sorted(self.files) if not DEAD.fullmatch(name)}
@@ -132,9 +134,42 @@ def write_released(base: SD3Transformer2DModel, lr_stream: LRStream, folder: Pat
         factor = variant.injection_scale / RELEASED_SCALE if ".injection." in name else 1.0
         state[released_name(name)] = (factor * tensor).to(base.dtype)
     state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    with atomic_write(Path(folder) / "transformer" / WEIGHTS) as partial:
+    folder = Path(folder) / "transformer"
+    with atomic_write(folder / WEIGHTS) as partial:
         save_file(state, partial, metadata={"format": "pt"})
+    remove_shards(folder)
+    with atomic_write(folder / CONFIG) as partial:  # last: a folder without it is no model
         base.save_config(partial.parent)
+
+
+def written_over(folder: Path) -> list[Path]:
+    """Returns the files of a model in a folder that `write_released` replaces or removes."""
+    files = (folder / "transformer" / name for name in (CONFIG, WEIGHTS, INDEX))
+    return [file for file in files if file.exists()]
+
+
+def remove_shards(folder: Path) -> None:
+    """Removes the index of former weights and then their files, which every reader would prefer."""
+    names = shards_of(folder)
+    (folder / INDEX).unlink(missing_ok=True)
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+def shards_of(folder: Path) -> list[str]:
+    """Returns the names of the files in the index of a model's weights; [] without an index.
+
+    Raises:
+        ValueError: the index is damaged, or names files elsewhere.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return []
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({check_name(name, index) for name in weight_map.values()})
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index}: not an index of weights; download the folder again") from None
 
 
 def dead_weights(base: SD3Transformer2DModel) -> dict[str, Tensor]:
@@ -165,8 +200,7 @@ def released_name(name: str) -> str:
 
 def open_weights(folder: Path) -> list[safe_open]:
     """Opens the weights of a diffusers model folder, one file or shards with an index."""
-    index = folder / f"{WEIGHTS}.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    names = shards_of(folder) or [WEIGHTS]
     opened = []
     for name in names:
         if not (folder / name).is_file():
