@@ -118,7 +118,7 @@ class SuperResolutionModule(LightningModule):
         noise = draw_noise(clean, generators)
         velocity = self.velocity(interpolate(clean, noise, sigma), lr_latent, timestep, embeds, pooled)
         loss = self.flow.loss(velocity, clean, noise, sigma).mean()
-        # The mean over the global batch: all devices stop together, and logs do not depend on the number of devices.
+        # The mean over all devices: they stop together, and logs do not depend on their number.
         mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
         self.stop_unless_finite(mean)
         self.log("train/loss", mean, prog_bar=True)

@@ -11,7 +11,7 @@ from dit4sr_pl.training.lightning_state import batches_done
 class Losses(Callback):
     """Appends the loss of every batch to `folder/losses.csv`, with all its digits; a resumed run continues the file.
 
-    On several devices the loss is the mean over the global batch, as in TensorBoard. It is written before the step's
+    On several devices the loss is the mean over their batches, as in TensorBoard. It is written before the step's
     checkpoint, so that no loss is missing after a kill. Batches are counted over all starts of the run, with whatever
     accumulation each of them had.
 
