@@ -8,6 +8,7 @@ import subprocess
 import sys
 from urllib.request import urlopen
 
+import gradio as gr
 import imagecodecs
 import numpy as np
 import pytest
@@ -19,13 +20,14 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from skimage import data
 
-from dit4sr_pl.app import answer, check, restored
+from dit4sr_pl.app import answer, check, describer, restored
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.images.files import read_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration.pictures import PictureRestorer
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.worklist import Entry
+from testing.toy_llava import save_toy_llava
 from testing.toy_runs import SAMPLER
 
 
@@ -45,7 +47,9 @@ def photo(tmp_path):
 def address(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "dit4sr_pl.app", f"port={port}", "sampler.steps=2"]
+    save_toy_llava(tmp_path / "llava")
+    toy = [f"captioner.name={tmp_path / 'llava'}", "captioner.max_tokens=6", "captioner.dtype=float32"]
+    command = [sys.executable, "-m", "dit4sr_pl.app", f"port={port}", "sampler.steps=2", "captioner=llava", *toy]
     environment = os.environ | {"GRADIO_TEMP_DIR": str(tmp_path / "uploads")}
     with (tmp_path / "stderr").open("w") as stderr:
         app = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=tmp_path, env=environment)
@@ -87,6 +91,11 @@ def test_the_page_shows_what_the_restorer_restores_and_says_what_is_wrong(addres
     restore_there(browser, photo, steps=3, seed=7)
     images = wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "img.preview"))
     before, after = (pixels(image.get_attribute("src")) for image in images)
+
+    browser.find_element(By.XPATH, "//button[normalize-space()='Describe the image']").click()
+    wait.until(lambda window: "word" in window.find_element(By.TAG_NAME, "textarea").get_attribute("value"))
+    browser.find_element(By.XPATH, "//button[contains(., 'Prompts')]").click()
+    wait.until(lambda window: "negative prompt" in window.find_element(By.TAG_NAME, "body").text)
 
     loaded = "return performance.getEntriesByType('resource').map(each => each.name)"
     elsewhere = [name for name in browser.execute_script(loaded) if not name.startswith(address)]
@@ -131,6 +140,23 @@ def test_a_file_on_the_page_is_the_file_that_restore_writes(restorer, tmp_path):
     assert [outcome.failure for outcome in pictures.run([[entry]], lambda pixels: None)] == [None]
     assert after.name == "a.png" and after.read_bytes() == entry.target.read_bytes()
     assert imagecodecs.png_decode(after.read_bytes()).shape == (18, 14, 4)
+
+
+def test_prompts_on_the_page_are_the_samplers_and_a_button_describes_the_image(restorer, photo, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("dit4sr_pl.app.restored", lambda *arguments: asked.append(arguments) or 1 / 0)
+    cfg = OmegaConf.create({"max_pixels": 10**6, "max_steps": 100})
+    for prompts in ((), ("sharp", "")):
+        with pytest.raises(ZeroDivisionError):
+            answer(restorer, cfg, str(tmp_path))(str(photo), 2, "a cat", 2, 1.0, "none", 3, *prompts)
+    plain, given = (arguments[6] for arguments in asked)
+    assert given == plain | {"added_prompt": "sharp", "negative_prompt": ""} and "added_prompt" not in plain
+    describe = describer(lambda images: [f"An image of {tuple(images[0].shape)}."])
+    assert describe(str(photo)) == "An image of (3, 48, 64)."
+    (tmp_path / "broken.png").write_bytes(photo.read_bytes()[:-200])
+    for file, message in ((None, "give an image"), (str(tmp_path / "broken.png"), "^'?broken.png: not a readable")):
+        with pytest.raises(gr.Error, match=message):
+            describe(file)
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):

@@ -17,13 +17,21 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from dit4sr_pl.cli.checkpoint import follow_checkpoint
-from dit4sr_pl.cli.checks import SCALES, check_backbone, check_extra, check_scale, check_text_length, choose_device
+from dit4sr_pl.cli.checks import (
+    SCALES,
+    check_backbone,
+    check_captioner,
+    check_extra,
+    check_scale,
+    choose_device,
+)
 from dit4sr_pl.cli.command import command
 
 if TYPE_CHECKING:
     import gradio as gr
 
     from dit4sr_pl.images.picture import Picture
+    from dit4sr_pl.preparation.captioner import Captioner
     from dit4sr_pl.restoration.restorer import Restorer
 
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # Gradio's own come from the network
@@ -42,11 +50,12 @@ def main(cfg: DictConfig) -> None:
 
     from dit4sr_pl.restoration.restorer import Restorer
 
-    device = torch.device(choose_device(cfg.device, cfg.model.backbone))
+    cfg.device = choose_device(cfg.device, cfg.model.backbone)
+    device = torch.device(cfg.device)
     parts = instantiate(cfg.model.backbone), instantiate(cfg.sampler)
     restorer = Restorer.load(*parts, cfg.checkpoint, device, cfg.offload, cfg.injection_scale)
-    # One image at a time has the memory to itself.
-    blocks = page(restorer, cfg).queue(max_size=20, default_concurrency_limit=1)
+    captioner = instantiate(cfg.captioner) if cfg.get("captioner") is not None else None
+    blocks = page(restorer, cfg, captioner).queue(max_size=20, default_concurrency_limit=1)
     blocks.launch(
         server_name=cfg.host,
         server_port=cfg.port,
@@ -71,10 +80,11 @@ def check(cfg: DictConfig) -> None:
         socket.create_server((cfg.host, cfg.port)).close()
     except OSError as error:
         raise ValueError(f"host={cfg.host} port={cfg.port}: {error.strerror}; choose another") from None
-    check_text_length(cfg.model.backbone)
+    if cfg.get("captioner") is not None:
+        check_captioner(cfg.captioner)
 
 
-def page(restorer: Restorer, cfg: DictConfig) -> gr.Blocks:
+def page(restorer: Restorer, cfg: DictConfig, captioner: Captioner | None = None) -> gr.Blocks:
     """Builds the page: a photo and its settings on the left, the enlarged and the restored image on the right."""
     import gradio as gr
 
@@ -85,7 +95,12 @@ def page(restorer: Restorer, cfg: DictConfig) -> gr.Blocks:
     with gr.Blocks(title="DiT4SR", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks, gr.Row():
         with gr.Column(scale=1):
             file = gr.File(label="LR image", file_types=list(PICTURE_SUFFIXES), height=120)
-            prompt = gr.Textbox(cfg.prompt, label="caption")
+            prompt = gr.Textbox(cfg.prompt, label="caption", lines=2)
+            if captioner is not None:
+                describe = gr.Button("Describe the image")
+            with gr.Accordion("Prompts", open=False):
+                added = gr.Textbox(sampler.added_prompt, label="added prompt", lines=2)
+                negative = gr.Textbox(sampler.negative_prompt, label="negative prompt", lines=2)
             with gr.Row():
                 scale = gr.Number(cfg.scale, label="scale", minimum=SCALES[0], maximum=SCALES[1], min_width=80)
                 seed = gr.Number(cfg.seed, label="seed", precision=0, min_width=80)
@@ -97,8 +112,11 @@ def page(restorer: Restorer, cfg: DictConfig) -> gr.Blocks:
             button = gr.Button("Restore", variant="primary")
         with gr.Column(scale=3):
             slider = gr.ImageSlider(label="bicubic | restored", format="png", interactive=False, max_height=1000)
-        inputs = [file, scale, prompt, steps, guidance, color, seed]
-        button.click(answer(restorer, cfg, slider.GRADIO_CACHE), inputs, slider)
+        inputs = [file, scale, prompt, steps, guidance, color, seed, added, negative]
+        one = {"concurrency_id": "device", "concurrency_limit": 1}  # one image at a time has the memory to itself
+        button.click(answer(restorer, cfg, slider.GRADIO_CACHE), inputs, slider, **one)
+        if captioner is not None:
+            describe.click(describer(captioner), file, prompt, **one)
     return blocks
 
 
@@ -111,8 +129,12 @@ def answer(restorer: Restorer, cfg: DictConfig, folder: str) -> Callable:
     from dit4sr_pl.images.picture import write_picture
     from dit4sr_pl.restoration.pictures import FAILURES
 
-    def restore_file(file, scale, prompt, steps, guidance, color, seed, progress=gr.Progress()):  # noqa: B008
+    bar = gr.Progress()
+
+    def restore_file(file, scale, prompt, steps, guidance, color, seed, added=None, negative=None, progress=bar):
         sampler_options = {"steps": steps, "guidance_scale": guidance, "color": color}
+        prompts = {"added_prompt": added, "negative_prompt": negative}
+        sampler_options |= {key: text for key, text in prompts.items() if text is not None}
         try:
             if file is None or None in (scale, steps, guidance, seed):
                 raise ValueError("give an image, and a number for scale, steps, guidance and seed")
@@ -130,10 +152,32 @@ def answer(restorer: Restorer, cfg: DictConfig, folder: str) -> Callable:
                 gr.Info(note)
             return files
         except (*FAILURES, OSError) as error:
-            message = str(error).partition("\n")[0] or "out of memory"
-            raise gr.Error(re.sub(r"/\S*/", "", message), print_exception=False) from None
+            raise gr.Error(message_of(error), print_exception=False) from None
 
     return restore_file
+
+
+def describer(captioner: Captioner) -> Callable:
+    """Returns what the button for captions calls: it describes the uploaded image, for the visitor to change."""
+    import gradio as gr
+
+    from dit4sr_pl.images.files import read_image
+    from dit4sr_pl.restoration.pictures import FAILURES
+
+    def describe_file(file):
+        try:
+            if file is None:
+                raise ValueError("give an image")
+            return captioner([read_image(Path(file))])[0]
+        except (*FAILURES, OSError) as error:
+            raise gr.Error(message_of(error), print_exception=False) from None
+
+    return describe_file
+
+
+def message_of(error: Exception) -> str:
+    """Returns an error's first line without the server's folders."""
+    return re.sub(r"/\S*/", "", str(error).partition("\n")[0] or "out of memory")
 
 
 def restored(

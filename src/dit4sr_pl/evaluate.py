@@ -16,7 +16,6 @@ from dit4sr_pl.cli.checks import (
     check_backbone,
     check_extra,
     check_readable,
-    check_text_length,
     check_writable,
     choose_device,
     read_shard,
@@ -197,7 +196,6 @@ def check_method(cfg: DictConfig) -> None:
         check_extra("this method", "spandrel", "spandrel")
     if "backbone" in cfg.method:
         check_backbone(cfg.model.backbone)
-        check_text_length(cfg.model.backbone)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from dit4sr_pl.cli.benchmarks import name_benchmark
 from dit4sr_pl.cli.checks import (
     check_backbone,
+    check_captioner,
     check_data,
-    check_readable,
-    check_text_length,
     check_writable,
     read_shard,
 )
@@ -248,8 +247,7 @@ def check_captions(cfg: DictConfig) -> None:
     """Checks the options of `stage=captions`."""
     if cfg.batch_size < 1:
         raise ValueError(f"batch_size={cfg.batch_size}: must be 1 or more")
-    if cfg.captioner.name.startswith((".", "/", "~")):
-        check_readable(cfg.captioner.name, "captioner.name")
+    check_captioner(cfg.captioner)
     for folder in cfg.data.folders:
         check_writable(folder, "data.folders")
     named = {f"sets.{name}": (options.folder, options) for name, options in named_sets(cfg).items()}
@@ -266,7 +264,6 @@ def check_embeddings(cfg: DictConfig) -> None:
     if cfg.model.backbone.embeddings is not None:
         raise ValueError("model.backbone.embeddings is where training reads; give embeddings=FOLDER to write them")
     check_backbone(cfg.model.backbone)
-    check_text_length(cfg.model.backbone)
     check_writable(cfg.embeddings, "embeddings")
 
 

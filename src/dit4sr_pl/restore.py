@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from dit4sr_pl.cli.checkpoint import follow_checkpoint
 from dit4sr_pl.cli.checks import (
     check_backbone,
+    check_captioner,
     check_readable,
     check_scale,
-    check_text_length,
     check_writable,
     choose_device,
     read_shard,
@@ -173,7 +173,8 @@ def check(cfg: DictConfig) -> None:
     if Path(cfg.output).resolve() == Path(cfg.input).resolve():
         raise ValueError(f"output={cfg.output}: is the input folder; choose another, which may lie in it")
     check_backbone(cfg.model.backbone)
-    check_text_length(cfg.model.backbone)
+    if cfg.get("captioner") is not None:
+        check_captioner(cfg.captioner)
     check_writable(cfg.output, "output")
 
 

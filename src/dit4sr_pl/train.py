@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.cli.benchmarks import name_benchmark
-from dit4sr_pl.cli.checks import check_backbone, check_data, check_readable, check_text_length, check_writable
+from dit4sr_pl.cli.checks import check_backbone, check_data, check_readable, check_writable
 from dit4sr_pl.cli.command import choice, command
 from dit4sr_pl.common.hub import locate
 from dit4sr_pl.common.run_identity import images_per_step
@@ -231,7 +231,6 @@ def check(cfg: DictConfig) -> None:
     if cfg.sharded and "ema" in cfg.callbacks:
         raise ValueError("trainer=fsdp cannot average weights; add ~callbacks.ema, or use trainer=ddp")
     check_backbone(cfg.model.backbone)
-    check_text_length(cfg.model.backbone)
     if "scores" in cfg.callbacks:
         check_metrics(cfg.callbacks.scores.metrics, cfg.data.validation_crop if cfg.data.validation is None else None)
     check_writable(cfg.output, "output")

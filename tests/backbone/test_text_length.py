@@ -6,6 +6,7 @@ import shutil
 import pytest
 from diffusers import StableDiffusion3Pipeline
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.backbone.text_length import TOKENIZER, longest_prompt
@@ -43,6 +44,14 @@ def test_a_backbone_brings_its_sampler_with_it_and_a_given_one_wins(command, ove
     real = any("sd35" in text or "dit4sr" in text or "sd3_c" in text or "paper" in text for text in overrides)
     real &= "model=tiny_sd3_controlnet" not in overrides
     assert cfg.model.backbone.dtype == ("bfloat16" if real else "float32")
+
+
+def test_the_authors_demo_is_a_sampler():
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        sampler = instantiate(compose("restore", ["backbone=sd35_medium", "sampler=released_demo"]).sampler)
+    assert (sampler.steps, sampler.guidance_scale, sampler.overlap, sampler.tile) == (20, 7.0, 16, 64)
+    assert (sampler.t5_tokens, sampler.process_size, sampler.color) == (256, 512, "adain")
+    assert sampler.prompt("A cat.").startswith("A cat. Cinematic, perfect without deformations, ultra HD, camera")
 
 
 @pytest.fixture

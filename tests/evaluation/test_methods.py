@@ -46,9 +46,20 @@ def restored(method, *photos):
 def test_every_row_of_the_paper_has_a_method():
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         methods = [compose("evaluate", [f"method={path.stem}"]).method for path in METHODS if path.stem != "command"]
-    assert {method.label for method in methods} - {None} == PAPER - {"SD3-ControlNet", "DiT4SR"} | {
+    assert {method.label for method in methods} - {None} == PAPER - {"SD3-ControlNet"} | {
         "DiT4SR-R1"
     }  # others as the checkpoint says
+
+
+@pytest.mark.parametrize(
+    "name, label, script", [("dit4sr_released", "DiT4SR-R1", "wollava_r1"), ("dit4sr_released_q", "DiT4SR", "wollava")]
+)
+def test_each_release_has_the_authors_own_script(name, label, script):
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        cfg = compose("evaluate", [f"method={name}"]).method
+    weights = "preset/models/dit4sr_q" if label == "DiT4SR" else "preset/models/dit4sr_r1"
+    assert (cfg.label, cfg.weights.dit4sr, cfg.arguments[0]) == (label, weights, f"test/test_{script}.py")
+    assert "--prompt_path={prompts}" in cfg.arguments and "stable-diffusion-3.5-medium" in cfg.weights.sd
 
 
 def test_bicubic_is_pillows(tmp_path):

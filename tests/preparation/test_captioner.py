@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 
@@ -66,6 +67,24 @@ def test_captions_are_the_models_greedy_answers_to_each_image(captioner, photos)
     captioner = copy.copy(captioner)
     captioner.dropped_words = [captions[0].split()[0]]
     assert captioner(images) == ["" if captioner.dropped_words[0] in caption else caption for caption in captions]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_quantised_models_weights_are_the_nearest_ones_of_few_bits(model_folder, captioner, photos, quantization):
+    loaded = Captioner(str(model_folder), "What is it ?", 6, 64, "float32", "cpu", quantization=quantization)
+    name = "model.language_model.layers.0.mlp.up_proj"
+    ours, exact = (each.model.get_submodule(name).weight.detach() for each in (loaded, captioner))
+    assert loaded.model.get_memory_footprint() < captioner.model.get_memory_footprint()
+    if quantization == "int8":
+        largest = exact.abs().amax(dim=1, keepdim=True)
+        step = loaded.model.get_submodule(name).weight.SCB[:, None] / 127
+        assert (ours * step - exact).abs().max() <= 0.51 * largest.max() / 127
+        assert all(loaded([read_image(photos / "deep" / "0.png")]))  # with 4 bits a CPU needs larger layers
+    else:
+        packed, state = bitsandbytes.functional.quantize_4bit(exact, quant_type="nf4")
+        assert ours.dtype == torch.uint8 and torch.equal(ours.flatten(), packed.flatten())
+        assert torch.equal(loaded.model.get_submodule(name).weight.quant_state.absmax, state.absmax)
 
 
 def test_every_caption_is_written_once_and_what_exists_stays(captioner, photos):
@@ -147,6 +166,14 @@ def test_the_command_names_unreadable_images_and_its_shards_make_a_whole(photos,
     second, out = prepare(capsys, monkeypatch, *arguments, "shard=2/2")
     assert second is None and "3 of 3 images have captions" in out
     assert len(list(photos.rglob("*.txt"))) == 5
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [("quantization=int4", "captioner.quantization=int4: choose int8, nf4 or null"), ("dtype=half", "dtype=half: ch")],
+)
+def test_a_wrong_type_of_the_weights_is_told_before_the_model_is_read(photos, override, message, capsys, monkeypatch):
+    assert message in prepare(capsys, monkeypatch, f"data.folders=[{photos}]", f"captioner.{override}")[0]
 
 
 def test_a_sets_captions_are_written_where_training_reads_them(photos, model_folder, tmp_path, capsys, monkeypatch):

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from dit4sr_pl.backbone.text_length import check_t5_tokens, longest_prompt
 from dit4sr_pl.common.hub import check_access
 
+QUANTIZATIONS = (None, "int8", "nf4")
 DTYPES = ("float32", "bfloat16", "float16")
 SCALES = (1, 8)
 
@@ -110,12 +111,14 @@ def check_backbone(backbone: DictConfig) -> None:
     A name that begins with `.`, `/` or `~` is a folder; another one is a folder, a model in this package, or a hub id.
 
     Raises:
-        ValueError: the dtype is unknown.
+        ValueError: the dtype is unknown, or prompts are cut to fewer tokens than the model's T5 was trained with.
         FileNotFoundError: the folder of the model or of the embeddings does not exist, or the hub's model cannot be
             read.
     """
     if backbone.dtype not in DTYPES:
         raise ValueError(f"model.backbone.dtype={backbone.dtype}: choose one of {', '.join(DTYPES)}")
+    if "t5_tokens" in backbone:
+        check_t5_tokens(backbone.t5_tokens, longest_prompt(backbone.name), backbone.name)
     if backbone.name.startswith((".", "/", "~")):
         check_readable(Path(backbone.name) / "model_index.json", "model.backbone.name")
     elif "/" in backbone.name and not Path(backbone.name).exists():
@@ -124,9 +127,23 @@ def check_backbone(backbone: DictConfig) -> None:
         check_readable(Path(backbone.embeddings) / "index.json", "model.backbone.embeddings")
 
 
-def check_text_length(backbone: DictConfig) -> None:
-    """Raises ValueError if the config cuts prompts to fewer tokens than the model's T5 was trained with."""
-    check_t5_tokens(backbone.t5_tokens, longest_prompt(backbone.name), backbone.name)
+def check_captioner(captioner: DictConfig) -> None:
+    """Checks the config of a caption model.
+
+    Raises:
+        ValueError: its type or quantization is unknown, or a package is missing.
+        FileNotFoundError: the folder of the model does not exist.
+    """
+    if captioner.dtype not in DTYPES:
+        raise ValueError(f"captioner.dtype={captioner.dtype}: choose one of {', '.join(DTYPES)}")
+    if captioner.quantization not in QUANTIZATIONS:
+        raise ValueError(f"captioner.quantization={captioner.quantization}: choose int8, nf4 or null")
+    if captioner.quantization is not None and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"captioner.quantization={captioner.quantization} needs bitsandbytes; pip install bitsandbytes"
+        )
+    if captioner.name.startswith((".", "/", "~")):
+        check_readable(captioner.name, "captioner.name")
 
 
 def check_writable(folder: str | Path, what: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from dit4sr_pl.common.files import atomic_write, has_contents
 from dit4sr_pl.common.names import check_name, folded
@@ -27,6 +27,7 @@ class Captioner:
         dtype: dtype of the weights: `float32`, `bfloat16` or `float16`.
         device: device that the model runs on.
         dropped_words: sentences that contain one of these words are left out.
+        quantization: `int8` or `nf4`: the weights of linear layers have 8 or 4 bits (bitsandbytes); None: `dtype`.
 
     Raises:
         FileNotFoundError: the model is missing, gated, incomplete or of another kind; the message says what to do.
@@ -42,10 +43,14 @@ class Captioner:
         dtype: str,
         device: str,
         dropped_words: Sequence[str] = (),
+        quantization: str | None = None,
     ):
+        loading = {"dtype": getattr(torch, dtype)}
+        if quantization is not None:
+            loading |= {"quantization_config": quantized(quantization, loading["dtype"]), "device_map": {"": device}}
         try:
             self.processor = AutoProcessor.from_pretrained(name)
-            self.model = AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, dtype))
+            self.model = AutoModelForImageTextToText.from_pretrained(name, **loading)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise FileNotFoundError(
@@ -54,7 +59,9 @@ class Captioner:
             ) from None
         if self.processor.chat_template is None:
             raise ValueError(f"captioner.name={name}: has no chat template; take an instruction-tuned model")
-        self.model.eval().to(device)
+        self.model.eval()
+        if quantization is None:  # else its layers are on the device already
+            self.model.to(device)
         self.processor.tokenizer.padding_side = "left"  # the answers of a batch start at one position
         self.name, self.instruction, self.max_tokens, self.max_side = name, instruction, max_tokens, max_side
         self.dropped_words = dropped_words
@@ -91,6 +98,13 @@ class Captioner:
         picture.thumbnail((self.max_side, self.max_side))
         content = [{"type": "image", "image": picture}, {"type": "text", "text": self.instruction}]
         return [{"role": "user", "content": content}]
+
+
+def quantized(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Returns how transformers loads a model's linear layers with 8 (`int8`) or 4 bits (`nf4`) per weight."""
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 UNSAMPLED = {"temperature": None, "top_p": None, "top_k": None}  # models come with settings for sampling
