@@ -118,20 +118,21 @@ class Handler(BaseHTTPRequestHandler):
                 r"/api/repos/create": self.create,
                 r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)": self.preupload,
                 r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch": self.batch,
-                r"/lfs/verify": lambda: self.answer({}),
+                r"/lfs/verify": self.verify,
                 r"/api/models/([^/]+/[^/]+)/commit/([^/]+)": self.commit,
             }
         )
 
     def do_PUT(self) -> None:
         """Takes the bytes of a large file."""
+        self.content = None
         body = self.body()
         self.server.uploads[hashlib.sha256(body).hexdigest()] = body
         self.answer({})
 
     def dispatch(self, routes: dict) -> None:
         """Calls the first method whose pattern is the request's path, with its groups."""
-        path = urlparse(self.path).path
+        path, self.content = urlparse(self.path).path, None
         self.server.requests.append(f"{self.command} {path}")
         if self.server.broken:
             return self.refuse(503)
@@ -146,12 +147,20 @@ class Handler(BaseHTTPRequestHandler):
         return (self.headers["Authorization"] or "").removeprefix("Bearer ") or None
 
     def body(self) -> bytes:
-        """Returns what was sent."""
-        return self.rfile.read(int(self.headers["Content-Length"] or 0))
+        """Returns what was sent, in one piece or in chunks; a request's body is read once."""
+        if self.content is None and self.headers["Transfer-Encoding"] == "chunked":
+            self.content = b""
+            while size := int(self.rfile.readline(), 16):
+                self.content += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        elif self.content is None:
+            self.content = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        return self.content
 
-    def answer(self, content: dict | list) -> None:
+    def answer(self, content: dict | list, status: int = 200) -> None:
         """Sends JSON."""
-        self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+        self.send(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def refuse(self, status: int, code: str = "") -> None:
         """Sends an error with the hub's code for it."""
@@ -245,19 +254,20 @@ class Handler(BaseHTTPRequestHandler):
         if self.token != TOKEN or owner != "me":
             return self.refuse(401 if self.token is None else 403)
         name = f"{owner}/{asked['name']}"
-        if name in self.server.repos:
-            return self.refuse(409)
-        self.server.repos[name] = repo = Repo(private=asked.get("visibility") == "private")
-        repo.commit({".gitattributes": b""})
-        return self.answer({"url": f"{self.server.endpoint}/{name}"})
+        known = name in self.server.repos
+        if not known:
+            self.server.repos[name] = Repo(private=asked.get("visibility") == "private")
+            self.server.repos[name].commit({".gitattributes": b""})
+        return self.answer({"url": f"{self.server.endpoint}/{name}"}, 409 if known else 200)
 
     def preupload(self, name: str, revision: str) -> None:
         """Says which files are to be sent through Git LFS."""
+        if not self.find(name, revision):
+            return
         files = json.loads(self.body())["files"]
         mode = lambda path: "lfs" if path.endswith(LFS) else "regular"  # noqa: E731
         modes = [{"path": f["path"], "uploadMode": mode(f["path"]), "shouldIgnore": False} for f in files]
-        if self.find(name, revision):
-            self.answer({"files": modes})
+        self.answer({"files": modes})
 
     def batch(self, name: str) -> None:
         """Says where to put large files."""
@@ -266,11 +276,16 @@ class Handler(BaseHTTPRequestHandler):
         actions = {"upload": to("put"), "verify": to("verify")}
         self.answer({"transfer": "basic", "objects": [each | {"actions": actions} for each in objects]})
 
+    def verify(self) -> None:
+        """Confirms that a large file has come."""
+        self.body()
+        self.answer({})
+
     def commit(self, name: str, revision: str) -> None:
         """Makes a commit of files that came with the request or through Git LFS."""
-        lines = [json.loads(line) for line in self.body().splitlines()]
         if not (found := self.find(name, revision)):
             return
+        lines = [json.loads(line) for line in self.body().splitlines()]
         values = {"file": [], "lfsFile": []}
         for line in lines:
             values.setdefault(line["key"], []).append(line["value"])

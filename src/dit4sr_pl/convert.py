@@ -1,4 +1,5 @@
-"""python -m dit4sr_pl.convert input=PATH output=PATH: released folders to LR-stream files, and back"""
+"""python -m dit4sr_pl.convert input=PATH output=PATH|hub:ME/NAME: released folders to LR-stream files, back, and
+to the hub"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,15 +9,29 @@ from omegaconf import DictConfig, OmegaConf
 from dit4sr_pl.cli.checks import check_backbone, check_readable, check_writable
 from dit4sr_pl.cli.command import command
 from dit4sr_pl.common.files import folder_lock
+from dit4sr_pl.common.hub import LR_STREAM, HubAddress
 
 if TYPE_CHECKING:
     from dit4sr_pl.model import TrainedPart
 
+SETTINGS = {  # what a model card says of a training, by the keys of its config
+    "images per step": "images per step",
+    "crop": "data.crop_size",
+    "share of empty prompts": "data.empty_prompt_probability",
+    "learning rate": "optimizer.lr",
+    "loss weighting": "model.weighting",
+    "precision": "trainer.precision",
+    "decay of averaged weights": "callbacks.ema.decay",
+    "seed": "seed",
+}
+
 
 @command("convert")
 def main(cfg: DictConfig) -> None:
-    """Converts in the direction that the input decides."""
+    """Converts in the direction that input and output decide."""
     check(cfg)
+    if str(cfg.output).startswith("hub:"):
+        return publish(cfg)
     if Path(cfg.input).is_dir():
         read_release(cfg)
     else:
@@ -60,6 +75,51 @@ def write_release(cfg: DictConfig) -> None:
     print(f"run it with the authors' test/{script}, which uses {model}: --transformer_model_name_or_path={cfg.output}")
 
 
+def publish(cfg: DictConfig) -> None:
+    """Uploads a run's LR stream, or an LR-stream file, with a model card, and prints where it is."""
+    from dit4sr_pl.common.hashing import weights_hash
+    from dit4sr_pl.model import load_part
+    from dit4sr_pl.publishing.model_card import Publication
+    from dit4sr_pl.publishing.upload import push
+    from dit4sr_pl.scores.results import ROW, read_result
+
+    run = Path(cfg.input) if Path(cfg.input).is_dir() else None
+    part = load_part(run / LR_STREAM if run else cfg.input)
+    if part.network_config["network"] != "dit4sr":
+        raise ValueError(f"{cfg.input}: a {part.network_config['network']}; only LR streams go to the hub")
+    own = [run] if run and (run / f"{ROW}.parquet").is_file() else []
+    folders = [*own, *map(Path, cfg.card.results)]
+    results = {folder: read_result(folder) for folder in folders}
+    for folder, result in results.items():
+        if result.weights_hash != weights_hash(part.state):
+            raise ValueError(f"card.results={folder}: scores of other weights than {cfg.input}; leave it out")
+    pictures = [picture for folder in folders for picture in pictures_of(folder, results[folder].pictures)]
+    address = HubAddress.parse(cfg.output)
+    training = training_settings(run) if run else {}
+    license = {name: cfg.card[name] for name in ("license", "license_name", "license_link") if cfg.card[name]}
+    publication = Publication(part, address, training, list(results.values()), pictures[: cfg.card.pictures], license)
+    page = push(publication, cfg.private)
+    print(f"{page}\nrestore with it: python -m dit4sr_pl.restore input=FILE checkpoint={publication.word}")
+
+
+def pictures_of(folder: Path, pictures: str) -> list[Path]:
+    """Returns the restored pictures of a result, by name."""
+    return sorted((folder / pictures).glob("*.png")) if pictures else []
+
+
+def training_settings(run: Path) -> dict[str, str]:
+    """Returns what a model card says of a training, by name, from the run's folder. Paths are not among it."""
+    from dit4sr_pl.common.run_identity import flat_settings
+    from dit4sr_pl.training.run_folder import finished_steps
+
+    if not (run / "config.yaml").is_file():
+        return {}
+    settings = flat_settings(OmegaConf.load(run / "config.yaml"))
+    found = {name: str(settings[key]) for name, key in SETTINGS.items() if key in settings}
+    steps = finished_steps(run)
+    return ({"optimizer steps": str(steps)} if steps else {}) | found
+
+
 def legacy_keys(part: "TrainedPart") -> bool:
     """Returns whether a part's LR stream runs with legacy keys."""
     return part.network_config["variant"]["legacy_lr_keys"]
@@ -71,7 +131,9 @@ def check(cfg: DictConfig) -> None:
         if OmegaConf.is_missing(cfg, key):
             raise ValueError(f"no value for {key}; give it as {key}=PATH")
     check_readable(cfg.input, "input")
-    if Path(cfg.input).is_dir():
+    if str(cfg.output).startswith("hub:"):
+        check_publication(cfg)
+    elif Path(cfg.input).is_dir():
         if Path(cfg.output).suffix != ".safetensors":
             raise ValueError(f"output={cfg.output}: give a file name that ends in .safetensors")
         check_writable(Path(cfg.output).parent, "output")
@@ -85,6 +147,19 @@ def check_replaced(cfg: DictConfig, there: list[Path]) -> None:
     """Raises ValueError if the command would replace files without having been told to."""
     if there and not cfg.overwrite:
         raise ValueError(f"{there[0]}: exists; give another output, or overwrite=true to replace it")
+
+
+def check_publication(cfg: DictConfig) -> None:
+    """Checks the options of an upload."""
+    HubAddress.parse(cfg.output)
+    if Path(cfg.input).is_dir():
+        check_readable(Path(cfg.input) / LR_STREAM, "input")
+    for folder in cfg.card.results:
+        check_readable(folder, "card.results")
+    if cfg.private not in (None, True, False):
+        raise ValueError(f"private={cfg.private}: must be true, false or null")
+    if not isinstance(cfg.card.pictures, int) or cfg.card.pictures < 0:
+        raise ValueError(f"card.pictures={cfg.card.pictures}: must be a whole number")
 
 
 if __name__ == "__main__":

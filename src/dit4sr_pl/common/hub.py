@@ -193,13 +193,14 @@ def check_access(name: str, what: str) -> None:
 
 
 @contextmanager
-def hub_errors(what: str, repo: str, revision: str = "main") -> Iterator[None]:
+def hub_errors(what: str, repo: str, revision: str = "main", writes: bool = False) -> Iterator[None]:
     """Turns errors of the hub, also those that another library wrapped, into one line.
 
     Args:
         what: the beginning of the line.
         repo: the repository.
         revision: the revision that was asked for.
+        writes: whether something is uploaded.
 
     Raises:
         HubError: there is no such repository or revision, it may not be read, or a download was cut off.
@@ -213,7 +214,7 @@ def hub_errors(what: str, repo: str, revision: str = "main") -> Iterator[None]:
         raise
     except Exception as error:
         chain = list(causes(error))
-        if reason := refusal(chain, repo, revision):
+        if reason := refusal(chain, repo, revision, writes):
             raise HubError(f"{what}: {reason}") from None
         if reason := silence(chain):
             out_of_reach = OutOfReachError(f"{what}: {reason}")
@@ -222,7 +223,7 @@ def hub_errors(what: str, repo: str, revision: str = "main") -> Iterator[None]:
         raise
 
 
-def refusal(chain: Sequence[BaseException], repo: str, revision: str) -> str:
+def refusal(chain: Sequence[BaseException], repo: str, revision: str, writes: bool) -> str:
     """Returns the text for an error that says what is wrong with a request; empty: it is another error."""
     from huggingface_hub import constants, errors
 
@@ -236,13 +237,15 @@ def refusal(chain: Sequence[BaseException], repo: str, revision: str) -> str:
         f"private or gated, {steps}",
     }
     for error in chain:
+        if writes and status_of(error) in (401, 403, 404) and not isinstance(error, errors.RevisionNotFoundError):
+            return f"{page} needs a token that may write there; run `hf auth login` or set HF_TOKEN"
         for kind, text in texts.items():  # a gated model's error is one of the last kind, too
             if isinstance(error, kind):
                 return text
         if status_of(error) in (401, 403):
             return f"{page} refuses your token; {steps}"
-        if "Consistency check failed" in str(error):
-            return "the download was cut off; run the same command again"
+        if str(error).startswith(("Consistency check failed", "Error while uploading")):
+            return "the transfer was cut off; run the same command again"
     return ""
 
 

@@ -1,0 +1,139 @@
+"""The model card of an LR stream: the page that the Hugging Face hub shows, and the metadata that it searches."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from dit4sr_pl.common.files import ASSETS
+from dit4sr_pl.common.hub import RELEASED_BASE, HubAddress
+from dit4sr_pl.common.markdown import markdown_table
+from dit4sr_pl.model import TrainedPart
+from dit4sr_pl.model.trained_part import method_and_variant
+from dit4sr_pl.scores.results import Result
+
+TASK = "image-to-image"  # the hub's name of it
+PAPER = "https://arxiv.org/abs/2503.23580"
+
+
+@dataclass(frozen=True)
+class Publication:
+    """An LR stream and what its card says.
+
+    Args:
+        part: the LR stream.
+        address: where it goes.
+        training: settings of its training by their name, as text; may be empty.
+        results: its scores, one result per set of images.
+        pictures: pictures that it restored.
+        license: the card's `license`, `license_name` and `license_link`; empty: those of the base.
+    """
+
+    part: TrainedPart
+    address: HubAddress
+    training: Mapping[str, str]
+    results: Sequence[Result]
+    pictures: Sequence[Path]
+    license: Mapping[str, str]
+
+    @property
+    def word(self) -> str:
+        """What commands take as `checkpoint`."""
+        return "/".join(filter(None, [f"hub:{self.address.repo}", self.address.subfolder]))
+
+    @property
+    def base(self) -> str:
+        """Name of the base."""
+        return self.part.base["name"]
+
+    @property
+    def base_is_on_hub(self) -> bool:
+        """Whether the base's name is a hub id, and not a model in this package or a folder."""
+        is_folder = self.base.startswith((".", "/", "~")) or Path(self.base).exists()
+        return "/" in self.base and not is_folder and not (ASSETS / self.base).exists()
+
+
+def model_card(publication: Publication) -> ModelCard:
+    """Returns the card, with the hub's metadata at its top."""
+    sections = [
+        introduction(publication),
+        f"## Use\n\n{use(publication.word)}",
+        f"## Network\n\n{table(publication.part.network_config['variant'])}",
+    ]
+    if publication.training:
+        sections.append(f"## Training\n\n{table(publication.training)}")
+    if publication.results:
+        sections.append(f"## Scores\n\nMeans over images.\n\n{scores(publication.results)}")
+    if publication.pictures:
+        shown = "\n".join(f"![{picture.stem}](images/{picture.name})" for picture in publication.pictures)
+        sections.append(f"## Restored pictures\n\n{shown}")
+    text = "\n\n".join(sections)
+    return ModelCard(f"---\n{metadata(publication).to_yaml()}\n---\n\n{text}\n")
+
+
+def metadata(publication: Publication) -> ModelCardData:
+    """Returns what the hub reads of a card."""
+    _, variant = method_and_variant(publication.part.network_config)
+    base = {"base_model": publication.base, "base_model_relation": "adapter"} if publication.base_is_on_hub else {}
+    results = [
+        EvalResult(TASK, result.dataset, result.dataset, metric, round(mean, 4))
+        for result in publication.results
+        for metric, mean in result.means.items()
+        if mean == mean
+    ]
+    return ModelCardData(
+        **base,
+        **(publication.license or license_of(publication.base)),
+        library_name="dit4sr_pl",
+        pipeline_tag=TASK,
+        tags=["dit4sr", "super-resolution", "image-restoration", "diffusion-transformer", f"variant:{variant}"],
+        model_name=publication.address.repo.partition("/")[2],
+        eval_results=results or None,
+    )
+
+
+def license_of(base: str) -> dict[str, str]:
+    """Returns the licence of an LR stream, which starts from projections of its base, as the hub names it."""
+    if (ASSETS / base).is_dir():
+        return {"license": "apache-2.0"}  # that of this package
+    link = f"https://huggingface.co/{RELEASED_BASE}/blob/main/LICENSE.md"
+    return {"license": "other", "license_name": "stabilityai-ai-community", "license_link": link}
+
+
+def introduction(publication: Publication) -> str:
+    """Returns the title and what the model is."""
+    weights = sum(weight.numel() for weight in publication.part.state.values())
+    base = f"[{publication.base}](https://huggingface.co/{publication.base})"
+    base = base if publication.base_is_on_hub else f"`{publication.base}`"
+    return (
+        f"# {publication.address.repo.partition('/')[2]}\n\n"
+        f"An LR stream of [DiT4SR]({PAPER}) (Duan et al., ICCV 2025), which restores low-resolution photos: "
+        f"{weights:,} weights that were trained over {base}. `lr_stream.safetensors` holds the LR stream alone."
+    )
+
+
+def use(word: str) -> str:
+    """Returns how the model is used, in a shell and in Python."""
+    return (
+        f"```\npython -m dit4sr_pl.restore input=photo.jpg checkpoint={word}\n```\n\n"
+        "```python\nfrom PIL import Image\nfrom dit4sr_pl.pipeline import DiT4SRPipeline\n\n"
+        f'pipe = DiT4SRPipeline.from_pretrained("{word}")\n'
+        'pipe(Image.open("photo.jpg")).images[0].save("restored.png")\n```'
+    )
+
+
+def table(values: Mapping[str, object]) -> str:
+    """Returns values by name as a table."""
+    return markdown_table(["setting", "value"], [[name, str(value)] for name, value in values.items()])
+
+
+def scores(results: Sequence[Result]) -> str:
+    """Returns the means of all results as a table; a metric that a set was not measured with has a dash."""
+    metrics = list(dict.fromkeys(metric for result in results for metric in result.metrics))
+    rows = []
+    for result in results:
+        means = [result.means.get(metric, float("nan")) for metric in metrics]
+        cells = [f"{mean:.4f}" if mean == mean else "-" for mean in means]
+        rows.append([result.dataset, str(len(result.scores)), *cells])
+    return markdown_table(["set", "images", *metrics], rows)
