@@ -128,7 +128,7 @@ def upgraded(before: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, A
         method["weights_hash"] = method.pop("checkpoint")
     if "network" in today["method"]:
         method.setdefault("network", today["method"]["network"])
-        method["sampler"] = {"fit": "floor", "process_size": None} | method["sampler"]
+        method["sampler"] = {"fit": "floor", "process_size": None} | method.get("sampler", {})
     return {**before, "metrics": metrics, "method": method}
 
 
