@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.planning.meta_backbone import MetaBackbone
-from dit4sr_pl.planning.step_cost import CostCounter, Work, give_storage, step_cost
+from dit4sr_pl.planning.step_cost import CostCounter, Work, fused_norms, give_storage, step_cost
 
 GIB = 2**30
 SECTIONS = ("evaluation", "training")
@@ -49,7 +49,7 @@ def evaluation(backbone: MetaBackbone, side: int, t5_tokens: int) -> Work:
     network = backbone.network(DiT4SRTransformer)
     network.lr_stream.merge(network.base)
     network.to(backbone.dtype)
-    with FakeTensorMode(), torch.no_grad(), CostCounter() as counter:
+    with FakeTensorMode(), torch.no_grad(), CostCounter() as counter, fused_norms():
         give_storage(network, {})
         config, dtype = network.base.config, backbone.dtype
         latents = [torch.empty(2, config.in_channels, side, side, dtype=dtype) for _ in range(2)]

@@ -32,12 +32,13 @@ from pyiqa.archs.niqe_arch import NIQE
 from pyiqa.utils.registry import ARCH_REGISTRY
 
 from dit4sr_pl.cli.command import conf_folder
+from dit4sr_pl.common.precision import exact_float32
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.data.datasets import pad_to
 from dit4sr_pl.data.demo_photos import TEST, TRAIN, write_demo_photos
 from dit4sr_pl.images.files import read_image
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.scores.metrics import ImageScore, exactly
+from dit4sr_pl.scores.metrics import ImageScore
 from dit4sr_pl.scores.pyiqa_loading import SHIPPED_WEIGHTS, create
 from dit4sr_pl.scores.weight_files import check_digest, check_metrics
 from testing import two_scores
@@ -337,8 +338,10 @@ def test_scores_are_float32_whatever_training_is_set_to(making, images):
         with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
             assert torch.equal(score.each(images, None), alone)
         assert torch.get_float32_matmul_precision() == "medium"
-        with exactly(torch.device("cpu")):
+        with exact_float32(torch.device("cpu")):
             assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.enabled
+        assert torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -6,11 +6,12 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from torch import Tensor
 
+from dit4sr_pl.common.precision import without_autocast
 from dit4sr_pl.images.resize import LazyEnlargement
 
 
 class LatentCoder:
-    """Frozen autoencoder with SD3's scaling `(z - shift) * scale`.
+    """Frozen autoencoder with SD3's scaling `(z - shift) * scale`; it computes in its weights' dtype, not autocast's.
 
     Args:
         vae: diffusers' autoencoder.
@@ -37,7 +38,8 @@ class LatentCoder:
             generators: one CPU generator per image draws a sample of the posterior (HR); None: the posterior's mode
                 (LR).
         """
-        encoded = self.vae.encode(images.mul(2).sub_(1).to(self.vae.dtype))
+        with without_autocast(images.device):
+            encoded = self.vae.encode(images.mul(2).sub_(1).to(self.vae.dtype))
         if isinstance(self.vae, AutoencoderDC):
             latents = encoded.latent.float()
         else:
@@ -64,7 +66,8 @@ class LatentCoder:
         yield from map(to_images, self._bands(decode, latent.shape[-2:], side, side * self.factor))
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode((latents / self.scale + self.shift).to(self.vae.dtype)).sample
+        with without_autocast(latents.device):
+            return self.vae.decode((latents / self.scale + self.shift).to(self.vae.dtype)).sample
 
     def _bands(self, code: Callable[..., Tensor], size: tuple[int, int], side: int, coded: int) -> Iterator[Tensor]:
         """Codes in tiles with the blending of diffusers' `tiled_encode` and `tiled_decode`.
@@ -85,11 +88,19 @@ class LatentCoder:
             row = [code(slice(top, top + side), slice(left, left + side)) for left in range(0, size[1], step)]
             for place, tile in enumerate(row):
                 if above is not None:
-                    self.vae.blend_v(above[place], tile, overlap)
+                    blend(above[place], tile, overlap, dim=2)
                 if place > 0:
-                    self.vae.blend_h(row[place - 1], tile, overlap)
+                    blend(row[place - 1], tile, overlap, dim=3)
             yield torch.cat([tile[..., :kept, :kept] for tile in row], dim=3)
             above = row
+
+
+def blend(before: Tensor, after: Tensor, overlap: int, dim: int) -> None:
+    """Fades the end of a tile into the beginning of the next one along a dimension, in place."""
+    overlap = min(overlap, before.shape[dim], after.shape[dim])
+    end, begin = before.narrow(dim, before.shape[dim] - overlap, overlap), after.narrow(dim, 0, overlap)
+    share = torch.arange(overlap, dtype=after.dtype, device=after.device) / overlap
+    begin.copy_(torch.lerp(end, begin, share.unsqueeze(1) if dim == 2 else share))
 
 
 def draw_noise(like: Tensor, generators: list[torch.Generator]) -> Tensor:

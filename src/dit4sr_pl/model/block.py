@@ -6,7 +6,8 @@ from diffusers.models.attention import FeedForward, JointTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from dit4sr_pl.model.lr_stream import LRAttention, LRBlock, heads, normed
+from dit4sr_pl.common.precision import without_autocast
+from dit4sr_pl.model.lr_stream import LRAttention, LRBlock, heads
 from dit4sr_pl.model.variant import Variant
 
 QKV = tuple[Tensor | None, Tensor, Tensor]
@@ -56,12 +57,12 @@ class MMDiTControlBlock(nn.Module):
         # 1. Norms and modulation, which noise and LR share.
         time = F.silu(time)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *dual = modulation(frozen.norm1.linear, time)
-        noise_norm, lr_norm = frozen.norm1.norm(noise), frozen.norm1.norm(lr)
+        noise_norm, lr_norm = standardized(frozen.norm1.norm, noise), standardized(frozen.norm1.norm, lr)
         if frozen.context_pre_only:
             text_scale, text_shift = modulation(frozen.norm1_context.linear, time)
         else:
             text_shift, text_scale, text_gate, *text_mlp = modulation(frozen.norm1_context.linear, time)
-        text_in = modulate(frozen.norm1_context.norm(text), text_shift, text_scale)
+        text_in = modulate(standardized(frozen.norm1_context.norm, text), text_shift, text_scale)
 
         # 2. LR Integration, one attention over [X, L, text], and LR Residual, L_out = W_out^L (Attention_L + L_in).
         noise_in, lr_in = modulate(noise_norm, shift, scale), modulate(lr_norm, shift, scale)
@@ -80,9 +81,9 @@ class MMDiTControlBlock(nn.Module):
                 lr = gated(lr, gate2, lr_attn2)
 
         # 4. MLPs with LR Injection between their layers: phi(X) += s * DWConv3x3(eta(L)).
-        phi = mlp_in(frozen.ff, modulate(frozen.norm2(noise), shift_mlp, scale_mlp))
+        phi = mlp_in(frozen.ff, modulate(standardized(frozen.norm2, noise), shift_mlp, scale_mlp))
         if self.lr.needs_output:
-            eta = mlp_in(frozen.ff, modulate(frozen.norm2(lr), shift_mlp, scale_mlp))
+            eta = mlp_in(frozen.ff, modulate(standardized(frozen.norm2, lr), shift_mlp, scale_mlp))
         if self.lr.injection is not None:
             phi = torch.add(phi, self.lr.injection(eta, grid), alpha=self.injection_scale)
         noise = gated(noise, gate_mlp, mlp_out(frozen.ff, phi))
@@ -93,7 +94,7 @@ class MMDiTControlBlock(nn.Module):
         if not frozen.context_pre_only:
             text_shift_mlp, text_scale_mlp, text_gate_mlp = text_mlp
             text = gated(text, text_gate, text_attn)
-            text_in = modulate(frozen.norm2_context(text), text_shift_mlp, text_scale_mlp)
+            text_in = modulate(standardized(frozen.norm2_context, text), text_shift_mlp, text_scale_mlp)
             text = gated(text, text_gate_mlp, frozen.ff_context(text_in))
         return noise, lr, text
 
@@ -153,20 +154,29 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 def noise_projections(frozen: Attention, tokens: Tensor) -> QKV:
     """Returns (query, key, value) of the noise stream by the frozen weights."""
-    queries, keys = heads(frozen, frozen.to_q(tokens)), heads(frozen, frozen.to_k(tokens))
-    return normed(frozen.norm_q, queries), normed(frozen.norm_k, keys), heads(frozen, frozen.to_v(tokens))
+    queries, keys = heads(frozen, frozen.to_q(tokens), frozen.norm_q), heads(frozen, frozen.to_k(tokens), frozen.norm_k)
+    return queries, keys, heads(frozen, frozen.to_v(tokens))
 
 
 def text_projections(frozen: Attention, tokens: Tensor) -> QKV:
     """Returns (query, key, value) of the text stream by the frozen weights; in the last block the query is None."""
-    keys, values = heads(frozen, frozen.add_k_proj(tokens)), heads(frozen, frozen.add_v_proj(tokens))
-    queries = None if frozen.context_pre_only else heads(frozen, frozen.add_q_proj(tokens))
-    return normed(frozen.norm_added_q, queries), normed(frozen.norm_added_k, keys), values
+    queries = None if frozen.context_pre_only else heads(frozen, frozen.add_q_proj(tokens), frozen.norm_added_q)
+    return (
+        queries,
+        heads(frozen, frozen.add_k_proj(tokens), frozen.norm_added_k),
+        heads(frozen, frozen.add_v_proj(tokens)),
+    )
 
 
 def modulation(linear: nn.Linear, time: Tensor) -> tuple[Tensor, ...]:
     """Returns shift, scale and gate of the attention, of the MLP and of the second attention, each `(B, 1, D)`."""
     return linear(time).unsqueeze(1).chunk(linear.out_features // linear.in_features, dim=-1)
+
+
+def standardized(norm: nn.LayerNorm, tokens: Tensor) -> Tensor:
+    """Returns tokens with mean 0 and variance 1, in their own dtype; autocast on a GPU would return float32."""
+    with without_autocast(tokens.device):
+        return F.layer_norm(tokens, norm.normalized_shape, eps=norm.eps)
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -119,8 +119,9 @@ class DiT4SRTransformer(nn.Module):
         """
         grid = self.token_grid(noisy_latent, lr_latent)
         dtype = self.base.pos_embed.proj.weight.dtype
-        noise = self.base.pos_embed(noisy_latent.to(dtype))
-        lr = self.base.pos_embed(lr_latent.to(dtype))
+        # The embedding returns transposed tokens; all blocks would keep that layout, and every norm would copy them.
+        noise = self.base.pos_embed(noisy_latent.to(dtype)).contiguous()
+        lr = self.base.pos_embed(lr_latent.to(dtype)).contiguous()
         text = self.base.context_embedder(prompt_embeds.to(dtype))
         time = self.base.time_text_embed(timestep, pooled_prompt_embeds.to(dtype))
 

@@ -1,14 +1,14 @@
 """Scores of restored images, through pyiqa."""
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from dit4sr_pl.common.precision import exact_float32
 from dit4sr_pl.scores.pyiqa_loading import create
 from dit4sr_pl.scores.weight_files import Weights
 
@@ -69,7 +69,7 @@ class ImageScore(Metric):
         if min(sr.shape[-2:]) < self.smallest_side:
             raise ValueError(f"{self.name} needs images of {self.smallest_side} pixels a side, not {tuple(sr.shape)}")
         images = (sr.float(), hr.float()) if self.reference else (sr.float(),)
-        with exactly(sr.device):
+        with exact_float32(sr.device), torch.no_grad():
             return self.score(*images).flatten().float()  # NIQE computes in float64
 
     def update(self, sr: Tensor, hr: Tensor | None) -> None:
@@ -81,15 +81,3 @@ class ImageScore(Metric):
     def compute(self) -> Tensor:
         """Returns the mean score of all images."""
         return (self.total / self.count).float()
-
-
-@contextlib.contextmanager
-def exactly(device: torch.device) -> Iterator[None]:
-    """Turns off autocast, and TensorFloat-32 in matrix products, which training turns on."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False), torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
