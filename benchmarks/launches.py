@@ -6,22 +6,35 @@
 and 333 text tokens. `training` is a step of 8 crops of 512x512 under bf16-mixed with 154 text tokens, with gradient
 checkpointing and without. Both run the real code on tensors that have shapes and no memory. `launches` is the number of
 operations that start a kernel, `elementwise GB` the gigabytes that all operations but products, convolutions and
-attention read and write.
+attention read and write. `waits` is how often the host waits for the GPU, by the lines that ask, in a training step
+with cached prompt embeddings and in a step of each solver; it does not depend on the size of the network.
 """
 
 import argparse
+import sys
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit4sr_pl.common.files import ASSETS
+from dit4sr_pl.data.module import SuperResolutionData
+from dit4sr_pl.images.files import write_image
 from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.planning.meta_backbone import MetaBackbone
 from dit4sr_pl.planning.step_cost import CostCounter, Work, fused_norms, give_storage, step_cost
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from testing.host_waits import waits_of_sampling, waits_of_training  # noqa: E402
+
 GIB = 2**30
-SECTIONS = ("evaluation", "training")
+SECTIONS = ("evaluation", "training", "waits")
 
 
 def main() -> None:
@@ -34,6 +47,8 @@ def main() -> None:
     backbone = MetaBackbone(ASSETS / name, "bfloat16")
     if "evaluation" in args.only:
         show("evaluation, 2 sequences", evaluation(backbone, side=16 if args.toy else 64, t5_tokens=256))
+    if "waits" in args.only:
+        waits()
     if "training" in args.only:
         training(backbone, batch=2 if args.toy else 8, image=128 if args.toy else 512)
 
@@ -42,6 +57,19 @@ def show(name: str, work: Work, more: str = "") -> None:
     """Prints a line."""
     counts = f"{work.launches:8d} launches{work.flops / 1e12:9.2f} TFLOP{work.moved / 1e9:9.1f} elementwise GB"
     print(f"{name:34s}{counts}{more}")
+
+
+def waits() -> None:
+    """Prints how often the host waits for the GPU in a training step and in a step of each solver, and where."""
+    with TemporaryDirectory() as folder:
+        write_image(Path(folder) / "0.png", torch.rand(3, 64, 64))
+        degradation = instantiate(OmegaConf.load(ROOT / "conf/degradation/light.yaml"))
+        sizes = {"crop_size": 64, "batch_size": 2, "num_workers": 0, "min_gradient": 0.0}
+        lines = waits_of_training(SuperResolutionData(folder, [], degradation, **sizes), steps=2)[-1]
+    print(f"{'waits per training step':34s}{sum(lines.values()):8.1f} {dict(lines)}")
+    for path in sorted((ROOT / "conf/sampler/solver").glob("*.yaml")):
+        lines = waits_of_sampling(instantiate(OmegaConf.load(path)))
+        print(f"{f'waits per step of {path.stem}':34s}{sum(lines.values()) / 4:8.1f} {dict(lines)}")
 
 
 def evaluation(backbone: MetaBackbone, side: int, t5_tokens: int) -> Work:

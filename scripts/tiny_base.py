@@ -81,7 +81,7 @@ def main() -> None:
         clean = crop_latents(latents, np.random.default_rng((args.seed, step)))
         generators = [generator("cpu", args.seed, step, i) for i in range(len(clean))]
         timestep, sigma = flow.draw_timesteps(generators)
-        noise = draw_noise(clean, generators)
+        noise = draw_noise(clean.shape[1:], generators)
         # A CPU's flash attention is slow in the backward pass.
         with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
             velocity = net(

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ class FakeCuda(TorchDispatchMode):
             return func(*args, **kwargs)
         if count := self.waits_of(func, args, kwargs, tensors):
             self.waits[place_of_call()] += count
-        if func._overloadpacket in SCALARS and args[0].device.type == "cuda":
+        if func._overloadpacket in SCALARS:  # also of a copy on the CPU, which has no value either
             return 1.0 if args[0].dtype.is_floating_point else 1
         return func(*args, **kwargs)
 
@@ -84,9 +85,29 @@ class FusedAttention(TorchFunctionMode):
 
 @contextmanager
 def fake_cuda() -> Iterator[FakeCuda]:
-    """Makes `cuda` a device without memory while the context is open, and yields the counter of waits."""
-    with FakeTensorMode(allow_non_fake_inputs=True), FakeCuda() as device, FusedAttention():
+    """Makes `cuda` a device without memory while the context is open, and yields the counter of waits.
+
+    Modules move by `onto_fake_cuda` alone.
+    """
+    device = FakeCuda()
+    events = patch.object(torch.cuda, "Event", lambda: FakeEvent(device.waits))
+    moves = patch.object(nn.Module, "to", lambda module, *_, **__: module)  # PyTorch cannot swap fake weights
+    with events, moves, FakeTensorMode(allow_non_fake_inputs=True), device, FusedAttention():
         yield device
+
+
+class FakeEvent:
+    """An event of the fake device; who synchronizes with it waits."""
+
+    def __init__(self, waits: Counter[str]):
+        self.waits = waits
+
+    def record(self) -> None:
+        """Does nothing."""
+
+    def synchronize(self) -> None:
+        """Counts a wait."""
+        self.waits[place_of_call()] += 1
 
 
 @contextmanager

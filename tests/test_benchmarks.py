@@ -29,7 +29,10 @@ GPU_SECTIONS = [
 def test_launches_are_counted_without_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["launches.py", "--toy"])
     launches.main()
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "launches" in line]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[4] for line in lines if line.startswith("waits per training step")] == ["1.0"]
+    assert [line.split()[5] for line in lines if line.startswith("waits per step of euler")] == ["0.0"]
+    rows = [line.split() for line in lines if "launches" in line]
     counts = [(row[0].rstrip(","), int(row[row.index("launches") - 1])) for row in rows]
     parts = ["encode", "forward", "backward", "update", "together"]
     assert [name for name, _ in counts] == ["evaluation", *parts, *parts]

@@ -217,6 +217,13 @@ def test_validations_that_take_too_much_of_the_time_are_left_out_but_for_the_las
     assert len({event.value for event in log.Scalars("val/psnr_bicubic")}) == 1  # the same images every time
 
 
+def test_float32_training_over_half_precision_weights_is_refused(photos, tmp_path):
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        cfg = compose("train", [*toy(photos, tmp_path / "run"), "model.backbone.dtype=bfloat16"])
+    with pytest.raises(ValueError, match="trainer.precision=bf16-mixed"):
+        check(cfg)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(run, monkeypatch):
     loss = RectifiedFlow.loss
     calls = []

@@ -231,6 +231,11 @@ def check(cfg: DictConfig) -> None:
     if cfg.sharded and "ema" in cfg.callbacks:
         raise ValueError("trainer=fsdp cannot average weights; add ~callbacks.ema, or use trainer=ddp")
     check_backbone(cfg.model.backbone)
+    if cfg.trainer.precision == "32-true" and cfg.model.backbone.dtype != "float32":
+        raise ValueError(
+            f"trainer.precision=32-true computes in float32, and model.backbone.dtype={cfg.model.backbone.dtype} does "
+            "not; give model.backbone.dtype=float32, or trainer.precision=bf16-mixed"
+        )
     if "scores" in cfg.callbacks:
         check_metrics(cfg.callbacks.scores.metrics, cfg.data.validation_crop if cfg.data.validation is None else None)
     check_writable(cfg.output, "output")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate.hooks import SequentialHook
 from diffusers import AutoencoderDC, AutoencoderKL, StableDiffusion3Pipeline
 from PIL import Image
 
@@ -164,9 +165,8 @@ def test_posterior_of_a_kl_autoencoder_is_sampled_for_hr_only():
     posterior = vae.encode(2 * image - 1).latent_dist
     torch.testing.assert_close(coder.encode(image), (posterior.mode() - 0.1) * 1.5)
 
-    generators = [generator("cpu", i) for i in range(2)]
     noise = torch.stack([torch.randn(4, 8, 8, generator=generator("cpu", i)) for i in range(2)])
-    torch.testing.assert_close(coder.encode(image, generators), (posterior.mean + posterior.std * noise - 0.1) * 1.5)
+    torch.testing.assert_close(coder.encode(image, noise), (posterior.mean + posterior.std * noise - 0.1) * 1.5)
     expected = vae.decode(posterior.mode()).sample / 2 + 0.5
     torch.testing.assert_close(coder.decode(coder.encode(image)), expected.clamp(0, 1))
     assert coder.factor == 2
@@ -242,3 +242,21 @@ def test_enlarging_equals_pillow():
     ours = enlarge(small[None] / 255, (48, 80))[0] * 255
     difference = ours.permute(1, 2, 0) - torch.from_numpy(np.array(pillow))
     assert difference.abs().max() <= 1.5  # Pillow rounds between them, too
+
+
+def test_the_autoencoder_computes_in_its_own_dtype_under_autocast(tiny_backbone):
+    image = torch.rand(1, 3, 32, 32)
+    latents = tiny_backbone.coder.encode(image)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tiny_backbone.coder.encode(image), latents)
+        assert torch.equal(tiny_backbone.coder.decode(latents), tiny_backbone.coder.decode(latents.clone()))
+
+
+def test_a_component_that_moves_twice_is_hooked_once():
+    backbone, cpu = Backbone("tiny-sd3", "float32", 8), torch.device("cpu")
+    latents = backbone.coder.encode(torch.full((1, 3, 32, 32), 0.5))
+    for offload in (True, True, False):
+        backbone.to(cpu, offload)
+        hooks = [module._hf_hook for module in backbone.vae.modules() if hasattr(module, "_hf_hook")]
+        assert bool(hooks) == offload and not any(isinstance(hook, SequentialHook) for hook in hooks)
+        torch.testing.assert_close(backbone.coder.encode(torch.full((1, 3, 32, 32), 0.5)), latents)

@@ -4,10 +4,12 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.normalization import RMSNorm
 from safetensors.torch import load_file
 from torch import nn
 
-from dit4sr_pl.model import DiT4SRTransformer, Variant, block
+from dit4sr_pl.model import DiT4SRTransformer, Variant, block, lr_stream
+from testing.fake_cuda import cuda_autocast, fake_cuda, onto_fake_cuda
 from testing.networks import randomise
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -150,3 +152,31 @@ def test_parameter_counts_of_sd35_medium():
 def test_wrong_shapes_are_named(base, inputs, noisy, lr, message):
     with pytest.raises(ValueError, match=message):
         DiT4SRTransformer(base)(**inputs | {"noisy_latent": torch.zeros(noisy), "lr_latent": torch.zeros(lr)})
+
+
+def test_streams_lie_in_memory_token_by_token_in_every_block(base, inputs):
+    """The patch embedding returns them transposed, and a GPU's kernels would copy them at every norm."""
+    net, seen = DiT4SRTransformer(base), []
+    for each in net.blocks:
+        each.register_forward_pre_hook(lambda _, streams: seen.extend(s.is_contiguous() for s in streams[:3]))
+    net(**inputs)
+    assert len(seen) == 3 * len(net.blocks) and all(seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_kernel_norms_queries_as_diffusers_does(dtype):
+    norm, tokens = RMSNorm(16, 1e-6).to(dtype), torch.randn(2, 3, 4, 16).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    assert lr_stream.normed(norm, tokens).dtype == dtype
+    torch.testing.assert_close(lr_stream.normed(norm, tokens), norm(tokens))
+
+
+def test_blocks_keep_the_streams_dtype_under_cuda_autocast():
+    """On a GPU autocast computes norms in float32, and every projection would cast the result."""
+    norms, dtypes = [torch.nn.LayerNorm(8, elementwise_affine=False), RMSNorm(8, 1e-6)], []
+    with fake_cuda(), cuda_autocast(torch.bfloat16):
+        tokens = torch.empty(1, 2, 3, 8, dtype=torch.bfloat16, device="cuda")
+        dtypes.append(norms[0](tokens).dtype)
+        dtypes.append(block.standardized(norms[0], tokens).dtype)
+        dtypes.append(lr_stream.normed(onto_fake_cuda(norms[1]), tokens).dtype)
+    assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16]

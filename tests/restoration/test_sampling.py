@@ -51,7 +51,7 @@ def test_equals_the_euler_loop_written_out(run, net, tiny_backbone):
     coder, scheduler = tiny_backbone.coder, FlowMatchEulerDiscreteScheduler(shift=3.0)
     embeds, pooled = tiny_backbone.prompts(["a cat"], lr.device)
     lr_latent = coder.encode(enlarge(lr, (64, 64)))
-    latent = draw_noise(lr_latent, [generator("cpu", 0)])
+    latent = draw_noise(lr_latent.shape[1:], [generator("cpu", 0)])
     scheduler.set_timesteps(3)
     for timestep, sigma, following in zip(scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:], strict=False):
         latent = latent + (following - sigma) * net(latent, lr_latent, timestep[None], embeds, pooled)

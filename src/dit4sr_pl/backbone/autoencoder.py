@@ -1,6 +1,6 @@
 """Images to latents and back: SD3's `AutoencoderKL`, or tiny-sd3's `AutoencoderDC`, which has no posterior."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
@@ -29,24 +29,41 @@ class LatentCoder:
             return self.vae.spatial_compression_ratio
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def has_posterior(self) -> bool:
+        """Whether latents can be sampled; an `AutoencoderDC` has one latent per image."""
+        return not isinstance(self.vae, AutoencoderDC)
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Returns the shape of one latent, `(C, h, w)`, from height and width of its image."""
+        return self.vae.config.latent_channels, size[0] // self.factor, size[1] // self.factor
+
+    def posterior_noise(self, images: Tensor, generators: list[torch.Generator]) -> Tensor | None:
+        """Returns what `encode` samples the posterior of images with, one CPU generator per image; None: there is no
+        posterior.
+        """
+        if not self.has_posterior:
+            return None
+        return draw_noise(self.latent_shape(tuple(images.shape[-2:])), generators).to(images.device)
+
     @torch.no_grad()
-    def encode(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Returns scaled latents `(B, C, H/8, W/8)`, float32.
 
         Args:
             images: `(B, 3, H, W)` in 0..1.
-            generators: one CPU generator per image draws a sample of the posterior (HR); None: the posterior's mode
-                (LR).
+            noise: standard normal, of the latents' shape: a sample of the posterior is taken (HR); None: the
+                posterior's mode (LR).
         """
         with without_autocast(images.device):
             encoded = self.vae.encode(images.mul(2).sub_(1).to(self.vae.dtype))
-        if isinstance(self.vae, AutoencoderDC):
+        if not self.has_posterior:
             latents = encoded.latent.float()
         else:
             posterior = encoded.latent_dist
             latents = posterior.mode().float()
-            if generators is not None:
-                latents = latents + posterior.std.float() * draw_noise(latents, generators)
+            if noise is not None:
+                latents = latents + posterior.std.float() * noise
         return (latents - self.shift) * self.scale
 
     @torch.no_grad()
@@ -103,10 +120,11 @@ def blend(before: Tensor, after: Tensor, overlap: int, dim: int) -> None:
     begin.copy_(torch.lerp(end, begin, share.unsqueeze(1) if dim == 2 else share))
 
 
-def draw_noise(like: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """Returns standard normal noise, one CPU generator per image: the same on every device and in every batch."""
-    noise = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
-    return torch.stack(noise).to(like.device)
+def draw_noise(shape: Sequence[int], generators: list[torch.Generator]) -> Tensor:
+    """Returns standard normal noise `(B, *shape)` on the CPU, one CPU generator per image: the same for every device
+    and in every batch.
+    """
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 
 def to_images(decoded: Tensor) -> Tensor:

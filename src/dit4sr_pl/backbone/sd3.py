@@ -8,6 +8,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
@@ -145,7 +146,8 @@ class Backbone:
         return torch.cuda.get_device_properties(device).total_memory < self.gpu_memory * 2**30
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Moves a component to the device, or hooks its layers if they are offloaded."""
+        """Moves a component to the device, or hooks its layers if they are offloaded; earlier hooks are removed."""
+        remove_hook_from_submodules(model)
         return cpu_offload(model, self.device) if self.offload else model.to(self.device)
 
     def __deepcopy__(self, memo: dict) -> "Backbone":

@@ -1,8 +1,8 @@
-"""Training and validation images, and the LR images made from them on the training device.
+"""Training and validation images, and the LR images made from them.
 
-Workers decode, crop and flip; the batch is degraded after its transfer, image by image. Crop, flip, empty prompt and
-degradation are functions of (seed, sample index, epoch), the order of samples is one of (seed, epoch), and the place
-to resume at is one of the step number: see `common/randomness.py`.
+Workers decode, crop, flip and degrade, image by image, so a seed gives the same LR images for every device. Crop, flip,
+empty prompt and degradation are functions of (seed, sample index, epoch), the order of samples is one of (seed, epoch),
+and the place to resume at is one of the step number: see `common/randomness.py`.
 """
 
 import functools
@@ -10,11 +10,12 @@ import itertools
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dit4sr_pl.common.randomness import permutation
 from dit4sr_pl.data.datasets import (
@@ -76,6 +77,54 @@ class PositionSampler(Sampler[list[Draw]]):
             yield batch
 
 
+StepInputs = Callable[[dict], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Degraded:
+    """A function that makes a batch of samples, in a worker: images are degraded, except given pairs and latents.
+
+    Args:
+        degradation: makes LR and HR from images.
+        step_inputs: returns what a training step needs besides; None: nothing.
+    """
+
+    degradation: Degrader
+    step_inputs: StepInputs | None
+
+    @torch.no_grad()
+    def __call__(self, samples: list[dict]) -> dict:
+        batch = default_collate(samples)
+        if "clean" not in batch:
+            batch |= self.images(batch)
+        return batch if self.step_inputs is None else batch | self.step_inputs(batch)
+
+    def images(self, batch: dict) -> dict[str, torch.Tensor]:
+        """Returns `lr` and `hr`."""
+        hr = batch["image"].float() / 255
+        lr = batch["lr"].float() / 255 if "lr" in batch else hr.new_empty(0)
+        if (params := drawn(self.degradation, batch)) is not None:
+            chosen = degraded(batch)
+            made, targets = self.degradation(hr[chosen], params)
+            if len(chosen) == len(hr):
+                lr, hr = made, targets
+            else:
+                lr[chosen], hr[chosen] = made, targets
+        return {"lr": lr, "hr": hr}
+
+
+def degraded(batch: dict) -> list[int]:
+    """Returns the places in a batch of the images that are degraded: all but those of given pairs."""
+    paired = batch["paired"].tolist() if "paired" in batch else [False] * len(batch["seed"])
+    return [place for place, given in enumerate(paired) if not given]
+
+
+def drawn(degradation: Degrader, batch: dict) -> Any:
+    """Returns the parameters of the images that are degraded; None: there are none."""
+    seeds = batch["seed"][degraded(batch)].tolist()
+    return degradation.draw(seeds, tuple(batch["image"].shape[-2:])) if seeds else None
+
+
 def leave_signals_to_the_trainer(worker: int) -> None:
     """Makes a worker ignore SIGTERM and the user signals, which schedulers send to every process of a job.
 
@@ -89,7 +138,8 @@ class SuperResolutionData(LightningDataModule):
     """Endless batches of LR and HR images for training, and the images for validation.
 
     A batch on the device has the keys of `TrainingCrops` and, in float32 and 0..1, `lr` `(B, 3, H/4, W/4)` and `hr`
-    `(B, 3, H, W)`, with the parameters `degradation` that made them; `image` becomes float too. Given pairs stay as
+    `(B, 3, H, W)`, with the parameters `degradation` that made them; `image` becomes float too. Workers add to training
+    batches what the attribute `step_inputs` returns for them. Given pairs stay as
     they are: their `hr` is the photo, and `degradation` has the other images alone. `seed` and `position` are int64
     `(B,)` and stay on the CPU, where generators are seeded.
 
@@ -165,6 +215,7 @@ class SuperResolutionData(LightningDataModule):
         elif validation is not None:
             self.validation = ValidationPairs(validation, seed, validation_limit)
         self.degradation, self.seed = degradation, seed
+        self.step_inputs: StepInputs | None = None  # adds to a training batch, in the workers; a module may set it
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def validation_captions(self) -> list[str]:
@@ -193,7 +244,7 @@ class SuperResolutionData(LightningDataModule):
         sampler = PositionSampler(
             len(self.training), self.batch_size, self.seed, self._images_seen, rank=rank, world_size=world_size
         )
-        return self._loader(self.training, sampler)
+        return self._loader(self.training, sampler, self.step_inputs)
 
     def val_dataloader(self) -> DataLoader | list:
         """Returns every validation image once, over all devices; `[]` without validation folders."""
@@ -213,30 +264,14 @@ class SuperResolutionData(LightningDataModule):
         }  # reading them back would wait for the device
         return super().transfer_batch_to_device(batch, device, dataloader_idx) | on_cpu
 
-    @torch.no_grad()
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
-        """Degrades a batch on the device, except given pairs and latents."""
+        """Makes `image` float and adds the parameters that the images were degraded with, if any were."""
         if "clean" in batch:
             return batch
-        images = batch["image"].float() / 255
-        if "paired" in batch:
-            return batch | {"image": images} | self._degrade_others(images, batch)
-        params = self.degradation.draw(batch["seed"].tolist(), tuple(images.shape[-2:]))
-        lr, hr = self.degradation(images, params)
-        return batch | {"image": images, "lr": lr, "hr": hr, "degradation": params}
+        batch = batch | {"image": batch["image"].float() / 255}
+        return batch if (params := drawn(self.degradation, batch)) is None else batch | {"degradation": params}
 
-    def _degrade_others(self, images: torch.Tensor, batch: dict) -> dict:
-        """Returns `lr`, `hr` and, if any image of the batch is degraded, `degradation`."""
-        lr, hr = batch["lr"].float() / 255, images
-        others = (~batch["paired"]).nonzero().flatten().tolist()
-        if not others:
-            return {"lr": lr, "hr": hr}
-        params = self.degradation.draw(batch["seed"][others].tolist(), tuple(images.shape[-2:]))
-        hr = images.clone()
-        lr[others], hr[others] = self.degradation(images[others], params)
-        return {"lr": lr, "hr": hr, "degradation": params}
-
-    def _loader(self, dataset: Dataset, batch_sampler: Any) -> DataLoader:
+    def _loader(self, dataset: Dataset, batch_sampler: Any, step_inputs: StepInputs | None = None) -> DataLoader:
         return DataLoader(
             dataset,
             batch_sampler=batch_sampler,
@@ -246,6 +281,7 @@ class SuperResolutionData(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             worker_init_fn=leave_signals_to_the_trainer,
+            collate_fn=Degraded(self.degradation, step_inputs),
         )
 
     def _place(self) -> tuple[int, int]:

@@ -83,6 +83,11 @@ class CostCounter(TorchDispatchMode):
         self.work = Work()
         self.now = self.peak = 0
 
+    @property
+    def flops(self) -> int:
+        """FLOPs so far."""
+        return self.work.flops
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)

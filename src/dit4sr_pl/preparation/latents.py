@@ -74,5 +74,5 @@ def encode_pair(images: Tensor, name: str, coder: LatentCoder, degradation: Any,
     """Returns the latents `(1, C, h, w)` of a crop, uint8 `(1, 3, H, W)`, and of its enlarged LR image."""
     params = degradation.draw([derive_seed(seed, "degradation", name)], tuple(images.shape[-2:]))
     lr, hr = degradation(images.float() / 255, params)
-    clean = coder.encode(hr, [generator("cpu", "posterior", seed, name)])
+    clean = coder.encode(hr, coder.posterior_noise(hr, [generator("cpu", "posterior", seed, name)]))
     return {HR: clean, LR: coder.encode(enlarge(lr, hr.shape[-2:]))}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -161,7 +162,7 @@ def restore(
     extent = extended(height, least, multiple), extended(width, least, multiple)
     enlarged = (enlarge_through(each, sizes, extent) for each in lr.to(device).split(1))
     lr_latent = torch.cat([coder.encode_tiled(each, sampler.vae_tile) for each in enlarged])
-    noise = draw_noise(lr_latent, generators)
+    noise = draw_noise(lr_latent.shape[1:], generators).to(device)
     velocity = guided(net, encode_prompts, sampler, captions, device)
     batcher = batcher or sampler.tile_batcher(net)
     latent = sample(velocity, scheduler, sampler, lr_latent, noise, net.patch_size, batcher, on_step)
@@ -194,8 +195,16 @@ def guided(
     if sampler.guidance_scale != 1:
         conditions.append(encode_prompts([sampler.negative_prompt] * len(captions), device))
 
+    @lru_cache(maxsize=1)  # without tiles all steps ask for the same
+    def prompts_of(images: tuple[int, ...]) -> list[Tensor]:
+        """Returns embeddings and pooled ones for tiles of these images, the negative prompt's last."""
+        # A list as index would become a tensor on the CPU, and the host would wait for its copy.
+        return [
+            torch.stack([part[image] for part in parts for image in images]) for parts in zip(*conditions, strict=True)
+        ]
+
     def velocity(noisy: Tensor, lr: Tensor, images: list[int], timestep: Tensor) -> Tensor:
-        embeds, pooled = (torch.cat([part[images] for part in parts]) for parts in zip(*conditions, strict=True))
+        embeds, pooled = prompts_of(tuple(images))
         noisy, lr = (latents.repeat(len(conditions), 1, 1, 1) for latents in (noisy, lr))
         noisy, lr, embeds, pooled = (tensor.to(net.base.dtype) for tensor in (noisy, lr, embeds, pooled))
         positive, *negative = net(noisy, lr, timestep.expand(len(noisy)), embeds, pooled).float().chunk(len(conditions))
@@ -219,9 +228,10 @@ def sample(
     latent = noise
     if sampler.start == "lr":
         latent = interpolate(lr_latent, noise, solver.sigmas[evaluations[0]].to(noise.device))
+    # Timesteps come from the sigmas, since some of diffusers' solvers round theirs.
+    timesteps = solver.sigmas.to(noise.device) * solver.config.num_train_timesteps
     for evaluation in evaluations:
-        # The timestep comes from sigma, since some of diffusers' solvers round their timesteps.
-        timestep = solver.sigmas[evaluation].to(noise.device) * solver.config.num_train_timesteps
+        timestep = timesteps[evaluation]
         predict = lambda *tiles, timestep=timestep: velocity(*tiles, timestep)  # noqa: E731
         v = tiled(predict, latent, lr_latent, sampler.tile, sampler.overlap, patch, batcher)
         latent = solver.step(v, solver.timesteps[evaluation], latent).prev_sample

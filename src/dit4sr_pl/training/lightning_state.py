@@ -9,6 +9,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -112,3 +113,8 @@ def averages_weights(trainer: Trainer) -> bool:
 def add_summary(writer: SummaryWriter, summary: Any) -> None:
     """Writes a TensorBoard summary that `SummaryWriter` has no method for. PyTorch 2.14.1: `_get_file_writer`."""
     writer._get_file_writer().add_summary(summary)
+
+
+def averaged_model(callback: WeightAveraging) -> AveragedModel:
+    """Returns the average that Lightning's callback has made. Lightning 2.6.6: `_average_model`."""
+    return callback._average_model

@@ -10,16 +10,16 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dit4sr_pl.backbone.autoencoder import draw_noise
 from dit4sr_pl.backbone.flow import LOGIT_NORMAL, RectifiedFlow, TimestepDensity, interpolate
 from dit4sr_pl.backbone.sd3 import Backbone
-from dit4sr_pl.common.randomness import generator
+from dit4sr_pl.data.module import SuperResolutionData
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import TrainedPart, load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.trained_part import base_of, check_base, check_network_config, fit_part, fit_state
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
+from dit4sr_pl.training.finite_loss import FiniteLoss
 from dit4sr_pl.training.learning_rate import CONSTANT, LearningRateSchedule, share_done
 from dit4sr_pl.training.lightning_state import (
     averages_weights,
@@ -28,6 +28,7 @@ from dit4sr_pl.training.lightning_state import (
     let_trainer_unscale,
     weights_before_averaging,
 )
+from dit4sr_pl.training.step_inputs import StepInputs
 
 
 class SuperResolutionModule(LightningModule):
@@ -77,6 +78,8 @@ class SuperResolutionModule(LightningModule):
         object.__setattr__(self, "net", net)  # a plain attribute, not a submodule
         self.velocity = torch.compile(net.__call__) if compile else net.__call__  # `forward` would skip FSDP's hooks
         self.restorer = Restorer(net, backbone, sampler)
+        self.step_inputs = StepInputs.of(backbone, self.flow, seed)
+        self.finite_loss = FiniteLoss()
 
     def __deepcopy__(self, memo: dict) -> "SuperResolutionModule":
         """Returns a copy without the trainer that shares the frozen weights; Lightning's averaging makes one."""
@@ -86,8 +89,10 @@ class SuperResolutionModule(LightningModule):
         return copied
 
     def setup(self, stage: str) -> None:
-        """Moves the backbone, which Lightning does not know, to the device."""
+        """Moves the backbone, which Lightning does not know, to the device; workers make what steps need."""
         self.backbone.to(self.device)
+        if isinstance(self.trainer.datamodule, SuperResolutionData):
+            self.trainer.datamodule.step_inputs = self.step_inputs
 
     def on_train_start(self) -> None:
         """Gives the optimizer the options of this run: with a checkpoint's state come those that it was saved with."""
@@ -109,49 +114,51 @@ class SuperResolutionModule(LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Returns the rectified-flow loss of a batch from `SuperResolutionData`."""
-        keys = [(self.seed, position) for position in batch["position"].tolist()]
-        generators = [generator("cpu", "flow", *key) for key in keys]
-        clean, lr_latent = self.latents(batch, keys)
-        embeds, pooled = self.embeddings(batch)
+        if "noise" not in batch:  # it comes from another loader than `SuperResolutionData`'s
+            inputs = self.step_inputs(batch)
+            batch = batch | {name: values.to(self.device, non_blocking=True) for name, values in inputs.items()}
+        noise, sigma = batch["noise"], batch["sigma"]
+        clean, lr_latent = self.latents(batch)
+        prompts = self.embeddings(batch)
 
-        timestep, sigma = (values.to(self.device) for values in self.flow.draw_timesteps(generators))
-        noise = draw_noise(clean, generators)
-        velocity = self.velocity(interpolate(clean, noise, sigma), lr_latent, timestep, embeds, pooled)
+        velocity = self.velocity(interpolate(clean, noise, sigma), lr_latent, batch["timestep"], *prompts)
         loss = self.flow.loss(velocity, clean, noise, sigma).mean()
         # The mean over all devices: they stop together, and logs do not depend on their number.
         mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
-        self.stop_unless_finite(mean)
+        self.finite_loss.add(mean, self.global_step)
         self.log("train/loss", mean, prog_bar=True)
         return loss
 
-    def latents(self, batch: dict, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def latents(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Returns the latents of the HR images and of the enlarged LR images, encoded now or before the run."""
         if "clean" in batch:
             return batch["clean"], batch["lr_latent"]
         coder = self.backbone.coder
-        clean = coder.encode(batch["hr"], [generator("cpu", "posterior", *key) for key in keys])
+        clean = coder.encode(batch["hr"], batch.get("posterior_noise"))
         return clean, coder.encode(enlarge(batch["lr"], batch["hr"].shape[-2:]))
 
     def embeddings(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """Returns prompt embeddings and pooled ones, of the batch's prompts or as they came with the latents."""
+        """Returns prompt embeddings and pooled ones, of the batch's prompts or as they came with the batch."""
         if "embeds" in batch:
             return batch["embeds"].to(self.backbone.dtype), batch["pooled"].to(self.backbone.dtype)
         return self.backbone.prompts(batch["prompt"], self.device)
 
-    def stop_unless_finite(self, loss: Tensor) -> None:
-        """Raises ValueError, with the step, if the loss is nan or infinite."""
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"loss is {loss.item()} at step {self.global_step}; lower optimizer.lr or resume from an earlier "
-                "checkpoint (ckpt_path=...)"
-            )
+    def on_validation_start(self) -> None:
+        """Checks the last loss, so that no weights are scored after an infinite one."""
+        self.finite_loss.check()
+
+    def on_train_end(self) -> None:
+        """Checks the last loss."""
+        self.finite_loss.check()
 
     def validation_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Returns the restored images `(B, 3, H, W)`, which `ValidationScores` measures."""
         return self.restorer(batch["lr"], batch["hr"].shape[-2:], batch["prompt"], batch["name"], self.seed)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Adds the network config and the base's name and fingerprint to a checkpoint."""
+        """Adds the network config and the base's name and fingerprint to a checkpoint, after a check of the last
+        loss."""
+        self.finite_loss.check()
         checkpoint["settings"] = self.net.network_config()
         checkpoint["base"] = self.base
 

@@ -39,6 +39,7 @@ class ShardedModule(SuperResolutionModule):
     def on_validation_start(self) -> None:
         """Gathers the whole network: images take different numbers of steps and tiles, so no device may wait for
         another one to gather a block."""
+        super().on_validation_start()
         self.net.set_reshard_after_forward(False)
         for unit in (self.net, *self.net.units):
             unit.unshard()

@@ -1,9 +1,14 @@
 """Averaged weights, which are validated, saved and scored."""
 
+from functools import partial
+
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
-from torch.optim.swa_utils import get_ema_avg_fn
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from dit4sr_pl.training.lightning_state import averaged_model
 
 
 class EMAWeightAveraging(WeightAveraging):
@@ -28,9 +33,10 @@ class EMAWeightAveraging(WeightAveraging):
         device: torch.device | str | None = None,
         use_buffers: bool = True,
     ):
-        super().__init__(device, use_buffers, avg_fn=self.average)
+        super().__init__(device, use_buffers)
+        self.decay, self.use_buffers = decay, use_buffers
         self.update_every_n_steps, self.first = update_every_n_steps, update_starting_at_step or 0
-        self.ema, self.step = get_ema_avg_fn(decay), 0
+        self.step = 0
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Returns whether the average changes after the optimizer step `step_idx`, counted from 0."""
@@ -39,6 +45,28 @@ class EMAWeightAveraging(WeightAveraging):
         self.step = step_idx
         return step_idx <= self.first or step_idx % self.update_every_n_steps == 0
 
-    def average(self, averaged: Tensor, current: Tensor, count: int | Tensor) -> Tensor:
-        """Returns the new average of one weight."""
-        return current.detach().clone() if self.step <= self.first else self.ema(averaged, current, count)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Makes the average, which this class updates in one pass over all weights.
+
+        PyTorch's own update asks the device at every step how often it was called, and the host waits for the answer.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            model = averaged_model(self)
+            model.n_averaged = model.n_averaged.cpu()
+            model.update_parameters = partial(self.update, model)
+
+    @torch.no_grad()
+    def update(self, averaged: AveragedModel, current: nn.Module) -> None:
+        """Updates the average after a step."""
+        tensors = [list(module.parameters()) for module in (averaged.module, current)]
+        buffers = [list(module.buffers()) for module in (averaged.module, current)]
+        if self.use_buffers:
+            tensors = [parameters + more for parameters, more in zip(tensors, buffers, strict=True)]
+        elif buffers[0]:
+            torch._foreach_copy_(*buffers)
+        if self.step <= self.first:
+            torch._foreach_copy_(*tensors)
+        else:
+            torch._foreach_lerp_(*tensors, 1 - self.decay)
+        averaged.n_averaged += 1

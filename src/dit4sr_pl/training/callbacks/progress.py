@@ -16,6 +16,8 @@ from dit4sr_pl.scores.results import run_name
 
 log = logging.getLogger(__name__)
 
+LOSS_SECONDS = 1  # between two losses that the bar shows
+
 
 class Progress(ProgressBar):
     """Steps done, steps to do and the time left of a training and of its validations.
@@ -32,7 +34,7 @@ class Progress(ProgressBar):
         super().__init__()
         self.name, self.seconds = run_name(folder), seconds
         self.bar = bar and sys.stderr.isatty()
-        self.shown, self.task, self.line_due = None, None, 0.0
+        self.shown, self.task, self.line_due, self.loss_due = None, None, 0.0, 0.0
 
     def disable(self) -> None:
         """Shows nothing from here on: Lightning calls this in every process except that of rank 0."""
@@ -59,7 +61,10 @@ class Progress(ProgressBar):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Shows the step."""
         if self.shown is not None:
-            self.shown.update(self.task, completed=trainer.global_step, loss=loss_of(trainer))
+            text = {}
+            if time.monotonic() >= self.loss_due:  # reading a loss waits for the device
+                self.loss_due, text = time.monotonic() + LOSS_SECONDS, {"loss": loss_of(trainer)}
+            self.shown.update(self.task, completed=trainer.global_step, **text)
         elif self.enabled and time.monotonic() >= self.line_due and trainer.global_step > self.first_step:
             self.line_due = time.monotonic() + self.seconds
             log.info("%s", self.line(trainer))

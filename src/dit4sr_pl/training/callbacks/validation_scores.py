@@ -114,7 +114,9 @@ class ValidationScores(Callback):
         pl_module.log_dict(logged | {"val/seconds": time.monotonic() - self.started}, sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds the time that this validation took."""
+        """Adds the time that this validation took, and leaves the device's memory to the training."""
+        for score in self.metrics.values():
+            score.to("cpu")
         self.spent += time.monotonic() - self.started
 
 
