@@ -40,15 +40,17 @@ class Training:
         half = str(cfg.trainer.precision).startswith("bf16")
         self.autocast = torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
         self.data, self.module = instantiate(cfg.data), instantiate(cfg.model).to(self.device)
-        self.module.setup("fit")
         strategy = SimpleNamespace(reduce=lambda loss, reduce_op: loss)
-        self.module.log, self.module._trainer = lambda *_, **__: None, SimpleNamespace(strategy=strategy)
+        trainer = SimpleNamespace(strategy=strategy, datamodule=self.data, global_step=0)
+        self.module.log, self.module._trainer = lambda *_, **__: None, trainer
+        self.module.setup("fit")
         self.optimizer = self.module.configure_optimizers()
         batch = next(iter(self.data.train_dataloader()))
         self.images = self.data.transfer_batch_to_device(batch, self.device, 0)
         ready = self.data.on_after_batch_transfer(self.images, 0)
-        clean, lr_latent = self.module.latents(ready, [(0, position) for position in batch["position"].tolist()])
-        self.latents = {key: batch[key] for key in ("position", "prompt")} | {"clean": clean, "lr_latent": lr_latent}
+        clean, lr_latent = self.module.latents(ready)
+        kept = {key: self.images[key] for key in ("position", "prompt", "timestep", "sigma", "noise")}
+        self.latents = kept | {"clean": clean, "lr_latent": lr_latent}
 
     def step(self, batch: dict[str, Any]) -> None:
         """Takes one training step."""

@@ -146,8 +146,8 @@ def module(bench: Bench, compile: bool = False, **options: Any) -> SuperResoluti
 def two_matrices() -> Iterator[None]:
     """Runs LR projections as the released code does: every LR token passes the frozen matrix, then the trained one."""
 
-    def project(self, name: str, frozen: nn.Module, lr: Tensor) -> Tensor:
-        return lr_stream.heads(frozen, getattr(self, name)(getattr(frozen, f"to_{name}")(lr)))
+    def project(self, name: str, frozen: nn.Module, lr: Tensor, *norm: nn.Module | None) -> Tensor:
+        return lr_stream.heads(frozen, getattr(self, name)(getattr(frozen, f"to_{name}")(lr)), *norm)
 
     ours, lr_stream.LRAttention.project = lr_stream.LRAttention.project, project
     try:
