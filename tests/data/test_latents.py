@@ -185,6 +185,7 @@ def test_a_run_on_latents_resumes_exactly_and_needs_no_degradation(photos, laten
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_on_the_authors_folders_reads_no_text_encoder(photos, released, tmp_path, monkeypatch):
     monkeypatch.setattr(Backbone, "text_encoders", None)
     start(photos, tmp_path, f"data.latents={released}", "trainer.limit_val_batches=0", "trainer.max_steps=1")

@@ -143,6 +143,7 @@ def test_validation_pairs_are_those_of_the_benchmark(benchmark):
         ValidationPairs(BenchmarkSet("x", str(benchmark / "RealSRVal_crop128"), "test_LR", None), 0)
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_pairs_and_validates_on_a_benchmark(folder, benchmark, photos, tmp_path):
     options = ["data=pairs", "data.folders=[]", "data.validation_folders=[]", "metrics=[psnr]"]
     options += [f"data.pairs.realsr.{key}={folder}" for key in ("lr", "hr")]
@@ -164,6 +165,7 @@ def composed():
     return composed
 
 
+@pytest.mark.slow
 def test_a_benchmark_is_named_with_its_folder_or_the_folder_of_all(composed):
     cfg = composed("data.validation=drealsr", "root=/all")
     name_benchmark(cfg)
@@ -179,6 +181,7 @@ def test_a_benchmark_is_named_with_its_folder_or_the_folder_of_all(composed):
             name_benchmark(cfg)
 
 
+@pytest.mark.slow
 def test_scores_against_sharpened_photos_are_named_so(run, tmp_path):
     run("run", "degradation=seesr", "metrics=[psnr]", "data.crop_size=80", "data.validation_crop=80")
     assert read_result(tmp_path / "run").dataset == "validation_sharpened"

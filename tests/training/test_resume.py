@@ -342,6 +342,7 @@ def test_validations_and_histograms_are_of_optimizer_steps_whatever_the_accumula
     assert names
 
 
+@pytest.mark.slow
 def test_the_last_step_is_validated_whatever_the_interval(photos, tmp_path):
     start(photos, tmp_path, "trainer.max_steps=2", "trainer.val_check_interval=5")
     assert [event.step + 1 for event in events(tmp_path).Scalars("val/psnr")] == [2]
