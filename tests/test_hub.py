@@ -59,6 +59,7 @@ def loaded(monkeypatch) -> list:
     return calls
 
 
+@pytest.mark.slow
 def test_one_command_restores_with_a_release_and_a_second_one_downloads_nothing(
     hub, releases, photo, tmp_path, monkeypatch, capsys
 ):
@@ -70,42 +71,47 @@ def test_one_command_restores_with_a_release_and_a_second_one_downloads_nothing(
     assert hub.sent == sum(map(len, contents))  # each once, although several tokenizers are the same
     sent = hub.sent
     assert call("dit4sr_pl.restore", *command, f"output={tmp_path / 'second'}", cwd=tmp_path) is None
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert call("dit4sr_pl.restore", *command, f"output={tmp_path / 'offline'}", cwd=tmp_path) is None
     local = [f"checkpoint={releases / 'dit4sr_q'}", "backbone=sd35_medium", f"model.backbone.name={TOY_SD3}"]
     assert call("dit4sr_pl.restore", *command, *local, f"output={tmp_path / 'third'}", cwd=tmp_path) is None
     assert hub.sent == sent
-    first, second, third = (read_image(tmp_path / name / "photo.png") for name in ("first", "second", "third"))
-    assert torch.equal(first, second) and torch.equal(first, third)
+    first, *others = (read_image(tmp_path / n / "photo.png") for n in ("first", "second", "offline", "third"))
+    assert all(torch.equal(first, other) for other in others)
     other = [f"input={photo}", f"output={tmp_path / 'other'}", "checkpoint=dit4sr_r1", *SMALL]
     assert call("dit4sr_pl.restore", *other, cwd=tmp_path) is None
     assert not torch.equal(first, read_image(tmp_path / "other" / "photo.png"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_brings_its_model_to_every_command_that_restores(
     hub, releases, photo, tmp_path, monkeypatch, loaded
 ):
     write_image(tmp_path / "hr" / "photo.png", torch.zeros(3, 32, 40))
     dataset = ["dataset=folder", f"dataset.folder={tmp_path}", "dataset.lr=lr", "dataset.hr=hr", "metrics=[psnr]"]
-    commands = {
-        "dit4sr_pl.restore": [f"input={photo}", f"output={tmp_path / 'restored'}"],
-        "dit4sr_pl.app": ["port=0"],
-        "dit4sr_pl.evaluate": dataset,
-    }
-    for checkpoint in ("dit4sr_q", "hub:acceptee/DiT4SR/dit4sr_r1", releases / "dit4sr_r1"):
-        commands["dit4sr_pl.evaluate"] = [*dataset, f"output={tmp_path / str(checkpoint).replace('/', '_')}"]
-        for main, arguments in commands.items():
-            assert call(main, f"checkpoint={checkpoint}", *arguments, cwd=tmp_path) == "error: loaded"
-            backbone, sampler, _, offload = loaded.pop()
-            assert (backbone.name, backbone.dtype, backbone.gpu_memory) == (SD35, torch.bfloat16, 22)
-            assert (sampler.steps, sampler.guidance_scale, sampler.t5_tokens) == (40, 8.0, 256)
-            assert offload is None
-    chosen = ["backbone=tiny_sd3", "sampler=tiny", "checkpoint=dit4sr_q", *commands["dit4sr_pl.restore"]]
+    restoring = [f"input={photo}", f"output={tmp_path / 'restored'}"]
+    commands = [
+        ("dit4sr_pl.restore", "checkpoint=dit4sr_q", *restoring),
+        ("dit4sr_pl.restore", "checkpoint=hub:acceptee/DiT4SR/dit4sr_r1", *restoring),
+        ("dit4sr_pl.restore", f"checkpoint={releases / 'dit4sr_r1'}", *restoring),
+        ("dit4sr_pl.app", "checkpoint=dit4sr_q", "port=0"),
+        ("dit4sr_pl.evaluate", "checkpoint=dit4sr_q", *dataset, f"output={tmp_path / 'evaluated'}"),
+    ]
+    for command in commands:
+        assert call(*command, cwd=tmp_path) == "error: loaded"
+        backbone, sampler, _, offload = loaded.pop()
+        assert (backbone.name, backbone.dtype, backbone.gpu_memory) == (SD35, torch.bfloat16, 22)
+        assert (sampler.steps, sampler.guidance_scale, sampler.t5_tokens) == (40, 8.0, 256)
+        assert offload is None
+    chosen = ["backbone=tiny_sd3", "sampler=tiny", "checkpoint=dit4sr_q", *restoring]
     assert call("dit4sr_pl.restore", *chosen, cwd=tmp_path) == "error: loaded"
     assert loaded.pop()[0].name == "tiny-sd3"
-    kept = ["sampler.steps=3", "model.backbone.dtype=float16", "checkpoint=dit4sr_q", *commands["dit4sr_pl.restore"]]
+    kept = ["sampler.steps=3", "model.backbone.dtype=float16", "checkpoint=dit4sr_q", *restoring]
     assert call("dit4sr_pl.restore", *kept, cwd=tmp_path) == "error: loaded"
     backbone, sampler, *_ = loaded.pop()
     assert (backbone.dtype, sampler.steps, sampler.guidance_scale) == (torch.float16, 3, 8.0)
-    assert call("dit4sr_pl.restore", *commands["dit4sr_pl.restore"], cwd=tmp_path) == "error: loaded"
+    assert call("dit4sr_pl.restore", *restoring, cwd=tmp_path) == "error: loaded"
     assert loaded.pop()[0].name == "tiny-sd3"  # of tiny-dit4sr, the default
 
 
@@ -182,3 +188,10 @@ def test_training_starts_from_a_release_and_says_which_model_fits(hub, run, monk
     assert math.isfinite(run("tuned", *fits, *small, "model.checkpoint=dit4sr_q", "trainer.max_steps=1")["train/loss"])
     with pytest.raises(InstantiationException, match=f"dit4sr_q: trained over {SD35}, and this base model has other"):
         run("other", "model.checkpoint=dit4sr_q", "model.backbone.name=tiny-sd3")
+
+
+def test_a_sweep_over_releases_takes_the_backbone_in_every_job(hub, photo, tmp_path, monkeypatch, loaded):
+    names = "checkpoint=dit4sr_q,tiny-dit4sr"
+    arguments = ["-m", names, f"input={photo}", f"output={tmp_path / 'out'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    assert "loaded" in call("dit4sr_pl.restore", *arguments, cwd=tmp_path)
+    assert [backbone.name for backbone, *_ in loaded] == [SD35, "tiny-sd3"]

@@ -1,6 +1,7 @@
 """python -m dit4sr_pl.convert input=PATH output=PATH|hub:ME/NAME: released folders to LR-stream files, back, and
 to the hub"""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from dit4sr_pl.common.hub import LR_STREAM, HubAddress
 
 if TYPE_CHECKING:
     from dit4sr_pl.model import TrainedPart
+    from dit4sr_pl.scores.results import Result
 
 SETTINGS = {  # what a model card says of a training, by the keys of its config
     "images per step": "images per step",
@@ -93,18 +95,22 @@ def publish(cfg: DictConfig) -> None:
     for folder, result in results.items():
         if result.weights_hash != weights_hash(part.state):
             raise ValueError(f"card.results={folder}: scores of other weights than {cfg.input}; leave it out")
-    pictures = [picture for folder in folders for picture in pictures_of(folder, results[folder].pictures)]
     address = HubAddress.parse(cfg.output)
     training = training_settings(run) if run else {}
     license = {name: cfg.card[name] for name in ("license", "license_name", "license_link") if cfg.card[name]}
-    publication = Publication(part, address, training, list(results.values()), pictures[: cfg.card.pictures], license)
+    pictures = pictures_of(results)[: cfg.card.pictures]
+    publication = Publication(part, address, training, list(results.values()), pictures, license)
     page = push(publication, cfg.private)
     print(f"{page}\nrestore with it: python -m dit4sr_pl.restore input=FILE checkpoint={publication.word}")
 
 
-def pictures_of(folder: Path, pictures: str) -> list[Path]:
-    """Returns the restored pictures of a result, by name."""
-    return sorted((folder / pictures).glob("*.png")) if pictures else []
+def pictures_of(results: "Mapping[Path, Result]") -> list[Path]:
+    """Returns the restored pictures of results by their folders; of two with one name, the first."""
+    pictures: dict[str, Path] = {}
+    for folder, result in results.items():
+        for picture in sorted((folder / result.pictures).glob("*.png")) if result.pictures else []:
+            pictures.setdefault(picture.name, picture)
+    return list(pictures.values())
 
 
 def training_settings(run: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,13 @@ def test_a_connection_that_breaks_once_is_resumed(hub, releases, monkeypatch):
     hub.cut, hub.cuts = 1000, 1
     part, whole = load_part(checkpoint_file("dit4sr_r1")), load_part(releases / "dit4sr_r1")
     assert all(torch.equal(part.state[name], whole.state[name]) for name in whole.state)
+    assert hub.sent == sum(file.stat().st_size for file in (releases / "dit4sr_r1" / "transformer").iterdir())
+
+
+def test_processes_that_ask_at_the_same_time_download_once(hub, releases):
+    with ThreadPoolExecutor(3) as pool:
+        files = list(pool.map(checkpoint_file, ["dit4sr_r1"] * 3))
+    assert len(set(files)) == 1 and load_part(files[0]).base == load_part(releases / "dit4sr_r1").base
     assert hub.sent == sum(file.stat().st_size for file in (releases / "dit4sr_r1" / "transformer").iterdir())
 
 

@@ -40,7 +40,8 @@ class Publication:
     @property
     def word(self) -> str:
         """What commands take as `checkpoint`."""
-        return "/".join(filter(None, [f"hub:{self.address.repo}", self.address.subfolder]))
+        place = "/".join(filter(None, [f"hub:{self.address.repo}", self.address.subfolder]))
+        return place if self.address.revision == "main" else f"{place}@{self.address.revision}"
 
     @property
     def base(self) -> str:

@@ -38,20 +38,19 @@ class Restorer:
         offload: bool | None = None,
         injection_scale: float | None = None,
     ) -> "Restorer":
-        """Loads a network from an LR-stream or ControlNet file, a training checkpoint (`.ckpt`) or a shipped LR
-        stream's name.
+        """Loads a network from the file of its trained part, or from its name.
 
         Args:
             backbone: the frozen pipeline that the network was trained over.
             sampler: how to restore.
-            checkpoint: a path or a shipped name.
+            checkpoint: see `checkpoint_file`.
             device: where the network works.
             offload: whether autoencoder and text encoders stay in the CPU's memory, each layer on the device while it
                 runs.
             injection_scale: factor of LR Injection; None: the checkpoint's own.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: there is no such file, or it cannot be had of the hub.
             ValueError: the file is truncated, was trained over another base, or has no LR Injection to scale.
         """
         path = checkpoint_file(checkpoint)
