@@ -16,7 +16,7 @@ from dit4sr_pl.common.files import atomic_write
 if TYPE_CHECKING:
     import torch
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff")
 UNKNOWN_RANGE = "32-bit pixels; save it with 8 or 16 bits per channel"
 PNG_BEGIN, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB\x60\x82"
 ROWS = 256  # rows of a large image that are processed at once

@@ -21,7 +21,7 @@ from dit4sr_pl.images.files import IMAGE_SUFFIXES, UNKNOWN_RANGE, bands, open_im
 if TYPE_CHECKING:
     from torch import Tensor
 
-PICTURE_SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".gif", ".ppm", ".pgm", ".avif")
+PICTURE_SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".gif", ".ppm", ".pgm")
 GREY_MODES = ("1", "L", "LA", "La")
 BITS_PER_SAMPLE, ORIENTATION = 258, ExifTags.Base.Orientation
 # Tags of a TIFF that describe how its pixels are stored, or hold metadata that is carried otherwise.
