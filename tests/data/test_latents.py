@@ -1,5 +1,7 @@
 """Training on latents: those that `prepare stage=latents` writes, and the folders of the authors' scripts."""
 
+import itertools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from dit4sr_pl.cli.checks import read_shard
 from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.randomness import derive_seed, generator
 from dit4sr_pl.data.datasets import Draw
-from dit4sr_pl.data.latents import LatentPairs
+from dit4sr_pl.data.latents import CropSizes, LatentPairs
+from dit4sr_pl.data.module import SuperResolutionData
 from dit4sr_pl.degradation import Degradation
 from dit4sr_pl.images.files import read_image, write_image
 from dit4sr_pl.images.resize import enlarge
@@ -160,6 +163,76 @@ def test_latents_that_do_not_fit_together_are_named(released, tmp_path):
         LatentPairs([tmp_path], None, 64, 0, 0)[Draw(0, 0, 0)]
     with pytest.raises(ValueError, match="has prompt embeddings"):
         LatentPairs([released], tmp_path, 64, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory) -> Path:
+    """Latents of 5 images in two files, in half precision, every number in them another."""
+    folder = tmp_path_factory.mktemp("pieces")
+    for kind, first in (("latent_hr", 0), ("latent_lr", 1)):
+        (folder / kind).mkdir()
+        numbers = (first + 2 * torch.arange(5 * 2 * 16 * 16)).view(5, 2, 16, 16) % 2048
+        torch.save(numbers[:3].half(), folder / kind / "0.pt")
+        torch.save(numbers[3:].half(), folder / kind / "1.pt")
+    return folder
+
+
+def test_latents_in_memory_may_share_files_and_are_as_those_read_one_by_one(pieces, released, tmp_path):
+    together = LatentPairs([pieces], None, 128, seed=0, empty_prompt_probability=0, in_memory=True)
+    assert [name for _, name in together.items] == ["0"] * 3 + ["1"] * 2 and together.shape == (2, 16, 16)
+    hr = [torch.load(pieces / f"latent_hr/{name}.pt", weights_only=True) for name in "01"]
+    for index, expected in enumerate(torch.cat(hr)):
+        assert torch.equal(together[Draw(index, 0, 0)]["clean"], expected.float())
+    with pytest.raises(ValueError, match="something other than the tensor of one image"):
+        LatentPairs([pieces], None, 128, 0, 0)
+    memory, files = (LatentPairs([released], None, 64, 0, 0.5, in_memory=kept) for kept in (True, False))
+    for epoch in range(4):
+        kept, read = (pairs[Draw(1, epoch, 9)] for pairs in (memory, files))
+        assert kept.keys() == read.keys() and kept["name"] == read["name"]
+        assert all(torch.equal(kept[key], read[key]) for key in ("clean", "lr_latent", "embeds", "pooled"))
+    shutil.copytree(pieces, tmp_path / "pieces")
+    torch.save(torch.zeros(3, 2, 16, 16), tmp_path / "pieces/latent_lr/1.pt")
+    with pytest.raises(ValueError, match=r"latent_lr/1.pt: latents of shape \(3, 2, 16, 16\); they must have \(2, 2,"):
+        LatentPairs([tmp_path / "pieces"], None, 128, 0, 0, in_memory=True)
+
+
+def test_a_draw_may_ask_for_another_crop_size(latents):
+    pairs, smaller = (LatentPairs([latents], None, size, seed=0, empty_prompt_probability=0) for size in (64, 32))
+    for epoch in range(4):
+        assert torch.equal(pairs[Draw(1, epoch, 0, crop=4)]["clean"], smaller[Draw(1, epoch, 0)]["clean"])
+
+
+def batches_of(data: SuperResolutionData, count: int) -> list[dict]:
+    return list(itertools.islice(data.train_dataloader(), count))
+
+
+def test_batches_have_one_crop_size_and_as_many_latents_each_as_a_function_of_the_position(pieces, light):
+    def data(seen: int) -> SuperResolutionData:
+        options = {"latents": [pieces], "latents_in_memory": True, "latent_crops": {64: 0.5, 128: 0.5}}
+        made = SuperResolutionData([], [], light, 64, batch_size=8, num_workers=0, seed=1, **options)
+        made._images_seen = lambda: seen
+        return made
+
+    batches = batches_of(data(0), 40)
+    sizes = [tuple(batch["clean"].shape) for batch in batches]
+    assert set(sizes) == {(8, 2, 8, 8), (2, 2, 16, 16)} and 10 < sizes.count((2, 2, 16, 16)) < 30
+    assert [int(batch["position"][0]) for batch in batches] == list(range(0, 320, 8))
+    for ours, theirs in zip(batches_of(data(80), 5), batches[10:15], strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in ("clean", "lr_latent", "position"))
+
+
+@pytest.mark.parametrize(
+    "crops, message",
+    [
+        ({72: 1.0}, "72 is no multiple of 16 pixels up to 128"),
+        ({256: 1.0}, "256 is no multiple of 16 pixels up to 128"),
+        ({64: 0.0}, "give shares by side"),
+        ({}, "give shares by side"),
+    ],
+)
+def test_crops_that_cannot_be_cut_are_refused(crops, message):
+    with pytest.raises(ValueError, match=message):
+        CropSizes([], crops, (2, 16, 16), seed=0)
 
 
 def start(photos: Path, folder: Path, *words: str) -> None:

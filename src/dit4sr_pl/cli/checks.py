@@ -91,6 +91,9 @@ def check_data(data: DictConfig, written: str = "") -> None:
         if not latents:
             raise ValueError("data.captions belongs to data.latents; photos have data.sets.NAME.captions")
         check_readable(data.captions, "data.captions")
+    for key in ("latent_crops", "latents_in_memory"):
+        if data.get(key) and not latents:
+            raise ValueError(f"data.{key} belongs to data.latents; give data.latents=[FOLDER], too")
     if not data.folders and not named and not pairs and not latents:
         raise ValueError("no photos; give data.folders=[PATH] or data.sets.NAME.folder=PATH")
 

@@ -27,7 +27,7 @@ NO_EFFECT = (
     "ablation_name",
     "sharded",
 )
-NO_EFFECT += ("data.num_workers", "data.photos_in_memory", "data.batch_size", "model.compile")
+NO_EFFECT += ("data.num_workers", "data.photos_in_memory", "data.latents_in_memory", "data.batch_size", "model.compile")
 NO_EFFECT += ("model.network.gradient_checkpointing", "model._target_")  # `_target_` says whether training is sharded
 NO_EFFECT += ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches", "trainer.strategy")
 NO_EFFECT += ("trainer.accelerator", "trainer.plugins", "trainer.enable_progress_bar", "trainer.log_every_n_steps")
@@ -51,6 +51,7 @@ ADDED = {
     "data.validation": None,
     "data.latents": None,
     "data.captions": None,
+    "data.latent_crops": None,
     "trainer.max_time": None,
     "schedule._target_": "LearningRateSchedule",
     "schedule.name": "constant",

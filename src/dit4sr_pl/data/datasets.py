@@ -25,12 +25,14 @@ TOKEN = 16  # side of a token in pixels: the VAE reduces 8x, and 2x2 latents are
 class Draw(NamedTuple):
     """One training sample: `index` within its `epoch`, with `position` samples before it in the run.
 
-    With sets of weight 1, `index` counts photos; otherwise `Mixture` says which photo it is.
+    With sets of weight 1, `index` counts photos; otherwise `Mixture` says which photo it is. `crop` is the side of the
+    crop that is cut out of latents, in latents; None: that of the data.
     """
 
     index: int
     epoch: int
     position: int
+    crop: int | None = None
 
 
 def mean_gradient(image: torch.Tensor) -> float:

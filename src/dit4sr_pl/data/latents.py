@@ -7,16 +7,16 @@ prompt_embeds/NULL_prompt_embeds.pt, pooled_prompt_embeds/NULL_pooled_prompt_emb
 
 import logging
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.data.datasets import Draw
+from dit4sr_pl.data.datasets import TOKEN, Draw
 from dit4sr_pl.images.captions import open_captions
 
 PIXELS = 8  # pixels per latent along one side
@@ -40,6 +40,8 @@ class LatentPairs(Dataset):
         crop_size: side of the crops, pixels.
         seed: seed of the draws.
         empty_prompt_probability: probability of an empty prompt.
+        in_memory: whether all latents are read now and kept, in the dtype of their files, which may then hold several
+            images `(N, C, h, w)` each.
 
     Raises:
         FileNotFoundError: a folder lacks one of its parts.
@@ -53,6 +55,7 @@ class LatentPairs(Dataset):
         crop_size: int,
         seed: int,
         empty_prompt_probability: float,
+        in_memory: bool = False,
     ):
         folders = [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
         self.embedded = all((folder / EMBEDS).is_dir() for folder in folders)
@@ -61,8 +64,12 @@ class LatentPairs(Dataset):
         self.items = [(folder, name) for folder in folders for name in names_in(folder, self.embedded)]
         self.captions = open_captions(captions) if captions is not None else None
         self.seed, self.empty_prompt_probability = seed, empty_prompt_probability
-        first = latent_file(self.items[0][0], HR, self.items[0][1])
-        self.shape, self.side = read_latent(first).shape, crop_size // PIXELS
+        self.memory: dict[str, Tensor] | None = None
+        if in_memory:
+            self.items, self.memory = read_all(self.items)
+        first = latent_file(*self.items[0], kind=HR)
+        self.shape = (self.memory[HR][0] if in_memory else read_latent(first)).shape
+        self.side = crop_size // PIXELS
         if min(self.shape[1:]) < self.side:
             side = PIXELS * min(self.shape[1:])
             raise ValueError(f"data.crop_size={crop_size}: {first} is of {side} pixels; give data.crop_size={side}")
@@ -75,14 +82,18 @@ class LatentPairs(Dataset):
         folder, name = self.items[draw.index]
         draws = generator("cpu", self.seed, "sample", draw.index, draw.epoch)
         empty = torch.rand((), generator=draws).item() < self.empty_prompt_probability
-        top, left = (int(torch.randint(n - self.side + 1, (), generator=draws)) for n in self.shape[1:])
-        window = slice(None), slice(top, top + self.side), slice(left, left + self.side)
-        files = {"clean": latent_file(folder, HR, name), "lr_latent": latent_file(folder, LR, name)}
-        latents = {key: self.read(file)[window] for key, file in files.items()}
+        side = draw.crop or self.side
+        top, left = (int(torch.randint(n - side + 1, (), generator=draws)) for n in self.shape[1:])
+        window = slice(None), slice(top, top + side), slice(left, left + side)
+        kinds = {"clean": HR, "lr_latent": LR}
+        latents = {key: self.latent(draw.index, kind)[window].float() for key, kind in kinds.items()}
         return latents | {"position": draw.position, "name": name} | self.prompt(folder, name, empty)
 
-    def read(self, path: Path) -> Tensor:
-        """Returns latents `(C, h, w)`; raises ValueError if the file is damaged or they have another shape."""
+    def latent(self, index: int, kind: str) -> Tensor:
+        """Returns latents `(C, h, w)`; raises ValueError if their file is damaged or they have another shape."""
+        if self.memory is not None:
+            return self.memory[kind][index]
+        path = latent_file(*self.items[index], kind=kind)
         latent = read_latent(path)
         if latent.shape != self.shape:
             raise ValueError(f"{path}: latents of shape {tuple(latent.shape)}, the first ones have {tuple(self.shape)}")
@@ -93,7 +104,7 @@ class LatentPairs(Dataset):
         if not self.embedded:
             return {"prompt": "" if empty else self.caption(name)}
         names = ("NULL_prompt_embeds", "NULL_pooled_prompt_embeds") if empty else (name, name)
-        files = (latent_file(folder, kind, stem) for kind, stem in zip((EMBEDS, POOLED), names, strict=True))
+        files = (latent_file(folder, stem, kind) for kind, stem in zip((EMBEDS, POOLED), names, strict=True))
         return dict(zip(("embeds", "pooled"), map(read_latent, files), strict=True))
 
     def caption(self, name: str) -> str:
@@ -138,22 +149,77 @@ def names_in(folder: Path, embedded: bool) -> list[str]:
     return sorted(found[HR])
 
 
-def latent_file(folder: Path, kind: str, name: str) -> Path:
+def latent_file(folder: Path, name: str, kind: str) -> Path:
     """Returns the file of one image's latents or embeddings."""
     return folder / kind / f"{name}.pt"
 
 
-def read_latent(path: Path) -> Tensor:
-    """Returns the tensor of a file in float32, without its batch dimension.
+def read_all(items: Sequence[tuple[Path, str]]) -> tuple[list[tuple[Path, str]], dict[str, Tensor]]:
+    """Returns the file of every image, and all latents `(N, C, h, w)` by kind.
 
     Raises:
-        ValueError: the file is damaged, or holds something other than one tensor with a batch dimension of 1.
+        ValueError: a file is damaged, or its latents do not fit the others.
+    """
+    owners, pieces = [], {HR: [], LR: []}
+    for folder, name in items:
+        for kind, read in pieces.items():
+            path = latent_file(folder, name, kind)
+            read.append(read_file(path, several=True))
+            shape, expected = read[-1].shape, (len(pieces[HR][-1]), *pieces[HR][0].shape[1:])
+            if len(shape) != 4 or shape != expected:
+                raise ValueError(f"{path}: latents of shape {tuple(shape)}; they must have {tuple(expected)}")
+        owners += [(folder, name)] * len(read[-1])
+    return owners, {kind: torch.cat(read) for kind, read in pieces.items()}
+
+
+def read_latent(path: Path) -> Tensor:
+    """Returns the tensor of one image in float32, without its batch dimension; errors are those of `read_file`."""
+    return read_file(path, several=False)[0].float()
+
+
+def read_file(path: Path, several: bool) -> Tensor:
+    """Returns the tensor of a file, of one or several images.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else.
     """
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(tensor, Tensor) or tensor.shape[:1] != (1,):
-            raise TypeError("it holds something other than the tensor of one image")
+        if not isinstance(tensor, Tensor) or not (several or tensor.shape[:1] == (1,)):
+            raise TypeError(f"it holds something other than the tensor of {'images' if several else 'one image'}")
     except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: not read ({reason}); remove it and run prepare stage=latents again") from None
-    return tensor[0].float()
+    return tensor
+
+
+class CropSizes(Sampler[list[Draw]]):
+    """The batches of another sampler, each with one crop size, which is a function of the seed and its first position.
+
+    Larger crops are fewer: all batches have about as many latents as one of the smallest crops.
+
+    Args:
+        batches: the other sampler.
+        crops: share of the batches by side of their crops in pixels.
+        shape: shape of the whole latents, `(C, h, w)`.
+        seed: seed of the sizes.
+
+    Raises:
+        ValueError: a side is no multiple of 16 pixels, or is larger than the latents; or no share is positive.
+    """
+
+    def __init__(self, batches: Iterable[list[Draw]], crops: Mapping[int, float], shape: Sequence[int], seed: int):
+        largest = PIXELS * min(shape[1:])
+        if not crops or min(crops.values()) < 0 or not sum(crops.values()):
+            raise ValueError(f"data.latent_crops={dict(crops)}: give shares by side, such as {{128: 0.7, 256: 0.3}}")
+        if wrong := [side for side in crops if int(side) % TOKEN or not 0 < int(side) <= largest]:
+            raise ValueError(f"data.latent_crops: {wrong[0]} is no multiple of {TOKEN} pixels up to {largest}")
+        self.sides = [int(side) // PIXELS for side in crops]
+        self.batches, self.shares, self.seed = batches, torch.tensor([float(share) for share in crops.values()]), seed
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for batch in self.batches:
+            draws = generator("cpu", self.seed, "crop size", batch[0].position)
+            side = self.sides[int(torch.multinomial(self.shares, 1, generator=draws))]
+            count = max(1, len(batch) * min(self.sides) ** 2 // side**2)
+            yield [draw._replace(crop=side) for draw in batch[:count]]

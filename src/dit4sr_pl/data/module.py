@@ -26,7 +26,7 @@ from dit4sr_pl.data.datasets import (
     ValidationImages,
     ValidationPairs,
 )
-from dit4sr_pl.data.latents import LatentPairs
+from dit4sr_pl.data.latents import CropSizes, LatentPairs
 from dit4sr_pl.data.photo_sets import Folders
 
 
@@ -168,6 +168,9 @@ class SuperResolutionData(LightningDataModule):
         latents: folders of latents that were encoded before the run, in the place of all photos (`LatentPairs`); None:
             images are degraded and encoded in every step. A batch then has `clean` and `lr_latent`, and no images.
         captions: captions of the latents, see `LatentPairs`.
+        latents_in_memory: see `LatentPairs`.
+        latent_crops: share of the batches by side of the crops that are cut out of the latents, in pixels; see
+            `CropSizes`. None: all are of `crop_size`.
         validation: a benchmark (`conf/dataset/`) whose pairs are the validation images, in the place of folders.
 
     Raises:
@@ -194,6 +197,8 @@ class SuperResolutionData(LightningDataModule):
         pairs: Mapping[str, Mapping[str, Any]] | None = None,
         latents: Folders | None = None,
         captions: str | None = None,
+        latents_in_memory: bool = False,
+        latent_crops: Mapping[int, float] | None = None,
         validation: PairedImages | None = None,
     ):
         super().__init__()
@@ -201,7 +206,7 @@ class SuperResolutionData(LightningDataModule):
             if size < 1 or size % TOKEN:
                 raise ValueError(f"{name}={size}: must be a positive multiple of {TOKEN} pixels (one token)")
         if latents is not None:
-            self.training = LatentPairs(latents, captions, crop_size, seed, empty_prompt_probability)
+            self.training = LatentPairs(latents, captions, crop_size, seed, empty_prompt_probability, latents_in_memory)
         else:
             self.training = TrainingCrops(
                 *(folders, crop_size, seed, flip, min_gradient, redraws, empty_prompt_probability, photos_in_memory),
@@ -217,6 +222,7 @@ class SuperResolutionData(LightningDataModule):
         self.degradation, self.seed = degradation, seed
         self.step_inputs: StepInputs | None = None  # adds to a training batch, in the workers; a module may set it
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.latent_crops = latent_crops
 
     def validation_captions(self) -> list[str]:
         """Returns the captions of the validation images."""
@@ -244,6 +250,8 @@ class SuperResolutionData(LightningDataModule):
         sampler = PositionSampler(
             len(self.training), self.batch_size, self.seed, self._images_seen, rank=rank, world_size=world_size
         )
+        if self.latent_crops is not None:
+            sampler = CropSizes(sampler, self.latent_crops, self.training.shape, self.seed)
         return self._loader(self.training, sampler, self.step_inputs)
 
     def val_dataloader(self) -> DataLoader | list:

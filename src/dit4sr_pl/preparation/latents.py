@@ -48,7 +48,7 @@ def write_latents(
     """
     failed = []
     for photo in track(photos):
-        files = {kind: latent_file(folder, kind, photo.name) for kind in (HR, LR)}
+        files = {kind: latent_file(folder, photo.name, kind) for kind in (HR, LR)}
         missing = {kind: path for kind, path in files.items() if not has_contents(path)}
         if not missing:
             continue
