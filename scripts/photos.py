@@ -1,5 +1,6 @@
 """Crops that the tiny-sd3 scripts share: some to train on, others to measure on."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,18 @@ from sklearn.datasets import load_sample_images
 
 
 class Photos:
-    """All tiles of a folder in memory; `batch` draws flipped and turned crops from them."""
+    """All tiles of a folder in memory, as uint8 `(N, 256, 256, 3)`; `names` are their files' names, without suffixes.
+
+    `batch` draws flipped and turned crops from them.
+    """
 
     def __init__(self, folder: Path):
-        files = sorted(folder.glob("*.png"))
+        files = [file for file in sorted(folder.glob("*")) if not file.name.startswith(".")]
         if not files:
-            raise SystemExit(f"{folder}: no PNG tiles; run scripts/tiny_photos.py first")
-        self.tiles = np.stack([np.asarray(Image.open(file)) for file in files])
+            raise SystemExit(f"{folder}: no tiles; run scripts/tiny_photos.py first")
+        self.names = [file.stem for file in files]
+        with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
+            self.tiles = np.stack(list(pool.map(lambda file: np.asarray(Image.open(file)), files)))
 
     def __len__(self) -> int:
         return len(self.tiles)

@@ -1,6 +1,6 @@
 """Trains tiny-sd3's autoencoder: diffusers' `AutoencoderDC`, 8x down, 16 channels.
 
-    python scripts/tiny_vae.py --photos outputs/tiny/photos --output outputs/tiny/vae
+    python scripts/tiny_vae.py --photos outputs/tiny/photos/train --output outputs/tiny/vae
 
 It starts as the best linear code of 8x8 pixel blocks (PCA), which its shortcuts and zeroed residual branches let it
 hold exactly, and learns from there: two CPU cores cannot afford to find that code by gradient descent. The loss is L1
@@ -39,7 +39,7 @@ SAVE_EVERY = 250
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", type=Path, required=True, help="folder of PNG tiles (tiny_photos.py)")
+    parser.add_argument("--photos", type=Path, required=True, help="folder of tiles (tiny_photos.py)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the diffusers model and the state")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
