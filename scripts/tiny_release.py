@@ -1,17 +1,23 @@
-"""Puts a trained LR stream into the package as tiny-dit4sr, with the injection scale of all of DiT4SR's releases.
+"""Puts a trained pair into the package: the base as tiny-sd3, the LR stream over it as tiny-dit4sr.
 
-    python scripts/tiny_release.py --trained outputs/tiny_dit4sr_anneal/full/seed0/lr_stream.safetensors
+    python scripts/tiny_release.py --base outputs/tiny/base/tiny-sd3 \\
+        --trained outputs/tiny_dit4sr/full/seed0/lr_stream.safetensors
 
-The scale is the only thing that changes; the training's file stays as it is.
+The LR stream gets the injection scale of all of DiT4SR's releases, and the name of the shipped base. The files of the
+training stay as they are.
 """
 
 import argparse
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.model import load_part, save_part
+from dit4sr_pl.model.trained_part import check_base
 
+BASE = "tiny-sd3"
 INJECTION_SCALE = 1.2  # trained with 1.0
 
 
@@ -19,12 +25,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trained", type=Path, required=True, help="LR-stream file of the training")
     parser.add_argument("--output", type=Path, default=ASSETS / "tiny-dit4sr", help="folder of the shipped LR stream")
+    parser.add_argument("--base", type=Path, help="pipeline that it was trained over (default: the shipped one)")
     args = parser.parse_args()
 
     part = load_part(args.trained)
+    base = Backbone(str(args.base or ASSETS / BASE), "float32", t5_tokens=8)
+    check_base(base.transformer, part.base, args.trained)
+    if args.base:
+        shutil.copytree(args.base / "transformer", args.output.parent / BASE / "transformer", dirs_exist_ok=True)
     variant = part.network_config["variant"] | {"injection_scale": INJECTION_SCALE}
+    config = part.network_config | {"variant": variant}
     save_part(
-        replace(part, network_config=part.network_config | {"variant": variant}), args.output / "lr_stream.safetensors"
+        replace(part, network_config=config, base=part.base | {"name": BASE}), args.output / "lr_stream.safetensors"
     )
 
 
