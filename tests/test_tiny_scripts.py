@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import tiny_base
+import tiny_pack
 import tiny_pairs
 import tiny_photos
 import tiny_rebase
@@ -22,7 +24,7 @@ from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.data.latents import LatentPairs
-from dit4sr_pl.images.files import image_size, read_image
+from dit4sr_pl.images.files import find_images, image_size, read_image
 from dit4sr_pl.model import DiT4SRTransformer, Variant, load_part, save_part
 from dit4sr_pl.model.trained_part import base_of, part_of
 from dit4sr_pl.train import train
@@ -202,3 +204,39 @@ def test_an_lr_stream_goes_over_to_another_base_and_into_a_package(toy_backbone,
     assert released.base["fingerprint"] != before.base["fingerprint"]
     assert all(torch.equal(released.state[name], before.state[name]) for name in before.state)
     assert (tmp_path / "package/tiny-sd3/transformer/config.json").exists()
+
+
+@pytest.mark.slow
+def test_a_pack_holds_a_tile_of_every_photo_within_its_limit(tiles, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tiny_pack, "tracked_files", lambda without: [])
+    call(tiny_pack, photos=tiles, output=tmp_path, limit=0.5, no_wheels=True)
+    assert "MiB  together, of 0.5" in capsys.readouterr().out
+    assert len(find_images(tmp_path / "photos/train")) == 3
+    a, b = (read_image(next(folder.glob("train/000_256_0_0.*"))).float() for folder in (tiles, tmp_path / "photos"))
+    assert (a - b).abs().mean() < 3
+    one = (tmp_path / "photos/train/000_256_0_0.avif").stat().st_size
+    assert tiny_pack.pack_photos(tiles / "train", tmp_path / "photos/train", 1.5 * one) <= 1.5 * one
+    assert [path.stem for path in (tmp_path / "photos/train").iterdir()] == ["000_256_0_0"]
+    with pytest.raises(SystemExit, match="no room"):
+        call(tiny_pack, photos=tiles, output=tmp_path, limit=0, no_wheels=True)
+
+
+def test_a_wheel_that_is_written_again_lacks_the_unused_files_and_their_records(tmp_path):
+    wheel = tmp_path / "a-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        for name, content in (
+            ("a/b.py", "1"),
+            ("a/big.pth", "0" * 99),
+            ("a-1.dist-info/RECORD", "a/b.py,,\na/big.pth,,\n"),
+        ):
+            file.writestr(name, content)
+    tiny_pack.leave_out(wheel, "a/big")
+    with zipfile.ZipFile(wheel) as file:
+        assert file.namelist() == ["a/b.py", "a-1.dist-info/RECORD"]
+        assert file.read("a-1.dist-info/RECORD") == b"a/b.py,,\n" and file.read("a/b.py") == b"1"
+
+
+def test_every_packed_package_has_a_locked_version():
+    locked = (tiny_pack.ROOT / "requirements.lock").read_text().splitlines()
+    for name in (*tiny_pack.WHEELS, *tiny_pack.FROM_SOURCE):
+        assert any(line.startswith(f"{name}==") for line in locked), name
