@@ -60,15 +60,20 @@ lock:
 	$(VENV)-lock/bin/python -m pip freeze --exclude-editable > requirements.lock
 	rm -rf $(VENV)-lock
 
-# The weights in src/dit4sr_pl/assets, from nothing; takes hours. Scripts resume where they were stopped. See docs/tiny.md.
+# The weights in src/dit4sr_pl/assets, from nothing; takes days on two cores. Scripts resume where they were stopped.
+# docs/tiny.md explains the steps, and how to take them on a GPU.
 TINY := outputs/tiny
 SHIPPED := src/dit4sr_pl/assets
+NEW := $(TINY)/base/tiny-sd3
+BASE = --photos $(TINY)/photos --pipeline $(SHIPPED)/tiny-sd3 --state $(TINY)/base --minutes $(MINUTES)
+MINUTES ?= 600# of each of the base's two phases
 tiny: $(VENV)/.done
 	test -d $(TINY)/photos || $(BIN)/python scripts/tiny_photos.py --output $(TINY)/photos
-	$(BIN)/python scripts/tiny_vae.py --photos $(TINY)/photos --output $(TINY)/vae
+	$(BIN)/python scripts/tiny_vae.py --photos $(TINY)/photos/train --output $(TINY)/vae
 	$(BIN)/python scripts/tiny_pipeline.py --vae $(TINY)/vae --output $(SHIPPED)/tiny-sd3
-	$(BIN)/python scripts/tiny_base.py --photos $(TINY)/photos --pipeline $(SHIPPED)/tiny-sd3 --state $(TINY)/base
-	$(BIN)/python -m dit4sr_pl.train experiment=tiny_dit4sr
-	$(BIN)/python -m dit4sr_pl.train experiment=tiny_dit4sr_anneal
-	$(BIN)/python scripts/tiny_release.py --trained outputs/tiny_dit4sr_anneal/full/seed0/lr_stream.safetensors
+	$(BIN)/python scripts/tiny_base.py $(BASE)
+	$(BIN)/python scripts/tiny_base.py $(BASE) --phase decay
+	$(BIN)/python scripts/tiny_pairs.py --photos $(TINY)/photos/train --pipeline $(NEW) --output $(TINY)/pairs
+	$(BIN)/python -m dit4sr_pl.train experiment=tiny_dit4sr model.backbone.name=$(NEW)
+	$(BIN)/python scripts/tiny_release.py --base $(NEW) --trained outputs/tiny_dit4sr/full/seed0/lr_stream.safetensors
 	$(BIN)/python benchmarks/tiny.py

@@ -1,6 +1,6 @@
 """Figures of the shipped tiny-sd3 and tiny-dit4sr on photos that neither was trained on.
 
-    python benchmarks/tiny.py [--checkpoint outputs/.../lr_stream.safetensors] [--steps 20]
+    python benchmarks/tiny.py [--backbone outputs/tiny/base/tiny-sd3] [--checkpoint outputs/.../lr_stream.safetensors]
 
 Every 128x128 crop of a grid over every photo that scikit-image and scikit-learn ship; x4, `light` degradation. A
 photo's score is the mean over its crops, the figure the mean over photos. PSNR is of RGB, unlike the Y channel of
@@ -31,27 +31,30 @@ CROP = 128
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", default="tiny-dit4sr")
+    parser.add_argument("--backbone", default="tiny-sd3", help="folder of another base")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--crops", type=int, default=16, help="at most, per photo: evenly spread over its grid")
     parser.add_argument("--vae-only", action="store_true")
     args = parser.parse_args()
 
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = compose("train", ["output=unused"])
+        cfg = compose("train", ["output=unused", f"model.backbone.name={args.backbone}"])
     backbone = instantiate(cfg.model.backbone)
     sampler = replace(instantiate(cfg.sampler), steps=args.steps)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     degradation, stlpips = instantiate(cfg.degradation), create("stlpips")
-    restorer = None if args.vae_only else Restorer.load(backbone, sampler, args.checkpoint, torch.device("cpu"))
+    backbone.to(device)
+    restorer = None if args.vae_only else Restorer.load(backbone, sampler, args.checkpoint, device)
 
     names = ("vae",) if args.vae_only else ("vae", "bicubic", "sr")
     print(f"{'photo':18s} {'crops':>5s}" + "".join(f"{n + ' psnr':>14s}{n + ' stlpips':>16s}" for n in names))
     rows = []
     for name, hr in photos(args.crops):
-        images = {"vae": backbone.coder.decode(backbone.coder.encode(hr))}
+        images = {"vae": backbone.coder.decode(backbone.coder.encode(hr.to(device))).cpu()}
         if restorer:
             lr, _ = degradation(hr, degradation.draw([derive_seed(name, i) for i in range(len(hr))], (CROP, CROP)))
             images["bicubic"] = enlarge(lr, (CROP, CROP))
-            images["sr"] = restorer(lr, (CROP, CROP), [""] * len(hr), [f"{name}{i}" for i in range(len(hr))], 0)
+            images["sr"] = restorer(lr, (CROP, CROP), [""] * len(hr), [f"{name}{i}" for i in range(len(hr))], 0).cpu()
         scores = [score for n in names for score in (psnr(images[n], hr), stlpips(images[n], hr).mean().item())]
         rows.append(scores)
         report(name, len(hr), scores)
