@@ -143,7 +143,7 @@ def test_a_decay_takes_the_learning_rate_to_zero_and_resumes_on_its_way(train_ba
 
 def test_pairs_are_the_latents_of_tiles_and_of_their_mirror_images(tiles, pairs):
     coder = Backbone(str(TOY_SD3), "float32", 8).coder
-    read = LatentPairs([pairs], None, seed=0, empty_prompt_probability=0, in_memory=True)
+    read = LatentPairs([pairs], None, 256, seed=0, empty_prompt_probability=0, in_memory=True)
     assert len(read) == 6 and {latents.dtype for latents in read.memory.values()} == {torch.float16}
     hr = torch.stack([read_image(path) for path in sorted((tiles / "train").iterdir())]) / 255
     expected = coder.encode(torch.cat([hr, hr.flip(-1)]))

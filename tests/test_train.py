@@ -52,13 +52,24 @@ def test_every_ablation_takes_a_step_and_leaves_its_lr_stream(run, tmp_path, abl
 
 ON_TOY_SD3 = [f"model.backbone.name={TOY_SD3}", "model.backbone.dtype=float32", "model.backbone.t5_tokens=8"]
 ON_A_CPU = ["trainer.accelerator=cpu", "trainer.devices=1", "++trainer.strategy=auto", "degradation=light"]
-OF_ITS_OWN = {"sd3_controlnet": ["model.network.num_layers=1"], "tiny_dit4sr_anneal": ["model.checkpoint=null"]}
+OF_ITS_OWN = {"sd3_controlnet": ["model.network.num_layers=1"]}
+ON_LATENTS = ("tiny_dit4sr", "tiny_ablation")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (conf_folder() / "experiment").glob("*.yaml")))
-def test_every_experiment_takes_a_step(run, experiment):
+def test_every_experiment_takes_a_step(run, experiment, tmp_path):
     small = [*ON_TOY_SD3, *ON_A_CPU, *OF_ITS_OWN.get(experiment, [])]
+    if experiment in ON_LATENTS:
+        for kind in ("latent_hr", "latent_lr"):
+            (tmp_path / kind).mkdir()
+            torch.save(torch.rand(3, 4, 8, 8), tmp_path / kind / "0.pt")
+        small += [
+            "data=latents",
+            f"data.latents=[{tmp_path}]",
+            "data.crop_size=32",
+            "data.latent_crops=[[32,0.5],[64,0.5]]",
+        ]
     run("run", f"experiment={experiment}", *small, "metrics=[psnr]")
 
 

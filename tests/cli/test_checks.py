@@ -20,7 +20,7 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 
 def test_options_of_latents_without_latents_are_named():
-    data = {"folders": ["."], "validation_folders": [], "sets": {}, "latents": None, "latent_crops": {128: 1.0}}
+    data = {"folders": ["."], "validation_folders": [], "sets": {}, "latents": None, "latent_crops": [[128, 1.0]]}
     with pytest.raises(
         ValueError, match=r"^data.latent_crops belongs to data.latents; give data.latents=\[FOLDER\], too$"
     ):

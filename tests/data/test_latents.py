@@ -208,7 +208,7 @@ def batches_of(data: SuperResolutionData, count: int) -> list[dict]:
 
 def test_batches_have_one_crop_size_and_as_many_latents_each_as_a_function_of_the_position(pieces, light):
     def data(seen: int) -> SuperResolutionData:
-        options = {"latents": [pieces], "latents_in_memory": True, "latent_crops": {64: 0.5, 128: 0.5}}
+        options = {"latents": [pieces], "latents_in_memory": True, "latent_crops": [(64, 0.5), (128, 0.5)]}
         made = SuperResolutionData([], [], light, 64, batch_size=8, num_workers=0, seed=1, **options)
         made._images_seen = lambda: seen
         return made
@@ -224,10 +224,10 @@ def test_batches_have_one_crop_size_and_as_many_latents_each_as_a_function_of_th
 @pytest.mark.parametrize(
     "crops, message",
     [
-        ({72: 1.0}, "72 is no multiple of 16 pixels up to 128"),
-        ({256: 1.0}, "256 is no multiple of 16 pixels up to 128"),
-        ({64: 0.0}, "give shares by side"),
-        ({}, "give shares by side"),
+        ([(72, 1.0)], "72 is no multiple of 16 pixels up to 128"),
+        ([(256, 1.0)], "256 is no multiple of 16 pixels up to 128"),
+        ([(64, 0.0)], "give sides and shares"),
+        ([], "give sides and shares"),
     ],
 )
 def test_crops_that_cannot_be_cut_are_refused(crops, message):

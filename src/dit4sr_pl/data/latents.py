@@ -7,7 +7,7 @@ prompt_embeds/NULL_prompt_embeds.pt, pooled_prompt_embeds/NULL_pooled_prompt_emb
 
 import logging
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,7 @@ class CropSizes(Sampler[list[Draw]]):
 
     Args:
         batches: the other sampler.
-        crops: share of the batches by side of their crops in pixels.
+        crops: sides of crops in pixels, each with its share of the batches.
         shape: shape of the whole latents, `(C, h, w)`.
         seed: seed of the sizes.
 
@@ -208,14 +208,17 @@ class CropSizes(Sampler[list[Draw]]):
         ValueError: a side is no multiple of 16 pixels, or is larger than the latents; or no share is positive.
     """
 
-    def __init__(self, batches: Iterable[list[Draw]], crops: Mapping[int, float], shape: Sequence[int], seed: int):
+    def __init__(
+        self, batches: Iterable[list[Draw]], crops: Sequence[tuple[int, float]], shape: Sequence[int], seed: int
+    ):
+        sides, shares = ([pair[i] for pair in crops] for i in (0, 1))
         largest = PIXELS * min(shape[1:])
-        if not crops or min(crops.values()) < 0 or not sum(crops.values()):
-            raise ValueError(f"data.latent_crops={dict(crops)}: give shares by side, such as {{128: 0.7, 256: 0.3}}")
-        if wrong := [side for side in crops if int(side) % TOKEN or not 0 < int(side) <= largest]:
+        if wrong := [side for side in sides if side % TOKEN or not 0 < side <= largest]:
             raise ValueError(f"data.latent_crops: {wrong[0]} is no multiple of {TOKEN} pixels up to {largest}")
-        self.sides = [int(side) // PIXELS for side in crops]
-        self.batches, self.shares, self.seed = batches, torch.tensor([float(share) for share in crops.values()]), seed
+        if not shares or min(shares) < 0 or not sum(shares):
+            raise ValueError(f"data.latent_crops={crops}: give sides and shares, such as [[128,0.7],[256,0.3]]")
+        self.sides, self.shares = [side // PIXELS for side in sides], torch.tensor(shares, dtype=torch.float32)
+        self.batches, self.seed = batches, seed
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for batch in self.batches:

@@ -169,8 +169,8 @@ class SuperResolutionData(LightningDataModule):
             images are degraded and encoded in every step. A batch then has `clean` and `lr_latent`, and no images.
         captions: captions of the latents, see `LatentPairs`.
         latents_in_memory: see `LatentPairs`.
-        latent_crops: share of the batches by side of the crops that are cut out of the latents, in pixels; see
-            `CropSizes`. None: all are of `crop_size`.
+        latent_crops: sides of the crops that are cut out of the latents, in pixels, each with its share of the
+            batches, see `CropSizes`. None: all are of `crop_size`.
         validation: a benchmark (`conf/dataset/`) whose pairs are the validation images, in the place of folders.
 
     Raises:
@@ -198,7 +198,7 @@ class SuperResolutionData(LightningDataModule):
         latents: Folders | None = None,
         captions: str | None = None,
         latents_in_memory: bool = False,
-        latent_crops: Mapping[int, float] | None = None,
+        latent_crops: Sequence[tuple[int, float]] | None = None,
         validation: PairedImages | None = None,
     ):
         super().__init__()
