@@ -18,7 +18,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from photos import Photos
-from tiny_base import best_device, fast
+from tiny_base import best_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -106,8 +106,7 @@ class Pairs(Dataset):
 def encode(coder: LatentCoder, device: torch.device, lr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the latents of the HR images and of the enlarged LR images, float16 `(B, 16, 32, 32)`, on the CPU."""
     lr, hr = lr.to(device), hr.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=fast(device)):
-        clean, lr_latent = coder.encode(hr), coder.encode(enlarge(lr, hr.shape[-2:]))
+    clean, lr_latent = coder.encode(hr), coder.encode(enlarge(lr, hr.shape[-2:]))
     return clean.half().cpu(), lr_latent.half().cpu()
 
 
