@@ -74,7 +74,7 @@ def make_worklist(
         keep_suffix: whether the result of `b.jpg` is named `b.jpg.png` instead of `b.png`.
         first_frame: whether files with several frames or pages, which are refused otherwise, restore the first.
         shard: this task's number, from 1, and the number of tasks; each has every n-th picture.
-        dropped_words: sentences of these text files that contain one of the words are left out.
+        dropped_words: sentences of the text files that contain one of the words are left out.
         samples: results per picture; with more than one, sample k is in the folder `samplekk` of `output`.
 
     Raises:
