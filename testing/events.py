@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -42,6 +43,28 @@ def fill(save: Callable, checkpoint: dict) -> None:
 def event(what: str, hook: str, steps: int) -> list[str]:
     """Returns the overrides that add an `Event` to a run."""
     return [f"+callbacks.event={{_target_: testing.events.Event, what: {what}, hook: {hook}, steps: {steps}}}"]
+
+
+class FillDisk(Callback):
+    """Fills the file system of a folder at one step and frees it again at another.
+
+    Args:
+        folder: a folder on the file system.
+        full_at: optimizer steps done when it becomes full.
+        free_at: optimizer steps done when there is space again.
+    """
+
+    def __init__(self, folder: str, full_at: int, free_at: int):
+        self.ballast, self.full_at, self.free_at = Path(folder) / "ballast", full_at, free_at
+
+    def on_train_batch_start(self, trainer: Trainer, *_) -> None:
+        """Fills or frees."""
+        if trainer.global_step == self.full_at and not self.ballast.exists():
+            with suppress(OSError), self.ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        if trainer.global_step == self.free_at:
+            self.ballast.unlink(missing_ok=True)
 
 
 class Exit(Callback):

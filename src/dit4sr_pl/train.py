@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from dit4sr_pl.cli.benchmarks import name_benchmark
 from dit4sr_pl.cli.checks import check_backbone, check_data, check_readable, check_writable
 from dit4sr_pl.cli.command import choice, command
+from dit4sr_pl.common.devices import ALL, device_count
 from dit4sr_pl.common.hub import locate
 from dit4sr_pl.common.run_identity import images_per_step
 from dit4sr_pl.scores.weight_files import check_metrics
@@ -57,9 +58,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """
     check(cfg)
     with open_run(cfg) as folder:
-        steps = 0 if cfg.overwrite else finished_steps(folder)
-        if steps >= cfg.trainer.max_steps and cfg.ckpt_path is None:
-            log.info("%s: finished at step %d; give a larger trainer.max_steps to train longer", folder, steps)
+        max_steps = cfg.trainer.max_steps
+        if not cfg.overwrite and cfg.ckpt_path is None and (steps := finished_steps(folder, max_steps)):
+            way = "a larger trainer.max_steps" if steps >= max_steps else f"ckpt_path=CHECKPOINT (it has {max_steps})"
+            log.info("%s: finished at step %d; give %s to train longer", folder, steps, way)
             return {}
         return fit(cfg, folder)
 
@@ -106,7 +108,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
         save_part(part, folder / f"{module.net.trained_name}.safetensors")
         if "scores" in callbacks and callbacks.scores.restored:
             write_result(result_of(cfg, part, data.validation_name, callbacks.scores.restored), folder)
-        finish(folder, trainer.global_step)
+        finish(folder, trainer.global_step, cfg.trainer.max_steps)
         log.info("%s: finished at step %d", folder, trainer.global_step)
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
 
@@ -117,9 +119,8 @@ def tell_global_batch(cfg: DictConfig) -> None:
     if cfg.global_batch is None or images == cfg.global_batch:
         return
     advice = "change data.batch_size, trainer.devices or trainer.accumulate_grad_batches"
-    if isinstance(images, int):
-        batches, rest = divmod(cfg.global_batch * cfg.trainer.accumulate_grad_batches, images)
-        advice = advice if rest else f"trainer.accumulate_grad_batches={batches} makes it {cfg.global_batch}"
+    batches, rest = divmod(cfg.global_batch * cfg.trainer.accumulate_grad_batches, images)
+    advice = advice if rest else f"trainer.accumulate_grad_batches={batches} makes it {cfg.global_batch}"
     log.warning("a step has %s images, not the experiment's global batch of %d; %s", images, cfg.global_batch, advice)
 
 
@@ -215,6 +216,10 @@ def check(cfg: DictConfig) -> None:
     OmegaConf.resolve(cfg)
     if missing := OmegaConf.missing_keys(cfg):
         raise ValueError(f"no value for {', '.join(sorted(missing))}; give it as key=value")
+    if not isinstance(cfg.trainer.max_steps, int) or cfg.trainer.max_steps < 1:
+        raise ValueError(f"trainer.max_steps={cfg.trainer.max_steps}: give the number of steps that the run shall have")
+    if (devices := device_count(cfg.trainer.devices, cfg.trainer.accelerator)) and cfg.trainer.devices in ALL:
+        cfg.trainer.devices = devices  # the same number for everything that reads it
     ignore_repeated_options(cfg)
     name_benchmark(cfg)
     check_data(cfg.data)
@@ -254,7 +259,8 @@ def ignore_repeated_options(cfg: DictConfig) -> None:
 
 def check_processes(trainer: DictConfig) -> None:
     """Raises ValueError unless the number of processes is that of one run; Lightning would train several runs."""
-    asked, started = trainer.devices * trainer.num_nodes, int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    devices = device_count(trainer.devices, trainer.accelerator)
+    asked, started = devices * trainer.num_nodes, int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if started not in (1, asked) and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun starts processes too
         raise ValueError(
             f"SLURM started {started} processes for trainer.devices={trainer.devices} trainer.num_nodes="

@@ -30,7 +30,7 @@ def debug(photos, tmp_path):
 
 def test_one_batch_is_one_training_and_one_validation_batch_with_all_files_of_a_run(debug):
     folder = debug("one_batch")
-    assert finished_steps(folder) == 1 and len(losses(folder)) == 1
+    assert finished_steps(folder, 1) == 1 and len(losses(folder)) == 1
     assert len(list((folder / "images").iterdir())) == 2  # a batch, of five photos
     assert {"lr_stream.safetensors", "results.parquet"} <= {path.name for path in folder.iterdir()}
     assert (folder / "checkpoints" / "0000001.ckpt").exists()

@@ -1,6 +1,11 @@
+import os
 import pickle
+import signal
 import struct
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,6 +267,39 @@ def test_a_command_runs_in_its_checkout_and_its_results_are_collected(stand_in, 
 def test_what_goes_wrong_in_a_command_is_told_in_one_line(stand_in, options, message):
     with pytest.raises(ValueError, match=message):
         restored(stand_in(**options), photo(name="a"), photo(name="b"))
+
+
+def test_what_a_command_has_made_is_kept_when_it_leaves_out_an_image(stand_in):
+    """The next call gives it the others only; so it does after a call that was killed."""
+    method = stand_in(mode="b")
+    names = []
+    with pytest.raises(ValueError, match="no result in .* for b; see"):
+        for name, _ in method([LRImage(name, photo(name=name).lr, "") for name in "abc"]):
+            names.append(name)
+    assert names == ["a", "c"]
+    method = stand_in(mode="fail")  # it makes nothing; what is there is from the call before
+    with pytest.raises(ValueError, match="exit code 1"):
+        for name, _ in method([LRImage(name, photo(name=name).lr, "") for name in "abc"]):
+            names.append(name)
+    assert names == ["a", "c", "a", "c"]
+    assert [path.name for path in (method.work / "lr").iterdir()] == ["b.png"]
+
+
+@pytest.mark.slow
+def test_a_command_ends_with_the_process_that_started_it(tmp_path):
+    code = "import sys, pathlib; from dit4sr_pl.common.processes import run_to_end\n"
+    code += "run_to_end(['sh', '-c', 'echo $$; sleep 100 & wait'], pathlib.Path('.'), sys.stdout)"
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+            shell = int(parent.stdout.readline())
+            parent.send_signal(signum)
+            assert parent.wait() == (143 if signum == signal.SIGTERM else -9)
+            deadline = time.monotonic() + 20
+            while Path(f"/proc/{shell}").exists() and "Z" not in Path(f"/proc/{shell}/stat").read_text().split()[2]:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            if signum == signal.SIGKILL:
+                os.killpg(shell, signal.SIGKILL)  # what the command itself started
 
 
 def test_images_that_the_script_would_crop_and_places_that_are_none_are_told(stand_in):

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -100,3 +101,18 @@ def test_llava_and_qwen_are_asked_the_releases_question_and_drop_the_same_senten
             "background is blurred."
         )
         assert cfg.captioner.dropped_words == cfg.captions.dropped_words == read_conf("app").captions.dropped_words
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa red bus")
+    (tmp_path / "table.jsonl").write_bytes(b'\xef\xbb\xbf{"image": "a", "caption": "a red bus"}\n')
+    assert open_captions(tmp_path)["a"] == open_captions(tmp_path / "table.jsonl")["a"] == "a red bus"
+
+
+def test_pipes_and_endless_files_are_no_captions(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "b.txt").symlink_to("/dev/zero")
+    (tmp_path / "c.txt").write_text("x" * 70000)
+    for name, message in (("a", "not a file"), ("b", "not a file"), ("c", "longer than 65536 bytes")):
+        with pytest.raises(ValueError, match=f"{name}.txt: {message}"):
+            open_captions(tmp_path)[name]

@@ -68,7 +68,7 @@ def test_a_mistake_costs_the_run_in_the_folder_nothing(photos, run, options, mes
     before = contents(run)
     with pytest.raises(Exception, match=message):
         start(photos, run, *(option.format(run=run) for option in options))
-    assert contents(run) == before and steps(run) == [3, 2, 1] and finished_steps(run) == 3
+    assert contents(run) == before and steps(run) == [3, 2, 1] and finished_steps(run, 1) == 3
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_overwrite_replaces_the_run_and_leaves_what_is_somebody_elses(photos, ru
     for name in kept:
         (run / name).write_text(name)
     start(photos, run, "overwrite=true", "seed=5", "trainer.max_steps=2", "trainer.val_check_interval=2")
-    assert OmegaConf.load(run / "config.yaml").seed == 5 and finished_steps(run) == 2 and steps(run) == [2, 1]
+    assert OmegaConf.load(run / "config.yaml").seed == 5 and finished_steps(run, 1) == 2 and steps(run) == [2, 1]
     assert all((run / name).read_text() == name for name in kept)
     assert len(list(run.glob("events*"))) == 1 and not list(run.rglob(FORMER))
 
@@ -143,7 +143,7 @@ def test_a_run_whose_config_is_damaged_says_so_and_can_be_overwritten(run, damag
         check_same_run(OmegaConf.load(run / "code.yaml"), run)
     assert run / "lr_stream.safetensors" in files_of_run(run)
     (run / "finished.yaml").write_bytes(damage)
-    assert finished_steps(run) == 0
+    assert finished_steps(run, 1) == 0
 
 
 def test_copies_of_checkpoints_are_no_checkpoints(run):
@@ -162,10 +162,34 @@ def test_a_job_that_its_scheduler_restarts_resumes_although_its_command_overwrit
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     start(photos, run, *options)
     assert "restarted by the scheduler; it resumes, without overwrite=True" in caplog.text
-    assert "resuming from step 2" in caplog.text and finished_steps(run) == 4
+    assert "resuming from step 2" in caplog.text and finished_steps(run, 1) == 4
     monkeypatch.setenv("SLURM_JOB_ID", "18")  # another job that was restarted before it could train
     start(photos, run, *options, "trainer.max_steps=1")
-    assert finished_steps(run) == 1
+    assert finished_steps(run, 1) == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_a_callback_ends_early_is_finished_with_a_checkpoint_of_its_last_step(photos, tmp_path, caplog):
+    """Lightning checks its limit of time after each batch. A given checkpoint trains on."""
+    options = [
+        "+trainer.max_time=00:00:00:01",
+        "trainer.max_steps=999",
+        "callbacks.checkpoint.every_n_train_steps=null",
+    ]
+    start(photos, tmp_path, *options)
+    done = steps(tmp_path)[0]
+    assert 0 < done < 999 and finished_steps(tmp_path, 999) == done and (tmp_path / "scores.csv").exists()
+    start(photos, tmp_path, *options)
+    assert f"finished at step {done}; give ckpt_path=CHECKPOINT" in caplog.text and steps(tmp_path)[0] == done
+    newest = f"ckpt_path={tmp_path / 'checkpoints' / f'{done:07d}.ckpt'}"
+    start(photos, tmp_path, f"trainer.max_steps={done + 1}", newest)
+    assert finished_steps(tmp_path, done + 1) == done + 1
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 0.5, None])
+def test_a_run_without_a_number_of_steps_is_refused(tmp_path, steps):
+    with pytest.raises(ValueError, match=f"trainer.max_steps={steps}: give the number of steps"):
+        start(tmp_path, tmp_path, f"trainer.max_steps={'null' if steps is None else steps}")
 
 
 @pytest.mark.parametrize("moved", [0, 1, 3, 99])

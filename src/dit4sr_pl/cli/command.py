@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -20,6 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dit4sr_pl.cli.texts import for_hydra
+from dit4sr_pl.common.devices import device_count
+from dit4sr_pl.common.processes import end_with_parent
 
 PACKAGE = Path(__file__).parents[1]
 USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
@@ -44,9 +47,9 @@ def ablation_name() -> str | None:
     return choice("ablation", "full") if network == "dit4sr" else network
 
 
-def gpus(accelerator: str, devices: int) -> int | None:
+def gpus(accelerator: str, devices: int | str | list[int]) -> int | None:
     """Returns the GPUs that a trainer needs on every node; None on CPUs: `${gpus:ACCELERATOR,DEVICES}`."""
-    return None if accelerator == "cpu" else devices
+    return None if accelerator == "cpu" else device_count(devices, accelerator)
 
 
 def cpu_precision() -> str:
@@ -128,6 +131,8 @@ def run_job(main: Callable[[DictConfig], None], cfg: DictConfig, show_traceback:
         ValueError: the job's error in one line. It refers to no object of the job, so every process can unpickle it.
     """
     side_by_side = choice("hydra/launcher") in ("local", "joblib")
+    if side_by_side:
+        end_with_parent(signal.SIGTERM)  # upon which a training saves
     failure = None
     try:
         main(cfg)

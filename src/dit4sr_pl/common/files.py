@@ -58,6 +58,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
             sync(partial)
             os.replace(partial, path)
             sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # writing names no file where the disk is full
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)

@@ -14,6 +14,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dit4sr_pl.common.devices import device_count
+
 # Settings that never change a result: they concern paths, display, saving and speed.
 NO_EFFECT = (
     "output",
@@ -154,12 +156,11 @@ def flat_settings(cfg: DictConfig) -> dict[str, Any]:
     return settings
 
 
-def images_per_step(cfg: DictConfig) -> int | str:
-    """Returns the images of a step on all devices; if one of the factors is no number, the product in words."""
+def images_per_step(cfg: DictConfig) -> int:
+    """Returns the images of a step on all devices."""
     trainer = cfg.trainer
-    counts = [cfg.data.batch_size, trainer.devices, trainer.num_nodes, trainer.accumulate_grad_batches]
-    known = all(isinstance(count, int) for count in counts)
-    return math.prod(counts) if known else " x ".join(map(str, counts))
+    devices = device_count(trainer.devices, trainer.accelerator)
+    return math.prod([cfg.data.batch_size, devices, trainer.num_nodes, trainer.accumulate_grad_batches])
 
 
 def without_modules(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 COLUMNS = ("image", "caption")
+LONGEST_TEXT = 65536  # bytes of a caption
 TABLES = (".parquet", ".jsonl")
 
 
@@ -24,7 +25,7 @@ class CaptionFiles:
         """
         path = self.folder / f"{name}.txt"
         try:
-            return on_one_line(path.read_text(encoding="utf-8"))
+            return on_one_line(read_text(path))
         except FileNotFoundError:
             return ""
         except UnicodeDecodeError:
@@ -62,6 +63,22 @@ class CaptionTable:
         return {name for name, caption in self.captions.items() if caption}
 
 
+def read_text(path: Path) -> str:
+    """Reads a short text, without the byte order mark that Notepad begins files with.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no file, such as a pipe, which would never end, or too long; or it is not UTF-8.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file; remove it, or give another folder of captions")
+    with path.open("rb") as file:
+        text = file.read(LONGEST_TEXT + 1)
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"{path}: longer than {LONGEST_TEXT} bytes, which is no caption; shorten or remove it")
+    return text.decode("utf-8-sig")
+
+
 def on_one_line(caption: str) -> str:
     """Returns a caption with one space for every run of white space, as SD3's tokenizers read it."""
     return " ".join(caption.split())
@@ -96,7 +113,7 @@ def open_captions(source: Path | str) -> CaptionFiles | CaptionTable:
 
 
 def _jsonl_rows(path: Path | str) -> Iterator[tuple[str, str]]:
-    with Path(path).open(encoding="utf-8") as lines:
+    with Path(path).open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield _row(line, f"{path}, line {number}")

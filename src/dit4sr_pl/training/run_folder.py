@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dit4sr_pl.common.devices import device_count
 from dit4sr_pl.common.files import atomic_write, folder_lock
 from dit4sr_pl.common.run_identity import differences, resume_identity
 from dit4sr_pl.training import former_run
@@ -69,7 +70,8 @@ def leads(trainer: DictConfig) -> bool:
     A run on one device has one process, whatever rank the environment names: a second process is a second run.
     """
     ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
-    return (trainer.devices == 1 and trainer.num_nodes == 1) or all(rank == "0" for rank in ranks)
+    one = device_count(trainer.devices, trainer.accelerator) == trainer.num_nodes == 1
+    return one or all(rank == "0" for rank in ranks)
 
 
 def check_same_run(cfg: DictConfig, folder: Path) -> None:
@@ -172,22 +174,22 @@ def is_restart(folder: Path) -> bool:
     return kept and recorded_job(folder) == scheduler_job()
 
 
-def finish(folder: Path, steps: int) -> None:
-    """Marks the run as finished after `steps` steps."""
+def finish(folder: Path, steps: int, max_steps: int) -> None:
+    """Marks the run as finished after `steps` steps; fewer than `max_steps` if a callback or a time limit ended it."""
     with atomic_write(folder / FINISHED) as partial:
-        OmegaConf.save({"steps": steps}, partial)
+        OmegaConf.save({"steps": steps} | ({"stopped_early": True} if steps < max_steps else {}), partial)
     settle(folder)
 
 
-def finished_steps(folder: Path) -> int:
-    """Returns the steps of a finished run; 0: the run is not finished."""
+def finished_steps(folder: Path, max_steps: int) -> int:
+    """Returns the steps of a run that is finished for a command with `max_steps`; 0: the run is not finished."""
     path = folder / FINISHED
     if not path.is_file():
         return 0
     try:
-        steps = OmegaConf.load(path).steps
-        if isinstance(steps, int) and steps >= 0:
-            return steps
+        finished = OmegaConf.load(path)
+        if isinstance(steps := finished.steps, int) and steps >= 0:
+            return steps if steps >= max_steps or finished.get("stopped_early") else 0
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, AttributeError):
         pass
     log.warning("%s: empty or damaged; the run counts as unfinished", path)

@@ -1,18 +1,22 @@
 """Systems of other authors: their own script, in their own checkout and environment."""
 
+import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
 
+from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.common.hashing import file_hash, values_hash
+from dit4sr_pl.common.processes import run_to_end
 from dit4sr_pl.evaluation.benchmark_sets import SCALE, read
 from dit4sr_pl.evaluation.methods import LRImage
-from dit4sr_pl.images.files import image_size, write_image
+from dit4sr_pl.images.files import check_image, write_image
 from dit4sr_pl.images.pairs import by_name
+
+SIZES = "sizes.json"  # of the results that a running call will have made, in its work folder
 
 
 class Command:
@@ -65,6 +69,10 @@ class Command:
             filled = [part.format(**places, **weights, seed=seed) for part in map(str, arguments)]
         except KeyError as error:
             raise ValueError(f"method.arguments: {{{error.args[0]}}} is no placeholder") from None
+        except (IndexError, ValueError) as error:
+            raise ValueError(
+                f"method.arguments: a brace outside of a placeholder ({error}); write {{{{ or }}}}"
+            ) from None
         self.command = [os.path.abspath(interpreter), *filled]  # the command runs elsewhere
         hashes = {key: file_hash(path) for key, path in weights.items()}
         self.weights_hash = values_hash(hashes) if hashes else ""
@@ -72,41 +80,75 @@ class Command:
         self.identity = {"arguments": list(arguments), "weights": hashes, "seed": seed}
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
-        for folder in ("lr", "sr", "prompts"):
-            shutil.rmtree(self.work / folder, ignore_errors=True)
-            (self.work / folder).mkdir(parents=True)
-        sizes = {}
-        for image in lr_images:
-            if "/" in image.name:
-                raise ValueError(f"{image.name}: {self.label} takes the images of one folder, not of folders in it")
-            height, width = image.lr.shape[-2:]
-            if self.side is not None and (height, width) != (self.side, self.side):
-                raise ValueError(f"{image.name}: {width}x{height}; {self.label}'s script takes {self.side}x{self.side}")
-            write_image(self.work / "lr" / f"{image.name}.png", image.lr[0])
-            (self.work / "prompts" / f"{image.name}.txt").write_text(image.caption)
-            sizes[image.name] = (SCALE * width, SCALE * height)
-        self.run()
-        for name, path in self.collect(sizes).items():
-            yield name, read(path)[0]
-        for folder in ("lr", "sr", "prompts"):
-            shutil.rmtree(self.work / folder)
+        """Restores all images by one call of the command; yields what it has made, also if some are missing.
 
-    def run(self) -> None:
-        """Runs the command; raises ValueError, which names the log, if it fails."""
-        log = self.work / "log.txt"
-        with log.open("w") as file:
-            print(*self.command, file=file, flush=True)
-            code = subprocess.run(self.command, cwd=self.checkout, stdout=file, stderr=subprocess.STDOUT).returncode
-        if code:
-            last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
-            raise ValueError(f"{self.label}: its command ended with exit code {code} ({last[-200:]}); see {log}")
-
-    def collect(self, sizes: dict[str, tuple[int, int]]) -> dict[str, Path]:
-        """Returns the results by name.
+        Results of a call that was stopped are taken, so that the command gets the other images only.
 
         Raises:
-            ValueError: results are missing or have another size than `sizes`; the message lists them.
+            ValueError: the command failed, or results are missing or of another size; all others were yielded before.
         """
+        made, _ = self.collect(self.begun())
+        for folder in ("lr", "prompts"):
+            self.clear(folder)
+        sizes = {}
+        for image in lr_images:
+            self.check(image)
+            height, width = image.lr.shape[-2:]
+            if image.name in made:
+                yield image.name, read(made[image.name])[0]
+                continue
+            write_image(self.work / "lr" / f"{image.name}.png", image.lr[0])
+            (self.work / "prompts" / f"{image.name}.txt").write_text(image.caption, encoding="utf-8")
+            sizes[image.name] = (SCALE * width, SCALE * height)
+        if not sizes:
+            return
+        self.clear("sr")
+        with atomic_write(self.work / SIZES) as partial:
+            partial.write_text(json.dumps(sizes), encoding="utf-8")
+        failure = self.run()
+        found, problems = self.collect(sizes)
+        for name, path in found.items():
+            yield name, read(path)[0]
+        if failure or problems:
+            raise ValueError(f"{self.label}: {'; '.join(failure or problems)}; see {self.work / 'log.txt'}")
+        for folder in ("lr", "sr", "prompts"):
+            shutil.rmtree(self.work / folder)
+        (self.work / SIZES).unlink()
+
+    def check(self, image: LRImage) -> None:
+        """Raises ValueError for an image that the script does not take."""
+        if "/" in image.name:
+            raise ValueError(f"{image.name}: {self.label} takes the images of one folder, not of folders in it")
+        height, width = image.lr.shape[-2:]
+        if self.side is not None and (height, width) != (self.side, self.side):
+            raise ValueError(f"{image.name}: {width}x{height}; {self.label}'s script takes {self.side}x{self.side}")
+
+    def clear(self, folder: str) -> None:
+        """Makes an empty folder for the command."""
+        shutil.rmtree(self.work / folder, ignore_errors=True)
+        (self.work / folder).mkdir(parents=True)
+
+    def begun(self) -> dict[str, tuple[int, int]]:
+        """Returns names and sizes of the results that a stopped call was to make; {} without one."""
+        try:
+            sizes = json.loads((self.work / SIZES).read_text(encoding="utf-8"))
+            return {name: tuple(size) for name, size in sizes.items()}
+        except (FileNotFoundError, ValueError, AttributeError, TypeError):
+            return {}
+
+    def run(self) -> list[str]:
+        """Runs the command; returns a message with the last line of its log if it fails, else []."""
+        log = self.work / "log.txt"
+        with log.open("w", encoding="utf-8") as file:
+            print(*self.command, file=file, flush=True)
+            code = run_to_end(self.command, self.checkout, file)
+        if not code:
+            return []
+        last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
+        return [f"its command ended with exit code {code} ({last[-200:]})"]
+
+    def collect(self, sizes: dict[str, tuple[int, int]]) -> tuple[dict[str, Path], list[str]]:
+        """Returns the results by name, and messages about those that are missing or have another size than `sizes`."""
         try:
             written = by_name(self.outputs)
         except (FileNotFoundError, ValueError):
@@ -114,10 +156,19 @@ class Command:
         # One suffix for all: of `a` and `a_0` the script may make `a_0` and `a_0_0`.
         kept = [{name: written[name + end] for name in sizes if name + end in written} for end in self.suffixes]
         found = max(kept, key=len)
+        wrong = {name: state for name, path in found.items() if (state := size_of(path)) != sizes[name]}
+        problems = []
         if missing := sizes.keys() - found.keys():
-            log = self.work / "log.txt"
-            raise ValueError(f"{self.label}: no result in {self.outputs} for {', '.join(sorted(missing))}; see {log}")
-        wrong = [f"{path} {image_size(path)}" for name, path in found.items() if image_size(path) != sizes[name]]
+            problems.append(f"no result in {self.outputs} for {', '.join(sorted(missing))}")
         if wrong:
-            raise ValueError(f"{self.label}: not {SCALE} times as large as the LR image: {', '.join(wrong)}")
-        return found
+            listed = ", ".join(f"{found[name]} {state}" for name, state in wrong.items())
+            problems.append(f"not {SCALE} times as large as the LR image: {listed}")
+        return {name: path for name, path in found.items() if name not in wrong}, problems
+
+
+def size_of(path: Path) -> tuple[int, int] | str:
+    """Returns width and height of a whole image; of one that a stopped script left, what is wrong with it."""
+    try:
+        return check_image(path)
+    except ValueError:
+        return "(damaged)"

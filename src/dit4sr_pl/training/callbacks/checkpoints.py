@@ -21,6 +21,7 @@ from dit4sr_pl.training.lightning_state import (
     validation_follows,
     validation_interval,
 )
+from dit4sr_pl.training.run_folder import by_step
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Checkpoints(Checkpoint):
         self.keep_last = keep_last
         self.received: set[int] = set()
         self.heard: set[int] = set()  # signals to any device, as of the last step
-        self.pending = False
+        self.pending, self.linked = False, True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remembers the signal handlers; Lightning installs its own after this."""
@@ -149,11 +150,23 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(path)
         self.pending, self.saved_at = False, time.monotonic()
         if trainer.is_global_zero and path.exists():
+            self.link(path.name)
+            for old in by_step(self.folder)[self.keep_last :]:
+                try:
+                    old.unlink()
+                except OSError as error:
+                    log.warning("%s: not removed (%s)", old, error.strerror)
+
+    def link(self, newest: str) -> None:
+        """Links `last.ckpt` to the newest checkpoint; nothing reads it, so a file system without links does no harm."""
+        try:
             with atomic_write(self.folder / "last.ckpt") as partial:
-                partial.unlink(missing_ok=True)
-                partial.symlink_to(path.name)
-            for old in sorted(self.folder.glob("[0-9]*.ckpt"))[: -self.keep_last]:
-                old.unlink()
+                partial.unlink()
+                partial.symlink_to(newest)
+        except OSError as error:
+            if self.linked:
+                log.warning("%s: not linked to %s (%s)", self.folder / "last.ckpt", newest, error.strerror)
+            self.linked = False
 
     def answer(self, signals: set[int]) -> None:
         """Exits on SIGTERM; calls the former handlers of other signals."""

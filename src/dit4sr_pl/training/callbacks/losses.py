@@ -1,11 +1,14 @@
 """A file with the loss of every batch, by which two runs can be compared."""
 
+import logging
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
 from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.training.lightning_state import batches_done
+
+log = logging.getLogger(__name__)
 
 
 class Losses(Callback):
@@ -52,5 +55,8 @@ class Losses(Callback):
         loss = trainer.callback_metrics["train/loss"].item()
         self.batches += 1
         if trainer.is_global_zero:
-            with self.path.open("a") as file:
-                file.write(f"{self.batches},{loss}\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(f"{self.batches},{loss}\n")
+            except OSError as error:
+                log.warning("%s: batch %d is not written (%s)", self.path, self.batches, error.strerror)

@@ -94,7 +94,10 @@ class ValidationScores(Callback):
         for name, scores, *images in zip(names, self.measure(sr, hr), batch["lr"], bicubic, sr, hr, strict=True):
             self.rows[name] = scores, self.bicubic[name], validation_strip(*images).mul(255).round().byte()
         for name, image in zip(names, sr, strict=True):
-            write_image(self.pictures / f"{name}.png", image)
+            try:
+                write_image(self.pictures / f"{name}.png", image)
+            except OSError as error:
+                log.warning("%s: not written (%s)", self.pictures / f"{name}.png", error.strerror)
 
     def measure(self, images: Tensor, hr: Tensor) -> list[Scores]:
         """Returns the scores of each image `(B, 3, H, W)`."""
