@@ -139,9 +139,9 @@ class SuperResolutionData(LightningDataModule):
 
     A batch on the device has the keys of `TrainingCrops` and, in float32 and 0..1, `lr` `(B, 3, H/4, W/4)` and `hr`
     `(B, 3, H, W)`, with the parameters `degradation` that made them; `image` becomes float too. Workers add to training
-    batches what the attribute `step_inputs` returns for them. Given pairs stay as
-    they are: their `hr` is the photo, and `degradation` has the other images alone. `seed` and `position` are int64
-    `(B,)` and stay on the CPU, where generators are seeded.
+    batches what the attribute `step_inputs` returns for them. Given pairs stay as they are: their `hr` is the photo,
+    and `degradation` has the other images alone. `seed` and `position` are int64 `(B,)` and stay on the CPU, where
+    generators are seeded.
 
     Training starts at image `global_step * batch_size * devices * accumulate_grad_batches`, so a checkpoint's step
     number is all that resuming needs. Under DDP the trainer needs `use_distributed_sampler=False`, otherwise Lightning
@@ -267,9 +267,8 @@ class SuperResolutionData(LightningDataModule):
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
         """Moves a batch to the device except its seeds, positions and `paired`, which are read on the CPU."""
-        on_cpu = {
-            key: batch[key] for key in ("seed", "position", "paired") if key in batch
-        }  # reading them back would wait for the device
+        kept = ("seed", "position", "paired")  # reading them back would wait for the device
+        on_cpu = {key: batch[key] for key in kept if key in batch}
         return super().transfer_batch_to_device(batch, device, dataloader_idx) | on_cpu
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
