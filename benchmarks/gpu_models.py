@@ -20,12 +20,16 @@ from dit4sr_pl.model import DiT4SRTransformer
 
 try:
     from dit4sr_pl.backbone.autoencoder import LatentCoder, draw_noise
+    from dit4sr_pl.backbone.flow import TimestepDensity
     from dit4sr_pl.backbone.sd3 import Backbone
     from dit4sr_pl.common.randomness import generator
     from dit4sr_pl.data.module import SuperResolutionData
     from dit4sr_pl.restoration.sampling import Sampler, restore
+    from dit4sr_pl.training.learning_rate import LearningRateSchedule
     from dit4sr_pl.training.module import SuperResolutionModule
-except ModuleNotFoundError:  # the state at 6d90829, which section `baseline` runs, has other names
+
+    SINCE = {"timesteps": TimestepDensity(), "schedule": LearningRateSchedule("constant", 0, 1, 1.0, None, 0.0)}
+except ModuleNotFoundError:  # the state at 6d90829, which section `before` runs, has other names
     from dit4sr_pl.latents import LatentCoder, draw_noise
     from dit4sr_pl.module import SuperResolutionModule
     from dit4sr_pl.randomness import generator
@@ -33,6 +37,8 @@ except ModuleNotFoundError:  # the state at 6d90829, which section `baseline` ru
 
     from dit4sr_pl.backbone import Backbone
     from dit4sr_pl.data import SuperResolutionData
+
+    SINCE = {}
 
 __all__ = ["LatentCoder", "SuperResolutionData", "SuperResolutionModule", "draw_noise", "generator", "restore"]
 
@@ -136,10 +142,17 @@ def degradation() -> Degradation:
 
 def module(bench: Bench, compile: bool = False, **options: Any) -> SuperResolutionModule:
     """Returns the module of a training with random weights; options are the network's."""
-    network = lambda base: make_network(base, **options)  # noqa: E731
-    optimizer = partial(torch.optim.AdamW, lr=5e-5, fused=True)
-    backbone, chosen = RandomBackbone(bench, 77), sampler(bench)
-    return SuperResolutionModule(backbone, network, None, "released", optimizer, chosen, compile, 0)
+    return SuperResolutionModule(
+        backbone=RandomBackbone(bench, 77),
+        network=lambda base: make_network(base, **options),
+        checkpoint=None,
+        weighting="released",
+        optimizer=partial(torch.optim.AdamW, lr=5e-5, fused=True),
+        sampler=sampler(bench),
+        compile=compile,
+        seed=0,
+        **SINCE,
+    )
 
 
 @contextmanager

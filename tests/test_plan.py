@@ -103,7 +103,7 @@ def test_what_fits_grows_with_the_memory(budget):
 
 def test_activations_lie_on_the_line_through_counted_steps(budget):
     for switch in (False, True):
-        assert budget.activations(8, switch) == budget.costs[switch][8].activations
+        assert budget.activations(8, switch) == budget.cost(switch, 8).activations
         assert budget.activations(1, switch) < budget.activations(4, switch) < budget.activations(8, switch)
 
 

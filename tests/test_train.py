@@ -1,11 +1,13 @@
 import copy
 import io
+import logging
 import re
 import shlex
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, block, load_pa
 from dit4sr_pl.preparation.embeddings import write_embeddings
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.scores.results import read_result
-from dit4sr_pl.train import check, train
+from dit4sr_pl.train import check, gradient_checkpointing, train
 from dit4sr_pl.training.module import SuperResolutionModule, start_from_checkpoint
 from testing.toy_runs import CONTROLNET, SAMPLER, TOY_SD3, events, losses, toy
 
@@ -264,6 +266,35 @@ def test_gradient_checkpointing_switch_reaches_the_blocks(run, monkeypatch):
         run(switch, *arguments, "callbacks.checkpoint.every_n_train_steps=1")
         counts.append(len(calls))
     assert counts[1] == 2 * counts[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("memory", "switch"), [(80, False), (1, True)])
+def test_auto_checkpoints_where_a_step_exceeds_the_gpus_memory(whole_config, monkeypatch, caplog, memory, switch):
+    cfg = copy.deepcopy(whole_config)
+    cfg.model.network.gradient_checkpointing = "auto"
+    assert gradient_checkpointing(cfg) is False  # on a CPU
+    cfg.trainer.accelerator = "gpu"
+    card = SimpleNamespace(total_memory=memory * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    with caplog.at_level(logging.INFO, "dit4sr_pl.train"):
+        assert gradient_checkpointing(cfg) is switch
+    assert f"gradient checkpointing is {'on' if switch else 'off'}: a step without it takes" in caplog.text
+    cfg.model.network.gradient_checkpointing = not switch
+    assert gradient_checkpointing(cfg) is not switch
+
+
+@pytest.mark.slow
+def test_a_run_over_a_quantized_base_resumes_exactly_and_is_another_run_without(run, tmp_path):
+    arguments = ["model.backbone.quantization=int8", "trainer.limit_val_batches=0", "~callbacks.scores"]
+    arguments += ["callbacks.checkpoint.every_n_train_steps=1"]
+    run("whole", *arguments)
+    run("resumed", *arguments, "trainer.max_steps=1")
+    run("resumed", *arguments)
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+    with pytest.raises(ValueError, match="model.backbone.quantization"):
+        run("resumed", "trainer.max_steps=3")
 
 
 @pytest.mark.slow

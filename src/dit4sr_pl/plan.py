@@ -104,10 +104,7 @@ def make_budget(cfg: DictConfig, folder: Path) -> "Budget":
     averages = any(str(callback.get("_target_")).endswith("WeightAveraging") for callback in cfg.callbacks.values())
     return Budget(
         backbone,
-        {
-            checkpointing: instantiate(cfg.model.network, gradient_checkpointing=checkpointing)
-            for checkpointing in (False, True)
-        },
+        instantiate(cfg.model.network, gradient_checkpointing=False),
         instantiate(cfg.optimizer),
         batch=cfg.data.batch_size,
         image=cfg.data.crop_size,
@@ -115,7 +112,24 @@ def make_budget(cfg: DictConfig, folder: Path) -> "Budget":
         precision=cfg.trainer.precision,
         reads_text_encoders=cfg.model.backbone.embeddings is None,
         averages=averages,
+        quantization=cfg.model.backbone.quantization,
     )
+
+
+def choose_checkpointing(cfg: DictConfig, total: int, reserved: float) -> tuple[bool, str]:
+    """Returns whether a GPU needs gradient checkpointing for a training, and why.
+
+    Args:
+        cfg: config of the training.
+        total: bytes of the GPU's memory.
+        reserved: GiB of it that are kept free.
+    """
+    from dit4sr_pl.planning.budget import Spread
+
+    budget = make_budget(cfg, find_configs(cfg.model.backbone.name)[0])
+    spread = Spread(cfg.trainer.devices * cfg.trainer.num_nodes, cfg.sharded, budget.batch)
+    needed, free = budget.peak(spread, budget.batch, checkpointing=False) / GIB, total / GIB - reserved
+    return needed > free, f"a step without it takes {needed:.1f} GiB by plan, and {free:.1f} GiB are free"
 
 
 def new_table(*columns: str) -> "Table":
@@ -154,7 +168,8 @@ def memory_table(cfg: DictConfig, budget: "Budget", images: int) -> "Table":
 
     gpus = [count for count in cfg.plan.gpus if images % count == 0]
     spreads = [Spread(count, sharded=False, images=images // count) for count in gpus]
-    spreads += [Spread(count, sharded=True, images=images // count) for count in gpus if count > 1]
+    if cfg.model.backbone.quantization is None:  # FSDP shards plain weights alone
+        spreads += [Spread(count, sharded=True, images=images // count) for count in gpus if count > 1]
     table = new_table("GiB per GPU", *(str(spread) for spread in spreads))
 
     batches = [min(budget.batch, spread.images) for spread in spreads]
@@ -218,7 +233,7 @@ def restoring_row(cfg: DictConfig, size: int, device: "torch.device | None", tfl
     backbone = MetaBackbone(
         find_configs(cfg.model.backbone.name)[0], "float32" if device and device.type == "cpu" else "float16"
     )
-    make, sampler = instantiate(cfg.model.network), instantiate(cfg.sampler)
+    make, sampler = instantiate(cfg.model.network, gradient_checkpointing=False), instantiate(cfg.sampler)
     cost = restoring_cost(backbone, backbone.network(make), sampler, size)
     seconds = cost.flops / 1e12 / tflops
     if device:

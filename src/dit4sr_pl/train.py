@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.cli.benchmarks import name_benchmark
 from dit4sr_pl.cli.checks import check_backbone, check_data, check_readable, check_writable
-from dit4sr_pl.cli.command import choice, command
+from dit4sr_pl.cli.command import choice, command, conf_folder
 from dit4sr_pl.common.devices import ALL, device_count
 from dit4sr_pl.common.hub import locate
 from dit4sr_pl.common.run_identity import images_per_step
@@ -86,11 +86,12 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
     if checkpoint is None and not cfg.overwrite:
         checkpoint = newest_checkpoint(folder, cfg.trainer.max_steps)
     start = step_of(checkpoint, cfg.trainer.max_steps) if checkpoint else 0
+    network = {"gradient_checkpointing": gradient_checkpointing(cfg)}
     seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     callbacks = instantiate(cfg.callbacks)
     data = instantiate(cfg.data)
-    module = instantiate(cfg.model)
+    module = instantiate(cfg.model, network=network)
     if cfg.model.backbone.embeddings is not None:
         check_prompts(cfg, module, data)
     changes = Start(cfg, folder, start)
@@ -164,6 +165,23 @@ def embeddings_command(cfg: DictConfig) -> str:
         f"embeddings={cfg.model.backbone.embeddings}",
     ]
     return shlex.join(["python", "-m", "dit4sr_pl.prepare", "stage=embeddings", *words])
+
+
+def gradient_checkpointing(cfg: DictConfig) -> bool:
+    """Returns whether blocks are computed again in the backward pass; `auto` depends on the GPU's memory."""
+    chosen = cfg.model.network.gradient_checkpointing
+    if chosen != "auto":
+        return chosen
+    import torch
+
+    from dit4sr_pl.plan import choose_checkpointing
+
+    if cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        return False
+    total = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory
+    chosen, reason = choose_checkpointing(cfg, total, OmegaConf.load(conf_folder() / "plan.yaml").plan.reserved)
+    log.info("gradient checkpointing is %s: %s", "on" if chosen else "off", reason)
+    return chosen
 
 
 def validation_interval(trainer: DictConfig) -> int | float | str:
@@ -241,6 +259,11 @@ def check(cfg: DictConfig) -> None:
             f"trainer.precision=32-true computes in float32, and model.backbone.dtype={cfg.model.backbone.dtype} does "
             "not; give model.backbone.dtype=float32, or trainer.precision=bf16-mixed"
         )
+    if (chosen := cfg.model.network.gradient_checkpointing) not in (True, False, "auto"):
+        raise ValueError(f"model.network.gradient_checkpointing={chosen}: choose true, false or auto")
+    if cfg.sharded and cfg.model.backbone.quantization is not None:
+        what = f"model.backbone.quantization={cfg.model.backbone.quantization}"
+        raise ValueError(f"{what}: trainer=fsdp shards plain weights alone; take trainer=ddp, or no quantization")
     if "scores" in cfg.callbacks:
         check_metrics(cfg.callbacks.scores.metrics, cfg.data.validation_crop if cfg.data.validation is None else None)
     check_writable(cfg.output, "output")

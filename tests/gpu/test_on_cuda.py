@@ -14,6 +14,7 @@ import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler
 from lightning import Trainer
 
+from dit4sr_pl.backbone.flow import TimestepDensity
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.data.module import SuperResolutionData
@@ -24,6 +25,7 @@ from dit4sr_pl.model import DiT4SRTransformer, load_part
 from dit4sr_pl.model.trained_part import fit_part
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
+from dit4sr_pl.training.learning_rate import LearningRateSchedule
 from dit4sr_pl.training.module import SuperResolutionModule
 from testing import ROOT
 from testing.networks import randomise
@@ -111,7 +113,9 @@ def train(folder: Path, device: torch.device, precision: str) -> list[float]:
         **{"crop_size": 64, "batch_size": 2, "num_workers": 0, "min_gradient": 0.0},
     )
     optimizer = partial(torch.optim.AdamW, lr=1e-3, fused=True)
-    module = Module(tiny(), DiT4SRTransformer, str(LR_STREAM), "released", optimizer, sampler(), False, 0)
+    parts = {"timesteps": TimestepDensity(), "schedule": LearningRateSchedule("constant", 0, 1, 1.0, None, 0.0)}
+    parts |= {"backbone": tiny(), "network": DiT4SRTransformer, "sampler": sampler(), "optimizer": optimizer}
+    module = Module(checkpoint=str(LR_STREAM), weighting="released", compile=False, seed=0, **parts)
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,

@@ -24,6 +24,8 @@ from dit4sr_pl.backbone.prompt_cache import PromptCache
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.hub import HubError, hub_errors
+from dit4sr_pl.model.quantized import quantize
+from dit4sr_pl.model.trained_part import fingerprint
 
 
 class TextEncoders(StableDiffusion3Pipeline):
@@ -42,19 +44,27 @@ class Backbone:
         embeddings: folder of prompt embeddings (`prepare stage=embeddings`), with which text encoders and tokenizers
             are never read; None: prompts are encoded when they come.
         gpu_memory: GiB of a GPU's memory that all components need when they are on it together; None: little.
+        quantization: how `quantize` stores the base's weights: `int8`, `fp8` or `nf4`; None: as they are.
 
     Raises:
         FileNotFoundError: a component that a run asks for is not there; the message says what to do.
     """
 
     def __init__(
-        self, name: str, dtype: str, t5_tokens: int, embeddings: str | None = None, gpu_memory: float | None = None
+        self,
+        name: str,
+        dtype: str,
+        t5_tokens: int,
+        embeddings: str | None = None,
+        gpu_memory: float | None = None,
+        quantization: str | None = None,
     ):
         self.name = name
         self.dtype = getattr(torch, dtype)
         self.t5_tokens = t5_tokens
         self.embeddings = embeddings
         self.gpu_memory = gpu_memory
+        self.quantization = quantization
         self.device, self.offload = torch.device("cpu"), False
 
     @property
@@ -138,6 +148,12 @@ class Backbone:
             self.place(self.vae)
         for encoder in encoders_of(self.text_encoders) if "text_encoders" in read else []:
             self.place(encoder)
+
+    def quantize(self) -> None:
+        """Stores the base's weights in fewer bits, if the config says so; networks are built and merged before."""
+        if self.quantization is not None and not hasattr(self.transformer, "original_fingerprint"):
+            self.transformer.original_fingerprint = fingerprint(self.transformer)
+            quantize(self.transformer, self.quantization)
 
     def exceeds(self, device: torch.device) -> bool:
         """Returns whether all components together need more memory than a GPU has."""

@@ -13,6 +13,7 @@ from dit4sr_pl.common.hub import check_access
 
 QUANTIZATIONS = (None, "int8", "nf4")
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8", "fp8", "nf4")
 SCALES = (1, 8)
 
 
@@ -114,7 +115,8 @@ def check_backbone(backbone: DictConfig) -> None:
     A name that begins with `.`, `/` or `~` is a folder; another one is a folder, a model in this package, or a hub id.
 
     Raises:
-        ValueError: the dtype is unknown, or prompts are cut to fewer tokens than the model's T5 was trained with.
+        ValueError: the dtype or the quantization is unknown, bitsandbytes is missing, or prompts are cut to fewer
+            tokens than the model's T5 was trained with.
         FileNotFoundError: the folder of the model or of the embeddings does not exist, or the hub's model cannot be
             read.
     """
@@ -122,6 +124,12 @@ def check_backbone(backbone: DictConfig) -> None:
         raise ValueError(f"model.backbone.dtype={backbone.dtype}: choose one of {', '.join(DTYPES)}")
     if "t5_tokens" in backbone:
         check_t5_tokens(backbone.t5_tokens, longest_prompt(backbone.name), backbone.name)
+    if backbone.quantization is not None:
+        what = f"model.backbone.quantization={backbone.quantization}"
+        if backbone.quantization not in QUANTIZATIONS:
+            raise ValueError(f"{what}: choose one of {', '.join(QUANTIZATIONS)}, or null")
+        if backbone.quantization == "nf4" and find_spec("bitsandbytes") is None:
+            raise ValueError(f"{what} needs bitsandbytes; pip install bitsandbytes, or take int8 or fp8")
     if backbone.name.startswith((".", "/", "~")):
         check_readable(Path(backbone.name) / "model_index.json", "model.backbone.name")
     elif "/" in backbone.name and not Path(backbone.name).exists():

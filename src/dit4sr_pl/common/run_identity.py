@@ -54,6 +54,7 @@ ADDED = {
     "data.latents": None,
     "data.captions": None,
     "data.latent_crops": None,
+    "model.backbone.quantization": None,
     "trainer.max_time": None,
     "schedule._target_": "LearningRateSchedule",
     "schedule.name": "constant",

@@ -18,6 +18,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from dit4sr_pl.common.precision import without_autocast
+from dit4sr_pl.model.quantized import full_weight
 from dit4sr_pl.model.variant import Variant
 
 
@@ -86,8 +87,9 @@ def product(ours: nn.Linear, frozen: nn.Linear) -> tuple[Tensor, Tensor]:
     The product of the two matrices costs as much as D tokens, forward and backward; every token then passes one matrix
     instead of two.
     """
-    weight = ours.weight.to(frozen.weight.dtype)  # cast once, since both products under autocast would cast it
-    return weight @ frozen.weight, F.linear(frozen.bias, weight, ours.bias.to(weight.dtype))
+    full = full_weight(frozen)
+    weight = ours.weight.to(full.dtype)  # cast once, since both products under autocast would cast it
+    return weight @ full, F.linear(frozen.bias, weight, ours.bias.to(weight.dtype))
 
 
 class ConvInjection(nn.Module):

@@ -65,8 +65,12 @@ def with_injection_scale(network_config: dict, injection_scale: float | None, so
 
 
 def fingerprint(base: SD3Transformer2DModel) -> str:
-    """Returns a hash of a few values per weight of a base; it is the same in float32, bfloat16 and float16."""
-    return weights_fingerprint(sorted(base.state_dict().items()))
+    """Returns a hash of a few values per weight of a base; it is the same in float32, bfloat16 and float16.
+
+    A quantized base keeps that of its weights before.
+    """
+    kept = getattr(base, "original_fingerprint", None)
+    return kept or weights_fingerprint(sorted(base.state_dict().items()))
 
 
 def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:

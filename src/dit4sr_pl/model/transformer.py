@@ -34,6 +34,8 @@ class DiT4SRTransformer(nn.Module):
         lr_stream: LRStream | None = None,
     ):
         super().__init__()
+        if hasattr(base, "original_fingerprint"):
+            raise ValueError("the base is quantized already, and an LR stream starts from its original weights")
         if lr_stream is None:
             lr_stream = LRStream.over(base, variant or Variant())
             lr_stream.copy_output_projections_from(base)

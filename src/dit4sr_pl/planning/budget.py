@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
-from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dit4sr_pl.model.quantized import stored_bytes
 from dit4sr_pl.planning.meta_backbone import MetaBackbone
-from dit4sr_pl.planning.step_cost import step_cost
+from dit4sr_pl.planning.step_cost import StepCost, step_cost
 
 PREFETCHED = 2  # blocks: FSDP gathers the next one while one runs
 
@@ -37,7 +38,7 @@ class Budget:
 
     Args:
         backbone: the frozen pipeline on the meta device.
-        networks: makes the network over the frozen transformer; True: with gradient checkpointing, False: without.
+        make_network: makes the network over the frozen transformer, by its argument `gradient_checkpointing`.
         make_optimizer: makes an optimizer of parameters.
         batch: images that a GPU processes at a time.
         image: side of an image in pixels.
@@ -45,12 +46,13 @@ class Budget:
         precision: precision of Lightning's Trainer, see `step_cost`.
         reads_text_encoders: False if prompt embeddings are cached.
         averages: True if an average of the weights is kept during training.
+        quantization: how the base's weights are stored, see `quantize`; None: as they are.
     """
 
     def __init__(
         self,
         backbone: MetaBackbone,
-        networks: dict[bool, Callable[[SD3Transformer2DModel], nn.Module]],
+        make_network: Callable[..., nn.Module],
         make_optimizer: Callable[[Any], Optimizer],
         *,
         batch: int,
@@ -59,20 +61,21 @@ class Budget:
         precision: str,
         reads_text_encoders: bool,
         averages: bool,
+        quantization: str | None = None,
     ):
-        self.network = backbone.network(networks[True])
+        self.network = backbone.network(make_network)
         self.vae = backbone.coder().vae
         self.text_encoders = backbone.text_encoders() if reads_text_encoders else []
         self.averages = averages
         self.batch = batch
+        self.base_bytes = stored_bytes(self.network.base, quantization)
         sizes = {"image": image, "text_tokens": text_tokens, "precision": precision}
-        self.costs = {
-            checkpointing: {
-                count: step_cost(backbone.network(make), backbone.coder(), make_optimizer, batch=count, **sizes)
-                for count in (1, max(2, batch))
-            }
-            for checkpointing, make in networks.items()
-        }
+
+        def cost(checkpointing: bool, images: int) -> StepCost:
+            network = backbone.network(partial(make_network, gradient_checkpointing=checkpointing))
+            return step_cost(network, backbone.coder(), make_optimizer, batch=images, **sizes)
+
+        self.cost = cache(cost)
 
     @property
     def trained_part(self) -> nn.Module:
@@ -96,8 +99,8 @@ class Budget:
 
     def flops_per_image(self) -> dict[str, float]:
         """Returns FLOPs per image by what they are spent on, at `batch` images at a time."""
-        images = max(self.costs[False])
-        plain, checkpointed = self.costs[False][images], self.costs[True][images]
+        images = max(2, self.batch)
+        plain, checkpointed = self.cost(False, images), self.cost(True, images)
         return {
             "encode HR and LR": plain.encode.flops / images,
             "forward": plain.forward.flops / images,
@@ -116,32 +119,37 @@ class Budget:
         share = spread.gpus if spread.sharded else 1
         trained = weight_bytes(self.trained_part)
         return {
-            "frozen transformer": parameter_bytes(self.network.base) // share,
+            "frozen transformer": self.base_bytes // share,
             "table of positions": weight_bytes(self.network.base) - parameter_bytes(self.network.base),
             "autoencoder": weight_bytes(self.vae),
             "text encoders": sum(map(weight_bytes, self.text_encoders)),
             "trained weights": trained // share,
             "gradients": sum(parameter.nbytes for parameter in trainable(self.network)) // share,
-            "optimizer's moments": self.costs[True][1].moments // share,
+            "optimizer's moments": self.cost(False, self.batch).moments // share,
             "running average": trained if self.averages else 0,
             "gathered blocks": PREFETCHED * gathered_bytes(self.network) if spread.sharded else 0,
         }
 
     def activations(self, images: int, checkpointing: bool) -> int:
-        """Returns the bytes of activations, by the straight line through the two steps that were counted."""
-        (low, at_low), (high, at_high) = sorted(self.costs[checkpointing].items())
-        slope = (at_high.activations - at_low.activations) / (high - low)
-        return round(at_low.activations + slope * (images - low))
+        """Returns the bytes of activations: counted, or by the line through one image and `batch` images."""
+        if images == self.batch:
+            return self.cost(checkpointing, images).activations
+        high = max(2, self.batch)
+        at_low, at_high = self.cost(checkpointing, 1).activations, self.cost(checkpointing, high).activations
+        return round(at_low + (at_high - at_low) / (high - 1) * (images - 1))
+
+    def peak(self, spread: Spread, images: int, checkpointing: bool) -> int:
+        """Returns the bytes that a GPU needs at `images` images at a time."""
+        return sum(self.per_gpu(spread).values()) + self.activations(images, checkpointing)
 
     def fitting(self, spread: Spread, free: float) -> tuple[int, bool] | None:
         """Returns how many images at a time fit into `free` bytes, and whether they need gradient checkpointing.
 
         The number divides the GPU's share and is at most `batch`. None: not even one image fits.
         """
-        fixed = sum(self.per_gpu(spread).values())
         for images in range(min(self.batch, spread.images), 0, -1):
             for checkpointing in (False, True):
-                if spread.images % images == 0 and fixed + self.activations(images, checkpointing) <= free:
+                if spread.images % images == 0 and self.peak(spread, images, checkpointing) <= free:
                     return images, checkpointing
         return None
 

@@ -61,7 +61,9 @@ class Restorer:
         net.to(device)
         if isinstance(net, DiT4SRTransformer):
             net.lr_stream.merge(net.base)  # before its float32 is rounded
-        return cls(net.to(backbone.dtype).eval(), backbone, sampler)
+        net.to(backbone.dtype).eval()
+        backbone.quantize()
+        return cls(net, backbone, sampler)
 
     @property
     def evaluations(self) -> int:

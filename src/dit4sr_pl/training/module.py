@@ -91,6 +91,7 @@ class SuperResolutionModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Moves the backbone, which Lightning does not know, to the device; workers make what steps need."""
         self.backbone.to(self.device)
+        self.backbone.quantize()
         if isinstance(self.trainer.datamodule, SuperResolutionData):
             self.trainer.datamodule.step_inputs = self.step_inputs
 

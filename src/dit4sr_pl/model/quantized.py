@@ -1,0 +1,102 @@
+"""Frozen linear layers whose weights are stored in 8 or 4 bits and multiplied in their original dtype."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+
+KINDS = ("int8", "fp8", "nf4")
+BLOCK = 64  # weights that share a scale in NF4, bitsandbytes' default
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer that stores its weight in fewer bits; it rounds nothing but the weight.
+
+    Args:
+        linear: the layer to store; its weight's number of elements is a multiple of 64 for `nf4`.
+        kind: `int8` or `fp8` (E4M3) with a float32 scale per row, or `nf4` (QLoRA) with one per 64 weights.
+    """
+
+    def __init__(self, linear: nn.Linear, kind: str):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.kind, self.dtype, self.bias = kind, linear.weight.dtype, linear.bias
+        stored, scales = store(linear.weight.detach(), kind)
+        self.register_buffer("stored", stored)
+        self.register_buffer("scales", scales)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Returns `weight @ tokens + bias`."""
+        return FrozenProduct.apply(tokens, self)
+
+    def full_weight(self) -> Tensor:
+        """Returns the weight `(out, in)` in its original dtype."""
+        if self.kind == "nf4":
+            from bitsandbytes.functional import QuantState, dequantize_4bit
+
+            shape = torch.Size([self.out_features, self.in_features])
+            state = QuantState(self.scales, shape, blocksize=BLOCK, quant_type="nf4", dtype=self.dtype)
+            return dequantize_4bit(self.stored, state)
+        stored = self.stored.view(torch.float8_e4m3fn) if self.kind == "fp8" else self.stored
+        return (stored.float() * self.scales).to(self.dtype)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """A product that keeps the stored weight for the backward pass instead of the full one."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, linear: QuantizedLinear) -> Tensor:
+        """Returns the layer's output."""
+        ctx.linear, ctx.dtype = linear, tokens.dtype
+        return F.linear(tokens, linear.full_weight(), linear.bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Returns the gradient of the tokens."""
+        return (gradient @ ctx.linear.full_weight().to(gradient.dtype)).to(ctx.dtype), None
+
+
+def full_weight(linear: nn.Linear | QuantizedLinear) -> Tensor:
+    """Returns the weight `(out, in)` of a layer that may be quantized."""
+    return linear.full_weight() if isinstance(linear, QuantizedLinear) else linear.weight
+
+
+def store(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Returns a weight in fewer bits and its scales."""
+    if kind == "nf4":
+        from bitsandbytes.functional import quantize_4bit
+
+        packed, state = quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+        return packed, state.absmax
+    largest = 127 if kind == "int8" else torch.finfo(torch.float8_e4m3fn).max
+    scales = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / largest
+    scaled = weight.float() / scales
+    # Bytes, since `module.to(dtype)` would convert numbers with a point.
+    return scaled.round().to(torch.int8) if kind == "int8" else scaled.to(torch.float8_e4m3fn).view(torch.uint8), scales
+
+
+def stored_bytes(base: SD3Transformer2DModel, kind: str | None) -> int:
+    """Returns the bytes of a base's parameters after `quantize`, from their shapes; None: as they are."""
+    parameters = sum(parameter.nbytes for parameter in base.parameters())
+    if kind is None:
+        return parameters
+    for _, _, linear in linears_of(base):
+        rows, count = linear.out_features, linear.weight.numel()
+        parameters -= linear.weight.nbytes
+        parameters += count // 2 + 4 * (count // BLOCK) if kind == "nf4" else count + 4 * rows
+    return parameters
+
+
+def quantize(base: SD3Transformer2DModel, kind: str) -> None:
+    """Stores the weights of all linear layers in a base's blocks in fewer bits, where they are, one after another."""
+    for parent, name, linear in linears_of(base):
+        setattr(parent, name, QuantizedLinear(linear, kind))
+
+
+def linears_of(base: SD3Transformer2DModel) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Returns all linear layers in the blocks of a base, with the module that each is a child of, and its name."""
+    modules = [module for block in base.transformer_blocks for module in block.modules()]
+    children = [(module, *child) for module in modules for child in module.named_children()]
+    return [(parent, name, child) for parent, name, child in children if isinstance(child, nn.Linear)]
