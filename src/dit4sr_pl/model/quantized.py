@@ -23,9 +23,10 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.kind, self.dtype, self.bias = kind, linear.weight.dtype, linear.bias
+        # Both are kept as whole numbers: `module.to(dtype)` would round others.
         stored, scales = store(linear.weight.detach(), kind)
-        self.register_buffer("stored", stored)
-        self.register_buffer("scales", scales)
+        self.register_buffer("stored", stored if kind == "int8" else stored.view(torch.uint8))
+        self.register_buffer("scales", scales.view(torch.int32))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns `weight @ tokens + bias`."""
@@ -33,14 +34,15 @@ class QuantizedLinear(nn.Module):
 
     def full_weight(self) -> Tensor:
         """Returns the weight `(out, in)` in its original dtype."""
+        scales = self.scales.view(torch.float32)
         if self.kind == "nf4":
             from bitsandbytes.functional import QuantState, dequantize_4bit
 
             shape = torch.Size([self.out_features, self.in_features])
-            state = QuantState(self.scales, shape, blocksize=BLOCK, quant_type="nf4", dtype=self.dtype)
+            state = QuantState(scales, shape, blocksize=BLOCK, quant_type="nf4", dtype=self.dtype)
             return dequantize_4bit(self.stored, state)
         stored = self.stored.view(torch.float8_e4m3fn) if self.kind == "fp8" else self.stored
-        return (stored.float() * self.scales).to(self.dtype)
+        return (stored.float() * scales).to(self.dtype)
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -73,8 +75,7 @@ def store(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     largest = 127 if kind == "int8" else torch.finfo(torch.float8_e4m3fn).max
     scales = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / largest
     scaled = weight.float() / scales
-    # Bytes, since `module.to(dtype)` would convert numbers with a point.
-    return scaled.round().to(torch.int8) if kind == "int8" else scaled.to(torch.float8_e4m3fn).view(torch.uint8), scales
+    return scaled.round().to(torch.int8) if kind == "int8" else scaled.to(torch.float8_e4m3fn), scales
 
 
 def stored_bytes(base: SD3Transformer2DModel, kind: str | None) -> int:
