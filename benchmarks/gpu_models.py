@@ -132,7 +132,8 @@ def sampler(bench: Bench, **options: Any) -> Sampler:
     """Returns the paper's sampler with some options changed."""
     toy = {"steps": 2, "tile": 16, "overlap": 4, "smallest": 16, "vae_tile": 16, "tile_memory": 0.05}
     fields = conf("sampler/paper.yaml") | (toy if bench.toy else {}) | options
-    return Sampler(**{"solver": FlowMatchEulerDiscreteScheduler.from_config} | fields)
+    known = {name: value for name, value in fields.items() if name in Sampler.__dataclass_fields__}
+    return Sampler(**{"solver": FlowMatchEulerDiscreteScheduler.from_config} | known)
 
 
 def degradation() -> Degradation:

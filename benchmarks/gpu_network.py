@@ -161,12 +161,18 @@ def fit(bench: Bench, training: SuperResolutionModule, data: LightningDataModule
 
 
 class OneBatch(LightningDataModule):
-    """One batch of training, degraded already and on the device, as often as it is asked for."""
+    """One batch of training on the device, with all that a step reads, as often as it is asked for."""
 
     def __init__(self, data: SuperResolutionData, device: torch.device, steps: int):
         super().__init__()
-        batch = data.transfer_batch_to_device(next(iter(data.train_dataloader())), device, 0)
-        self.batches = [data.on_after_batch_transfer(batch, 0)] * steps
+        self.data, self.device, self.steps = data, device, steps
+
+    def setup(self, stage: str) -> None:
+        """Makes the batch."""
+        data = self.data
+        data.step_inputs = getattr(self.trainer.lightning_module, "step_inputs", None)  # since 6d90829
+        batch = data.transfer_batch_to_device(next(iter(data.train_dataloader())), self.device, 0)
+        self.batches = [data.on_after_batch_transfer(batch, 0)] * self.steps
 
     def train_dataloader(self) -> DataLoader:
         """Returns the batches."""
@@ -190,8 +196,9 @@ def photos(bench: Bench, folder: str, workers: int) -> SuperResolutionData:
 def training(bench: Bench, rows: dict) -> None:
     """Measures steps of 8 crops of 512x512 on a batch that is ready: encoding, network, optimizer, Lightning."""
     steps, warm = (3, 0) if bench.toy else (8, 3)
-    with tempfile.TemporaryDirectory() as folder:
-        data = OneBatch(photos(bench, folder, workers=0), bench.device, steps)
+    folder = tempfile.TemporaryDirectory()
+    photo_data = photos(bench, folder.name, workers=0)
+    data = OneBatch(photo_data, bench.device, steps)
     variants = {"not checkpointed": {"gradient_checkpointing": False}, "checkpointed": {"gradient_checkpointing": True}}
     if "--before" not in sys.argv and bench.cuda:
         variants["compiled, not checkpointed"] = {"gradient_checkpointing": False, "compile": True}
@@ -200,9 +207,10 @@ def training(bench: Bench, rows: dict) -> None:
             continue
         began = time.monotonic()
         row = rows[name] = fit(bench, module(bench, **options), data, steps, warm)
-        row["images per second"] = len(data.batches[0]["hr"]) / row["step, s"]
+        row["images per second"] = photo_data.batch_size / row["step, s"]
         row["seconds in all"] = round(time.monotonic() - began, 1)
         bench.free()
+    folder.cleanup()
     if "--before" not in sys.argv and bench.left > 60:
         for name in ("not checkpointed",) if bench.toy else ("not checkpointed", "checkpointed"):
             rows[name]["activations by plan, GiB"] = planned(bench, variants[name]) / GIB
