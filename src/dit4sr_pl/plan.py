@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.cli.checks import check_readable
 from dit4sr_pl.cli.command import command
+from dit4sr_pl.common.devices import device_count
 from dit4sr_pl.common.files import ASSETS
 
 if TYPE_CHECKING:
@@ -127,7 +128,8 @@ def choose_checkpointing(cfg: DictConfig, total: int, reserved: float) -> tuple[
     from dit4sr_pl.planning.budget import Spread
 
     budget = make_budget(cfg, find_configs(cfg.model.backbone.name)[0])
-    spread = Spread(cfg.trainer.devices * cfg.trainer.num_nodes, cfg.sharded, budget.batch)
+    gpus = device_count(cfg.trainer.devices, cfg.trainer.accelerator) * cfg.trainer.num_nodes
+    spread = Spread(gpus, cfg.sharded, budget.batch)
     needed, free = budget.peak(spread, budget.batch, checkpointing=False) / GIB, total / GIB - reserved
     return needed > free, f"a step without it takes {needed:.1f} GiB by plan, and {free:.1f} GiB are free"
 
