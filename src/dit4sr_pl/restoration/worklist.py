@@ -96,7 +96,7 @@ def make_worklist(
                 raise ValueError(f"{file}: the name of its result is longer than {LONGEST} bytes; rename it")
             if os.path.realpath(target) in inputs:
                 raise ValueError(f"{file}: its result {target} would replace an input; choose another output")
-            if is_complete_png(target) and not overwrite:
+            if not overwrite and is_complete_png(target):
                 worklist.done += 1
                 continue
             caption = prompt or drop_sentences(texts[name], dropped_words)
