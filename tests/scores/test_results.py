@@ -96,6 +96,14 @@ def test_scores_that_were_cut_off_after_the_result_was_written_are_refused(tmp_p
         read_result(tmp_path)
 
 
+def test_a_digit_of_a_score_that_changes_is_noticed(tmp_path):
+    write_result(RESULT, tmp_path)
+    path = tmp_path / "scores.csv"
+    path.write_text(path.read_text().replace("0.3333333333333333", "0.3333333333333332"))
+    with pytest.raises(ValueError, match="scores.csv: not the scores of results.parquet"):
+        read_result(tmp_path)
+
+
 def test_scores_in_another_encoding_are_named(tmp_path):
     (tmp_path / "scores.csv").write_bytes("image,psnr\né,1\n".encode("latin-1"))
     with pytest.raises(ValueError, match="scores.csv: not UTF-8 text"):

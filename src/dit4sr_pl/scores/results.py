@@ -24,6 +24,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from dit4sr_pl.common.files import atomic_write
+from dit4sr_pl.common.hashing import values_hash
 
 SCORES, ROW, PICTURES = "scores.csv", "results", "images"
 MEASURED_WITH = ("torch", "lightning", "diffusers", "spandrel", "pyiqa", "pillow", "dit4sr_pl")
@@ -83,6 +84,7 @@ def write_result(result: Result, folder: Path) -> None:
         "network": json.dumps(result.network),
         "versions": json.dumps(result.versions),
         "images": len(result.scores),
+        "scores_hash": values_hash(result.scores),
     } | result.means
     table = pa.Table.from_pylist([row])
     with atomic_write(folder / f"{ROW}.parquet") as partial:
@@ -180,10 +182,12 @@ def check_same_scores(row: Mapping, result: Result, folder: Path) -> None:
     """Raises ValueError unless number and means of the images in `scores.csv` are those of `results.parquet`."""
     means = {metric: row.get(metric) for metric in result.means}
     same = [
-        isinstance(theirs, float) and (math.isclose(ours, theirs) or (math.isnan(ours) and math.isnan(theirs)))
+        isinstance(theirs, float)
+        and (math.isclose(ours, theirs, rel_tol=1e-12) or (math.isnan(ours) and math.isnan(theirs)))
         for ours, theirs in zip(result.means.values(), means.values(), strict=True)
     ]
-    if row.get("images") != len(result.scores) or not all(same):
+    hashes = None, values_hash(result.scores)  # results of 0.1 have none
+    if row.get("images") != len(result.scores) or not all(same) or row.get("scores_hash") not in hashes:
         raise ValueError(
             f"{folder / SCORES}: not the scores of {ROW}.parquet ({len(result.scores)} images with means "
             f"{result.means}, and there {row.get('images')} with {means}); the file was cut off or changed, score it "
