@@ -122,7 +122,7 @@ def training_settings(run: Path) -> dict[str, str]:
         return {}
     settings = flat_settings(OmegaConf.load(run / "config.yaml"))
     found = {name: str(settings[key]) for name, key in SETTINGS.items() if key in settings}
-    steps = finished_steps(run)
+    steps = finished_steps(run, max_steps=0)
     return ({"optimizer steps": str(steps)} if steps else {}) | found
 
 
