@@ -168,8 +168,8 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
 def test_a_port_in_use_is_named():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        backbone = {"name": "x", "dtype": "float32", "embeddings": None, "quantization": None}
+        backbone = {"name": "x", "dtype": "float32", "quantization": None, "embeddings": None}
         cfg = {"scale": 4, "sampler": {"steps": 1}, "max_steps": 1, "model": {"backbone": backbone}}
-        cfg |= {"host": "127.0.0.1", "port": port}
+        cfg |= {"host": "127.0.0.1", "port": port, "compile": False}
         with pytest.raises(ValueError, match=f"port={port}: Address already in use"):
             check(OmegaConf.create(cfg))

@@ -21,6 +21,7 @@ from dit4sr_pl.cli.checks import (
     SCALES,
     check_backbone,
     check_captioner,
+    check_compiler,
     check_extra,
     check_scale,
     choose_device,
@@ -53,7 +54,7 @@ def main(cfg: DictConfig) -> None:
     cfg.device = choose_device(cfg.device, cfg.model.backbone)
     device = torch.device(cfg.device)
     parts = instantiate(cfg.model.backbone), instantiate(cfg.sampler)
-    restorer = Restorer.load(*parts, cfg.checkpoint, device, cfg.offload, cfg.injection_scale)
+    restorer = Restorer.load(*parts, cfg.checkpoint, device, cfg.offload, cfg.injection_scale, cfg.compile)
     captioner = instantiate(cfg.captioner) if cfg.get("captioner") is not None else None
     blocks = page(restorer, cfg, captioner).queue(max_size=20, default_concurrency_limit=1)
     blocks.launch(
@@ -76,6 +77,7 @@ def check(cfg: DictConfig) -> None:
     check_scale(cfg.scale)
     check_steps(cfg.sampler.steps, cfg.max_steps)
     check_backbone(cfg.model.backbone)
+    check_compiler(cfg.compile, "compile")
     try:
         socket.create_server((cfg.host, cfg.port)).close()
     except OSError as error:

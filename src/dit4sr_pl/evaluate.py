@@ -14,6 +14,7 @@ from omegaconf.errors import InterpolationToMissingValueError
 from dit4sr_pl.cli.checkpoint import follow_checkpoint
 from dit4sr_pl.cli.checks import (
     check_backbone,
+    check_compiler,
     check_extra,
     check_readable,
     check_writable,
@@ -196,6 +197,7 @@ def check_method(cfg: DictConfig) -> None:
         check_extra("this method", "spandrel", "spandrel")
     if "backbone" in cfg.method:
         check_backbone(cfg.model.backbone)
+        check_compiler(cfg.compile, "compile")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dit4sr_pl.cli.checkpoint import follow_checkpoint
 from dit4sr_pl.cli.checks import (
     check_backbone,
     check_captioner,
+    check_compiler,
     check_readable,
     check_scale,
     check_writable,
@@ -73,7 +74,7 @@ def restore(worklist: "Worklist", cfg: DictConfig) -> None:
 
     device, backbone = torch.device(cfg.device), instantiate(cfg.model.backbone)
     restorer = Restorer.load(
-        backbone, instantiate(cfg.sampler), cfg.checkpoint, device, cfg.offload, cfg.injection_scale
+        *(backbone, instantiate(cfg.sampler), cfg.checkpoint, device, cfg.offload, cfg.injection_scale, cfg.compile)
     )
     picture_restorer = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, cfg.first_frame)
     waiting, worklist.entries = worklist.entries, []
@@ -173,6 +174,7 @@ def check(cfg: DictConfig) -> None:
     if Path(cfg.output).resolve() == Path(cfg.input).resolve():
         raise ValueError(f"output={cfg.output}: is the input folder; choose another, which may lie in it")
     check_backbone(cfg.model.backbone)
+    check_compiler(cfg.compile, "compile")
     if cfg.get("captioner") is not None:
         check_captioner(cfg.captioner)
     check_writable(cfg.output, "output")

@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.cli.benchmarks import name_benchmark
-from dit4sr_pl.cli.checks import check_backbone, check_data, check_readable, check_writable
+from dit4sr_pl.cli.checks import check_backbone, check_compiler, check_data, check_readable, check_writable
 from dit4sr_pl.cli.command import choice, command, conf_folder
 from dit4sr_pl.common.devices import ALL, device_count
 from dit4sr_pl.common.hub import locate
@@ -254,6 +254,7 @@ def check(cfg: DictConfig) -> None:
     if cfg.sharded and "ema" in cfg.callbacks:
         raise ValueError("trainer=fsdp cannot average weights; add ~callbacks.ema, or use trainer=ddp")
     check_backbone(cfg.model.backbone)
+    check_compiler(cfg.model.compile, "model.compile")
     if cfg.trainer.precision == "32-true" and cfg.model.backbone.dtype != "float32":
         raise ValueError(
             f"trainer.precision=32-true computes in float32, and model.backbone.dtype={cfg.model.backbone.dtype} does "

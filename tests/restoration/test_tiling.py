@@ -48,3 +48,18 @@ def test_tiles_go_in_batches_over_images_and_keep_their_image(most):
     result = tiled(predict, noisy, lr, tile=32, overlap=12, patch=2, batcher=TileBatcher(most))
     torch.testing.assert_close(result, noisy + lr * torch.arange(3).view(-1, 1, 1, 1))
     assert sum(calls, []) == [0, 0, 1, 1, 2, 2] and len(calls) == -(-6 // most)
+
+
+def test_the_last_batch_of_tiles_is_filled_up_for_a_compiled_network():
+    (noisy, lr), sizes = torch.randn(2, 1, 4, 64, 96), []
+
+    def predict(noisy, lr, images):
+        sizes.append(len(images))
+        return 2 * noisy - lr
+
+    arguments = {"tile": 32, "overlap": 12, "patch": 2}
+    plain = tiled(predict, noisy, lr, **arguments, batcher=TileBatcher(4))
+    assert len(set(sizes)) == 2
+    sizes.clear()
+    torch.testing.assert_close(tiled(predict, noisy, lr, **arguments, batcher=TileBatcher(4, padded=True)), plain)
+    assert set(sizes) == {4}

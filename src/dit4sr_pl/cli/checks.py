@@ -1,6 +1,8 @@
 """Checks of a user's config that commands make before they import PyTorch."""
 
+import os
 import re
+import shutil
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -191,3 +193,10 @@ def check_extra(what: str, extra: str, *packages: str) -> None:
     """Raises ValueError unless the packages that `what` needs are installed; the extra of that name installs them."""
     if missing := [package for package in packages if find_spec(package) is None]:
         raise ValueError(f"{what} needs {' and '.join(missing)}; pip install 'dit4sr_pl[{extra}]'")
+
+
+def check_compiler(compile: bool, key: str) -> None:
+    """Raises ValueError if a network is to be compiled and there is no compiler; PyTorch would say so in 40 lines."""
+    names = os.environ.get("CXX", "g++"), "clang++"
+    if compile and not any(map(shutil.which, names)):
+        raise ValueError(f"{key}=true needs a C++ compiler ({' or '.join(names)}); install one, or give {key}=false")

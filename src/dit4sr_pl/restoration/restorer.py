@@ -11,6 +11,7 @@ from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
+from dit4sr_pl.model.compilation import compile_blocks
 from dit4sr_pl.model.trained_part import fit_part, with_injection_scale
 from dit4sr_pl.restoration.sampling import Sampler, restore
 
@@ -37,6 +38,7 @@ class Restorer:
         device: torch.device,
         offload: bool | None = None,
         injection_scale: float | None = None,
+        compile: bool = False,
     ) -> "Restorer":
         """Loads a network from the file of its trained part, or from its name.
 
@@ -48,6 +50,7 @@ class Restorer:
             offload: whether autoencoder and text encoders stay in the CPU's memory, each layer on the device while it
                 runs.
             injection_scale: factor of LR Injection; None: the checkpoint's own.
+            compile: whether the network's blocks are compiled.
 
         Raises:
             FileNotFoundError: there is no such file, or it cannot be had of the hub.
@@ -63,6 +66,8 @@ class Restorer:
             net.lr_stream.merge(net.base)  # before its float32 is rounded
         net.to(backbone.dtype).eval()
         backbone.quantize()
+        if compile:
+            compile_blocks(net)
         return cls(net, backbone, sampler)
 
     @property

@@ -13,6 +13,7 @@ from dit4sr_pl.backbone.autoencoder import LatentCoder, draw_noise
 from dit4sr_pl.backbone.flow import interpolate
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.model import DiT4SRTransformer
+from dit4sr_pl.model.compilation import is_compiled
 from dit4sr_pl.restoration.color import ALIGNMENTS
 from dit4sr_pl.restoration.fitting import FITS, enlarge_through, resize, working_sizes
 from dit4sr_pl.restoration.tiling import TileBatcher, tiled
@@ -114,7 +115,7 @@ class Sampler:
         width = config.num_attention_heads * config.attention_head_dim
         passes = 1 if self.guidance_scale == 1 else 2
         tile = ACTIVATIONS * passes * tokens * width * dtype.itemsize
-        return TileBatcher(max(1, int(self.tile_memory * 2**30 / tile)))
+        return TileBatcher(max(1, int(self.tile_memory * 2**30 / tile)), padded=is_compiled(net))
 
 
 @torch.no_grad()

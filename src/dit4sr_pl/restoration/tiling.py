@@ -12,10 +12,17 @@ log = logging.getLogger(__name__)
 
 
 class TileBatcher:
-    """Number of tiles that pass the network at once: `most`, halved whenever they do not fit into the memory."""
+    """Number of tiles that pass the network at once: `most`, halved whenever they do not fit into the memory.
 
-    def __init__(self, most: int):
-        self.most, self.warned = most, False
+    Args:
+        most: number of tiles to begin with.
+        padded: whether smaller batches are filled up to the largest one so far with copies of their last tile. A
+            compiled network would be compiled anew for their size.
+    """
+
+    def __init__(self, most: int, padded: bool = False):
+        self.most, self.padded, self.warned = most, padded, False
+        self.largest = 0
 
     def batches(self, predict: Callable[[Sequence], Tensor], places: Sequence) -> Iterator[tuple[Sequence, Tensor]]:
         """Yields as many places as fit, with the result of `predict` for them.
@@ -27,12 +34,19 @@ class TileBatcher:
         while begin < len(places):
             chosen = places[begin : begin + self.most]
             try:
-                predicted = predict(chosen)
+                predicted = predict(self.filled(chosen))[: len(chosen)]
             except torch.OutOfMemoryError:
                 self.lower(len(chosen))
             else:
                 yield chosen, predicted
                 begin += len(chosen)
+
+    def filled(self, chosen: Sequence) -> Sequence:
+        """Returns the places of a batch, filled up if batches are padded."""
+        if not self.padded:
+            return chosen
+        self.largest = max(min(self.largest, self.most), len(chosen))
+        return [*chosen, *[chosen[-1]] * (self.largest - len(chosen))]
 
     def lower(self, tried: int) -> None:
         """Halves the number after `tried` tiles did not fit; warns once."""

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from diffusers import SD3Transformer2DModel
 from lightning import LightningModule
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from dit4sr_pl.data.module import SuperResolutionData
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import TrainedPart, load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
+from dit4sr_pl.model.compilation import compile_blocks
 from dit4sr_pl.model.trained_part import base_of, check_base, check_network_config, fit_part, fit_state
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
@@ -46,7 +46,7 @@ class SuperResolutionModule(LightningModule):
         weighting: the loss weighting, see `RectifiedFlow`.
         optimizer: makes the optimizer from the parameters.
         sampler: the sampler that validation restores with.
-        compile: whether training steps run through `torch.compile`.
+        compile: whether the network's blocks are compiled.
         seed: seed of the run. Timestep and noise are functions of it and of a sample's position in the run.
         timesteps: density of the timesteps.
         schedule: factor of the optimizer's learning rate over the run.
@@ -76,7 +76,9 @@ class SuperResolutionModule(LightningModule):
         self.base = base_of(net, backbone.name)  # read before weights are sharded
         self.add_module(net.trained_name, net.trained.float())  # float32 also under autocast
         object.__setattr__(self, "net", net)  # a plain attribute, not a submodule
-        self.velocity = torch.compile(net.__call__) if compile else net.__call__  # `forward` would skip FSDP's hooks
+        if compile:
+            compile_blocks(net)
+        self.velocity = net.__call__  # `forward` would skip FSDP's hooks
         self.restorer = Restorer(net, backbone, sampler)
         self.step_inputs = StepInputs.of(backbone, self.flow, seed)
         self.finite_loss = FiniteLoss()

@@ -29,6 +29,7 @@ class DiT4SR:
         seed: seed of the noise.
         device: device of the network.
         injection_scale: factor of LR Injection; None: the checkpoint's own.
+        compile: whether the network's blocks are compiled.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class DiT4SR:
         seed: int,
         device: str,
         injection_scale: float | None = None,
+        compile: bool = False,
     ):
         self.given, self.backbone, self.sampler, self.seed, self.device = checkpoint, backbone, sampler, seed, device
-        self.injection_scale = injection_scale
+        self.injection_scale, self.compile = injection_scale, compile
         part = load_part(checkpoint_file(checkpoint))
         self.network_config = with_injection_scale(part.network_config, injection_scale, checkpoint)
         row, self.variant = method_and_variant(part.network_config)
@@ -63,7 +65,7 @@ class DiT4SR:
     def restorer(self) -> Restorer:
         """The network, loaded at its first use."""
         device = torch.device(self.device)
-        return Restorer.load(self.backbone, self.sampler, self.given, device, None, self.injection_scale)
+        return Restorer.load(self.backbone, self.sampler, self.given, device, None, self.injection_scale, self.compile)
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
         for image in lr_images:
