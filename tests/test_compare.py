@@ -58,6 +58,16 @@ def test_the_command_writes_and_prints_everything(outputs, paths, capsys):
 
 
 @pytest.mark.slow
+def test_the_tables_are_written_before_they_are_printed(outputs, monkeypatch):
+    def closed(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("builtins.print", closed)
+    assert "Broken pipe" in call("dit4sr_pl.compare", "outputs", *OPTIONS, cwd=outputs)
+    assert {"table3.csv", "table3.md", "table3.tex"} <= {path.name for path in (outputs / "to").iterdir()}
+
+
+@pytest.mark.slow
 def test_the_tables_are_there_even_if_a_strip_cannot_be_made(outputs):
     Image.new("RGB", (9, 9)).save(outputs / OTHER / "seed0/images/01.png")
     message = call("dit4sr_pl.compare", "outputs", "resampling.resamples=100", cwd=outputs)

@@ -62,10 +62,10 @@ def compare(paths: Sequence[str], cfg: DictConfig) -> None:
         for (dataset, rows), names in zip(datasets.items(), labels, strict=True)
     ]
     text = markdown(paper_table, tables, cfg.paper, against, resampling)
-    print(text)
     write(output / f"table{paper_table}.md", text)
     write(output / f"table{paper_table}.tex", latex(paper_table, tables, cfg.paper))
     write(output / f"table{paper_table}.csv", csv_table(tables))
+    print(text)  # after the files, since a closed pipe ends the command
     draw(tables, output, cfg.strip)
 
 

@@ -1,16 +1,20 @@
 """Damaged photos and captions among the training data."""
 
+import errno
 import itertools
 import logging
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
+from dit4sr_pl.data import datasets
 from dit4sr_pl.data.datasets import Draw, TrainingCrops
 from dit4sr_pl.data.module import PositionSampler
 from dit4sr_pl.images.files import write_image
+from dit4sr_pl.preparation.build_manifest import build_manifest
 
 
 @pytest.fixture
@@ -55,3 +59,27 @@ def test_caption_that_is_no_text_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="a.txt: the caption is not UTF-8"):
         TrainingCrops(tmp_path, 32, 0, min_gradient=0, empty_prompt_probability=0)[Draw(0, 0, 0)]
+
+
+@pytest.mark.parametrize("failures, read", [(1, True), (2, True), (99, False)])
+def test_a_read_that_fails_is_repeated_and_never_puts_another_photo_in_its_place(tmp_path, monkeypatch, failures, read):
+    for name in "ab":
+        write_image(tmp_path / f"{name}.png", torch.rand(3, 32, 32))
+    crops = TrainingCrops(tmp_path, 32, 0, min_gradient=0)
+    monkeypatch.setattr(datasets, "PAUSES", (0, 0))
+    opened, left = Image.open, [failures]
+
+    def fail(path, **options):
+        if Path(path).name == "b.png" and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return opened(path, **options)
+
+    monkeypatch.setattr(Image, "open", fail)
+    if read:
+        assert crops[Draw(1, 0, 1)]["name"] == "b"
+    else:
+        with pytest.raises(ValueError, match="b.png: cannot be read now .Stale file handle"):
+            crops[Draw(1, 0, 1)]
+        with pytest.raises(ValueError, match="b.png: cannot be read now"):
+            build_manifest(tmp_path)

@@ -3,10 +3,12 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dit4sr_pl.data.datasets import Draw, TrainingCrops
+from dit4sr_pl.data.datasets import Draw, TrainingCrops, ValidationImages
 from dit4sr_pl.data.module import SuperResolutionData
 from dit4sr_pl.data.photo_sets import Mixture, PhotoSet, open_sets
 from dit4sr_pl.images.files import write_image
@@ -157,3 +159,18 @@ def test_truncated_photo_is_found_before_the_run(folder):
         data.prepare_data()
     os.remove(folder / "manifest.parquet")
     SuperResolutionData(folder, [], None, crop_size=16).prepare_data()  # nothing to compare with
+
+
+@pytest.mark.parametrize(
+    "path", ["../victim/precious.png", "/etc/precious.png", "a/../../precious.png", "A.png", "a\0.png"]
+)
+def test_a_manifest_from_elsewhere_names_no_files_outside_of_its_folder(tmp_path, path):
+    """Results and captions are written by these names. `A.png` is `a.png` on some file systems."""
+    write_image(tmp_path / "photos" / "a.png", torch.zeros(3, 32, 32))
+    manifest = build_manifest(tmp_path / "photos").manifest
+    (row,) = pq.read_table(manifest).to_pylist()
+    pq.write_table(pa.Table.from_pylist([row, row | {"path": path}]), manifest)
+    with pytest.raises(ValueError, match="manifest.parquet: .*(does not stay within its folder|are one name)"):
+        PhotoSet(tmp_path / "photos")
+    with pytest.raises(ValueError, match="does not stay within its folder|are one name"):
+        ValidationImages(tmp_path / "photos", 32, 0)

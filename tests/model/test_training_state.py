@@ -26,6 +26,11 @@ def test_a_checkpoint_gives_its_weights(path):
     assert part.network_config == CONFIG and torch.equal(part.state["weight"], torch.arange(999.0))
 
 
+def test_a_checkpoint_that_was_set_aside_is_read_as_one(path):
+    aside = path.rename(path.with_name("0000003.ckpt.aside"))
+    assert torch.equal(load_part(aside).state["weight"], torch.arange(999.0))
+
+
 def test_a_changed_byte_in_a_weight_is_damage(path):
     data = bytearray(path.read_bytes())
     at = data.find(torch.arange(999.0).numpy().tobytes()) + 400

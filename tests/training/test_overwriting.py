@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.train import train
+from dit4sr_pl.training import provenance
 from dit4sr_pl.training.former_run import FORMER, files_of_run
 from dit4sr_pl.training.run_folder import check_same_run, checkpoints_in, finished_steps, settle
 from testing.events import event
@@ -212,3 +214,23 @@ def test_a_kill_at_any_moment_of_setting_aside_keeps_one_whole_run(finished, tmp
         assert (run / "config.yaml").read_text() == "new" and steps(run) == [1] and not list(run.rglob(FORMER))
     else:
         assert contents(run) == before and steps(run) == [3, 2, 1]
+
+
+def test_broken_packages_and_odd_files_of_a_checkout_do_not_stop_a_run(tmp_path, monkeypatch, caplog):
+    """A killed pip leaves packages without a name, and `${` in a file's name is no interpolation."""
+    nameless = [type("Package", (), {"metadata": {"Name": None, "Version": None}})() for _ in range(2)]
+    monkeypatch.setattr(provenance.importlib.metadata, "distributions", lambda: nameless)
+    monkeypatch.setattr(provenance, "git", lambda *arguments: "a${b\n" if "--others" in arguments else "c\n")
+    monkeypatch.setattr(provenance, "package_versions", provenance.package_versions.__wrapped__)  # not its cache
+    provenance.record_code(tmp_path)
+    code = yaml.safe_load((tmp_path / "code.yaml").read_text())
+    assert code["packages"] == {} and code["untracked"] == ["a${b"]
+    monkeypatch.setattr(provenance, "package_versions", lambda: 1 / 0)
+    provenance.record_code(tmp_path, 7)
+    assert "the code of this run is not recorded (ZeroDivisionError" in caplog.text
+
+
+def test_a_resumed_run_keeps_the_record_of_its_first_steps(tmp_path):
+    provenance.record_code(tmp_path)
+    provenance.record_code(tmp_path, 40)
+    assert {"code.yaml", "code-0000040.yaml"} <= {path.name for path in tmp_path.iterdir()}

@@ -59,7 +59,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
             sync(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # writing names no file where the disk is full
+        if error.errno is not None and error.filename is None:  # writing names no file where the disk is full
+            error.filename = str(path)
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,10 +16,11 @@ from torch.utils.data import Dataset
 from dit4sr_pl.common.names import check_name, folded
 from dit4sr_pl.common.randomness import derive_seed, generator
 from dit4sr_pl.data.photo_sets import SCALE, Folders, Mixture, Photo, open_sets
-from dit4sr_pl.images.files import image_size, read_image
+from dit4sr_pl.images.files import UnreadableNow, image_size, read_image
 
 log = logging.getLogger(__name__)
 
+PAUSES = (0.1, 1, 10)  # seconds between attempts to read a photo
 TOKEN = 16  # side of a token in pixels: the VAE reduces 8x, and 2x2 latents are one token
 
 
@@ -54,6 +56,21 @@ def pad_to(image: torch.Tensor, height: int, width: int, mode: str = "reflect") 
         return image
     # NumPy reflects as often as needed; PyTorch's padding stops at the image's own size.
     return torch.from_numpy(np.pad(image.numpy(), ((0, 0), (0, down), (0, right)), mode=mode))
+
+
+def patiently(path: Path) -> torch.Tensor:
+    """Returns a photo's pixels; what the system cannot read now is tried again a few times.
+
+    Raises:
+        UnreadableNow: it still cannot be read.
+        ValueError: the file is damaged or no image.
+    """
+    for pause in PAUSES:
+        try:
+            return read_image(path)
+        except UnreadableNow:
+            time.sleep(pause)
+    return read_image(path)
 
 
 class TrainingCrops(Dataset):
@@ -147,10 +164,12 @@ class TrainingCrops(Dataset):
             if candidate in self.decoded:
                 return photo, *self.decoded[candidate]
             try:
-                images = read_image(photo.path), None if photo.lr is None else read_image(photo.lr)
+                images = patiently(photo.path), None if photo.lr is None else patiently(photo.lr)
                 if len(self.decoded) < self.photos_in_memory:
                     self.decoded[candidate] = images
                 return photo, *images
+            except UnreadableNow:
+                raise  # another photo in its place would be another training
             except ValueError as error:
                 if not self.reported[candidate]:
                     self.reported[candidate] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,15 @@ UNKNOWN_RANGE = "32-bit pixels; save it with 8 or 16 bits per channel"
 PNG_BEGIN, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB\x60\x82"
 ROWS = 256  # rows of a large image that are processed at once
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")  # some of Pillow's others start programs
+
+
+# What a system answers about a good file: a disk or a server is in trouble, or the process has too many files open.
+NOT_NOW = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EAGAIN)
+NOT_NOW += (errno.ENOTCONN, errno.EHOSTDOWN, errno.ECONNRESET, errno.EINTR)
+
+
+class UnreadableNow(ValueError):
+    """An error of reading that says nothing about the file."""
 
 
 def find_images(folder: Path | str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
@@ -151,7 +161,8 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
     """Yields Pillow's image of a file, not decoded yet.
 
     Raises:
-        ValueError: the file cannot be read, or the block failed; the message names the file and the reason.
+        UnreadableNow: the system could not read the file, which does not mean that it is damaged.
+        ValueError: the file is damaged or no image, or the block failed; the message names the file and the reason.
     """
     try:
         if Path(path).exists() and not Path(path).is_file():
@@ -162,6 +173,8 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
         known = {UnidentifiedImageError: "unknown format", FileNotFoundError: "no such file"}
         known |= {MemoryError: "out of memory"}
         reason = known.get(type(error)) or str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.errno in NOT_NOW:
+            raise UnreadableNow(f"{path}: cannot be read now ({error.strerror})") from None
         raise ValueError(f"{path}: not a readable image ({reason})") from None
 
 

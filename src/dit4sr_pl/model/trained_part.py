@@ -124,7 +124,7 @@ def load_part(path: str | Path) -> TrainedPart:
     path = Path(path)
     if path.is_dir():
         return load_release(path)
-    if path.suffix == ".ckpt":
+    if path.name.endswith((".ckpt", ".ckpt.aside")):
         return load_checkpoint(path)
     header, state = read_header(path), load_file(path)
     if header.get(HASH) not in (None, content_hash(header, state)):  # files of 0.1 have none

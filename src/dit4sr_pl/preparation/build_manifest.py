@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.common.names import check_names
 from dit4sr_pl.data.manifest import MANIFEST, file_size, list_photos, read_manifest
-from dit4sr_pl.images.files import check_image
+from dit4sr_pl.images.files import NOT_NOW, UnreadableNow, check_image
 
 SCHEMA = pa.schema(
     [
@@ -103,7 +103,11 @@ def _inspect(folder: Path, file: str) -> Row:
             row["hash"] = hashlib.file_digest(content, "blake2b").hexdigest()
         row["width"], row["height"] = check_image(path)
     except OSError as error:
+        if error.errno in NOT_NOW:
+            raise UnreadableNow(f"{path}: cannot be read now ({error.strerror}); run it again") from None
         row["error"] = error.strerror
+    except UnreadableNow:
+        raise
     except ValueError as error:
         row["error"] = str(error).removeprefix(f"{path}: ")
     return row
