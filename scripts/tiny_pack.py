@@ -30,7 +30,10 @@ GLIBC = ("2_28", "2_27", "2_17")
 WHEELS = ("diffusers", "importlib_metadata", "kornia", "kornia_rs", "hydra-core", "omegaconf", "hydra-joblib-launcher")
 WHEELS += ("pyiqa", "stlpips_pytorch")
 FROM_SOURCE = ("antlr4-python3-runtime",)
-UNUSED = "stlpips_pytorch/weights/vST0.0/vgg"  # 56 MiB: weights of a second network of ST-LPIPS
+UNUSED = {  # what is left out of wheels: weights of a second network of ST-LPIPS, and pictures
+    "stlpips_pytorch": ("stlpips_pytorch/weights/vST0.0/vgg",),
+    "pyiqa": ("docs/", "tests/", "ResultsCalibra/"),
+}
 QUALITY = 80  # of AVIF with full colour resolution: about 40 dB
 HELD_OUT = 0.05  # share of the photos' bytes
 MIB = 2**20
@@ -82,22 +85,22 @@ def fetch_wheels(folder: Path) -> None:
     target = ["--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp", *platforms]
     subprocess.run([*pip, "download", "-q", "--no-deps", *target, "-d", folder, *wheels], check=True)
     subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", folder, *sources], check=True)
-    for wheel in folder.glob(f"{UNUSED.split('/')[0]}-*.whl"):
-        leave_out(wheel, UNUSED)
+    for name, prefixes in UNUSED.items():
+        leave_out(next(folder.glob(f"{name}-*.whl")), prefixes)
 
 
-def leave_out(wheel: Path, prefix: str) -> None:
-    """Writes a wheel again without the files whose names begin with the prefix."""
+def leave_out(wheel: Path, prefixes: tuple[str, ...]) -> None:
+    """Writes a wheel again without the files whose names begin with one of the prefixes."""
     with (
         atomic_write(wheel) as partial,
         zipfile.ZipFile(wheel) as whole,
         zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as smaller,
     ):
-        for name in (name for name in whole.namelist() if not name.startswith(prefix)):
+        for name in (name for name in whole.namelist() if not name.startswith(prefixes)):
             content = whole.read(name)
             if name.endswith(".dist-info/RECORD"):
                 lines = content.decode().splitlines(keepends=True)
-                content = "".join(line for line in lines if not line.startswith(prefix)).encode()
+                content = "".join(line for line in lines if not line.startswith(prefixes)).encode()
             smaller.writestr(name, content)
 
 

@@ -230,7 +230,7 @@ def test_a_wheel_that_is_written_again_lacks_the_unused_files_and_their_records(
             ("a-1.dist-info/RECORD", "a/b.py,,\na/big.pth,,\n"),
         ):
             file.writestr(name, content)
-    tiny_pack.leave_out(wheel, "a/big")
+    tiny_pack.leave_out(wheel, ("a/big", "c/"))
     with zipfile.ZipFile(wheel) as file:
         assert file.namelist() == ["a/b.py", "a-1.dist-info/RECORD"]
         assert file.read("a-1.dist-info/RECORD") == b"a/b.py,,\n" and file.read("a/b.py") == b"1"
