@@ -1,6 +1,7 @@
 """Restores a folder of odd files by the command, with bicubic in the place of the network, and checks the results."""
 
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -83,13 +84,15 @@ def watch(name: str, report: Report, monkeypatch: MonkeyPatch) -> None:
         def stop(*_):
             raise Hang(arguments)
 
-        signal.signal(signal.SIGALRM, stop)
-        signal.alarm(LIMIT)
+        if in_main := threading.current_thread() is threading.main_thread():  # others get no signals
+            signal.signal(signal.SIGALRM, stop)
+            signal.alarm(LIMIT)
         start = time.perf_counter()
         try:
             return part(*arguments)
         finally:
-            signal.alarm(0)
+            if in_main:
+                signal.alarm(0)
             report.slowest = max(report.slowest, time.perf_counter() - start)
 
     monkeypatch.setattr(name, timed)

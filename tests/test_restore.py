@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 
 import numpy as np
@@ -21,6 +22,7 @@ from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.files import folder_lock
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.files import find_images, read_image, write_image
+from dit4sr_pl.images.picture import write_picture
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration.restorer import Restorer
 from testing.stand_ins import Bicubic, command, run_restore
@@ -237,6 +239,41 @@ def test_an_image_without_enough_memory_is_named_and_the_others_go_on(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1.png", "2.png", "3.png"]
 
 
+def test_a_result_is_written_while_the_next_is_restored_and_no_more_than_two_batches_are_held(
+    folder, tmp_path, monkeypatch
+):
+    begun, held, most = threading.Event(), [], []
+
+    class Watched(Bicubic):
+        def __call__(self, *arguments, **options):
+            if self.calls:
+                begun.set()  # the second batch, while the first waits for it
+            most.append(len(held))
+            return super().__call__(*arguments, **options)
+
+    def write(path, picture, level):
+        held.append(path)
+        assert begun.wait(20)
+        write_picture(path, picture, level)
+        held.remove(path)
+
+    monkeypatch.setattr("dit4sr_pl.restoration.pictures.write_picture", write)
+    assert command(monkeypatch, Watched(), f"input={folder}", f"output={tmp_path / 'out'}") is None
+    assert len(images(tmp_path / "out")) == 5 and max(most) <= 1 and not held
+
+
+def test_the_level_of_compression_changes_the_size_alone(folder, tmp_path, monkeypatch):
+    for level in (0, 9):
+        arguments = f"input={folder}", f"output={tmp_path / str(level)}", f"png_level={level}"
+        assert command(monkeypatch, Bicubic(), *arguments) is None
+    plain, small = (images(tmp_path / level) for level in ("0", "9"))
+    assert plain.keys() == small.keys() and all(np.array_equal(plain[name], small[name]) for name in plain)
+    size = lambda level: sum(path.stat().st_size for path in (tmp_path / level).iterdir())  # noqa: E731
+    assert size("9") < size("0")
+    message = command(monkeypatch, Bicubic(), f"input={folder}", f"output={tmp_path / 'no'}", "png_level=10")
+    assert message == "error: png_level=10: must be a whole number from 0 to 9, or null"
+
+
 def test_ctrl_c_leaves_whole_images_and_says_how_many(folder, tmp_path, monkeypatch):
     class Interrupted(Bicubic):
         def __call__(self, *arguments, **options):
@@ -264,7 +301,8 @@ def test_an_interrupted_write_leaves_nothing(folder, tmp_path, monkeypatch):
     exif[ExifTags.Base.Make] = "maker"
     Image.new("RGB", (4, 4)).save(folder / "0.png", exif=exif)
     message = command(monkeypatch, Bicubic(), f"input={folder}", f"output={tmp_path / 'out'}")
-    assert message.startswith("interrupted: 0 of 5") and not list((tmp_path / "out").iterdir())
+    assert message.startswith("interrupted: 1 of 5")  # the next one had been restored meanwhile
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["1.png"]
 
 
 @pytest.mark.parametrize("alpha", ["bicubic", "network"])
@@ -291,8 +329,8 @@ def test_the_bar_counts_every_pass_through_the_network(tmp_path, monkeypatch, al
     arguments = [f"input={tmp_path / 'in'}", f"output={tmp_path / 'o'}", "batch_size=2", f"alpha={alpha}"]
     assert command(monkeypatch, Bicubic(), *arguments) is None
     expected = {
-        "bicubic": "total 36, step 24, completed 12, completed 24, step 12, completed 36",
-        "network": "total 60, step 24, step 12, completed 24, completed 36, step 12, step 12, completed 60",
+        "bicubic": "total 36, step 24, step 12, completed 36, completed 36, completed 36",
+        "network": "total 60, step 24, step 12, step 12, step 12, completed 60, completed 60, completed 60",
     }
     assert ", ".join(f"{kind} {pixels:g}" for kind, pixels in moves) == expected[alpha]
 

@@ -7,7 +7,6 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -274,10 +273,7 @@ def test_auto_checkpoints_where_a_step_exceeds_the_gpus_memory(whole_config, mon
     cfg = copy.deepcopy(whole_config)
     cfg.model.network.gradient_checkpointing = "auto"
     assert gradient_checkpointing(cfg) is False  # on a CPU
-    cfg.trainer.accelerator = "gpu"
-    card = SimpleNamespace(total_memory=memory * 2**30)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(train_module, "gpu_memory", lambda accelerator: memory * 2**30)
     with caplog.at_level(logging.INFO, "dit4sr_pl.train"):
         assert gradient_checkpointing(cfg) is switch
     assert f"gradient checkpointing is {'on' if switch else 'off'}: a step without it takes" in caplog.text

@@ -76,7 +76,7 @@ def restore(worklist: "Worklist", cfg: DictConfig) -> None:
     restorer = Restorer.load(
         *(backbone, instantiate(cfg.sampler), cfg.checkpoint, device, cfg.offload, cfg.injection_scale, cfg.compile)
     )
-    picture_restorer = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, cfg.first_frame)
+    picture_restorer = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, cfg.first_frame, cfg.png_level)
     waiting, worklist.entries = worklist.entries, []
     pixels = {
         entry: entry.size[0] * entry.size[1] * (2 if entry.alpha and cfg.alpha == "network" else 1) for entry in waiting
@@ -84,12 +84,18 @@ def restore(worklist: "Worklist", cfg: DictConfig) -> None:
     evaluations = restorer.evaluations
     with progress_bar() as bar:
         task = bar.add_task("restoring", total=sum(pixels.values()), done=0, count=len(waiting))
-        step = lambda evaluated: bar.advance(task, evaluated / evaluations)  # noqa: E731
-        finished = 0
+        moved = finished = 0
+
+        def step(evaluated: int) -> None:
+            nonlocal moved
+            moved += evaluated / evaluations
+            bar.advance(task, evaluated / evaluations)
+
         try:
             for entry, failure, notes in picture_restorer.run(batches(waiting, cfg.batch_size), step):
                 finished += pixels[entry]
-                bar.update(task, completed=finished, done=len(worklist.entries) + 1)
+                moved = max(moved, finished)  # a result is written while the next one moves the bar
+                bar.update(task, completed=moved, done=len(worklist.entries) + 1)
                 if failure is None:
                     worklist.entries.append(entry)
                 else:
@@ -167,6 +173,8 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"seed={cfg.seed}: must be a whole number")
     if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
         raise ValueError(f"batch_size={cfg.batch_size}: must be 1 or more")
+    if cfg.png_level not in (None, *range(10)):
+        raise ValueError(f"png_level={cfg.png_level}: must be a whole number from 0 to 9, or null")
     if not isinstance(cfg.samples, int) or not 1 <= cfg.samples <= 100:
         raise ValueError(f"samples={cfg.samples}: must be a whole number from 1 to 100")
     if cfg.alpha not in ALPHA:

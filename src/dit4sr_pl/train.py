@@ -172,16 +172,23 @@ def gradient_checkpointing(cfg: DictConfig) -> bool:
     chosen = cfg.model.network.gradient_checkpointing
     if chosen != "auto":
         return chosen
-    import torch
-
     from dit4sr_pl.plan import choose_checkpointing
 
-    if cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available():
+    total = gpu_memory(cfg.trainer.accelerator)
+    if total is None:
         return False
-    total = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory
     chosen, reason = choose_checkpointing(cfg, total, OmegaConf.load(conf_folder() / "plan.yaml").plan.reserved)
     log.info("gradient checkpointing is %s: %s", "on" if chosen else "off", reason)
     return chosen
+
+
+def gpu_memory(accelerator: str) -> int | None:
+    """Returns the bytes of memory of this process's GPU; None: the run has none."""
+    import torch
+
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory
 
 
 def validation_interval(trainer: DictConfig) -> int | float | str:

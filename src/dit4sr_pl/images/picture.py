@@ -105,17 +105,22 @@ def read_header(path: Path | str, first_frame: bool = False) -> Header:
         return Header((image.height, image.width), image.has_transparency_data)
 
 
-def write_picture(path: Path, picture: Picture) -> None:
+def write_picture(path: Path, picture: Picture, level: int | None = None) -> None:
     """Writes a PNG of the picture's depth, rounded to the nearest level, with its colour profile and EXIF data.
 
     The file appears under its name only when it is complete; missing folders are made.
+
+    Args:
+        path: the file.
+        picture: the picture.
+        level: how hard to compress, 0 to 9; None: imagecodecs' own level.
 
     Raises:
         ValueError: the picture has values that are not finite.
     """
     import imagecodecs
 
-    image = imagecodecs.png_encode(_levels(path, picture))
+    image = imagecodecs.png_encode(_levels(path, picture), level)
     header = 33  # signature and IHDR; profile and EXIF come between them and the pixels
     with atomic_write(path) as partial, partial.open("wb") as file:
         file.write(image[:header])

@@ -1,7 +1,12 @@
-"""Restores files: pictures of one size go through the restorer in batches, and each keeps its metadata."""
+"""Restores files: pictures of one size go through the restorer in batches, and each keeps its metadata.
+
+Results are written in threads while the next batch is restored.
+"""
 
 import errno
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,7 +18,11 @@ from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration.worklist import Entry, result_size
 
 FAILURES = (ValueError, MemoryError, RuntimeError)  # PyTorch raises RuntimeError when memory is short
+WRITERS = 2  # threads that compress and write; a thread takes less time for a picture than a GPU takes for the next
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other picture could be written either
+
+
+Pending = tuple[Entry, Picture | None, "Future | str"]  # a picture that is being written, or why there is none
 
 
 class Outcome(NamedTuple):
@@ -35,6 +44,7 @@ class PictureRestorer:
         alpha: how alpha is enlarged: `bicubic`, or `network`, which sees it as a grey image without a prompt.
         seed: seed of the noise, together with each picture's name.
         first_frame: see `read_picture`.
+        png_level: see `write_picture`.
     """
 
     restorer: Callable[..., Tensor]
@@ -42,9 +52,12 @@ class PictureRestorer:
     alpha: str
     seed: int
     first_frame: bool = False
+    png_level: int | None = None
 
     def run(self, batches: Iterable[list[Entry]], on_step: Callable[[int], None]) -> Iterator[Outcome]:
-        """Restores and writes; yields one outcome per entry.
+        """Restores and writes; yields one outcome per entry, in the order in which they were restored.
+
+        The results of two batches are in memory at most: the one that is restored, and the one that is written.
 
         Args:
             batches: entries of one size per batch.
@@ -53,33 +66,49 @@ class PictureRestorer:
         Raises:
             OSError: nothing more can be written.
         """
-        for batch in batches:
-            read = []
-            for entry in batch:
-                try:
-                    read.append((entry, read_picture(entry.source, self.first_frame)))
-                except FAILURES as error:
-                    yield Outcome(entry, reason(entry, error))
-            for size in {tuple(picture.color.shape[-2:]) for _, picture in read}:  # two when some lay on their side
-                same = [(entry, picture) for entry, picture in read if picture.color.shape[-2:] == size]
-                yield from self._write(same, on_step)
+        pending: deque[Pending] = deque()
+        with ThreadPoolExecutor(WRITERS, "writer") as writers:
+            try:
+                for batch in batches:
+                    for same in self._read(batch, pending):
+                        before = len(pending)
+                        self._restore(same, on_step, pending, writers)
+                        for _ in range(before):
+                            yield written(pending.popleft())
+            except KeyboardInterrupt:
+                yield from map(written, pending)
+                raise
+            yield from map(written, pending)
 
-    def _write(self, read: list[tuple[Entry, Picture]], on_step: Callable[[int], None]) -> Iterator[Outcome]:
+    def _read(self, batch: list[Entry], pending: deque[Pending]) -> Iterator[list[tuple[Entry, Picture]]]:
+        """Yields the pictures of a batch by size, which are two where some lay on their side."""
+        read = []
+        for entry in batch:
+            try:
+                read.append((entry, read_picture(entry.source, self.first_frame)))
+            except FAILURES as error:
+                pending.append((entry, None, reason(entry, error)))
+        for size in {tuple(picture.color.shape[-2:]) for _, picture in read}:
+            yield [(entry, picture) for entry, picture in read if picture.color.shape[-2:] == size]
+
+    def _restore(
+        self,
+        read: list[tuple[Entry, Picture]],
+        on_step: Callable[[int], None],
+        pending: deque[Pending],
+        writers: ThreadPoolExecutor,
+    ) -> None:
+        """Restores pictures of one size and hands them to the writers."""
         entries, pictures = zip(*read, strict=True)
         try:
             names, prompts = [entry.name for entry in entries], [entry.prompt for entry in entries]
             restored = replace(self, seed=self.seed + entries[0].sample)(pictures, names, prompts, on_step)
         except FAILURES as error:
-            yield from [Outcome(entry, reason(entry, error)) for entry in entries]
+            pending.extend((entry, None, reason(entry, error)) for entry in entries)
             return
         for entry, picture in zip(entries, restored, strict=True):
-            try:
-                write_picture(entry.target, picture)
-                yield Outcome(entry, notes=picture.notes)
-            except (*FAILURES, OSError) as error:
-                if isinstance(error, OSError) and error.errno in FULL:
-                    raise
-                yield Outcome(entry, reason(entry, error))
+            future = writers.submit(write_picture, entry.target, picture, self.png_level)
+            pending.append((entry, picture, future))
 
     def __call__(
         self, pictures: Iterable[Picture], names: list[str], prompts: list[str], on_step: Callable[[int], None]
@@ -105,6 +134,20 @@ class PictureRestorer:
         pixels = lr.shape[0] * lr.shape[2] * lr.shape[3]
         step = lambda: on_step(pixels)  # noqa: E731
         return self.restorer(lr, size, prompts, names, self.seed, on_step=step)
+
+
+def written(pending: Pending) -> Outcome:
+    """Waits until a picture is written and returns its outcome; raises OSError if no other could be written either."""
+    entry, picture, result = pending
+    if isinstance(result, str):
+        return Outcome(entry, result)
+    try:
+        result.result()
+    except (*FAILURES, OSError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
+        return Outcome(entry, reason(entry, error))
+    return Outcome(entry, notes=picture.notes)
 
 
 def reason(entry: Entry, error: Exception) -> str:

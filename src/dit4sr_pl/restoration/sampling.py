@@ -168,14 +168,18 @@ def restore(
     batcher = batcher or sampler.tile_batcher(net)
     latent = sample(velocity, scheduler, sampler, lr_latent, noise, net.patch_size, batcher, on_step)
     del lr_latent, noise  # each takes a byte per pixel of the result
-    sr = torch.empty(*lr.shape[:2], height, width, device=lr.device)
+    # On the device, in the memory that tiles took before, colours are aligned at once; larger images go where `lr` is.
+    result_bytes = lr.shape[0] * lr.shape[1] * height * width * torch.float32.itemsize
+    place = device if result_bytes <= sampler.tile_memory * 2**30 / 2 else lr.device
+    sr = torch.empty(*lr.shape[:2], height, width, device=place)
     for image, each in zip(sr, latent.split(1), strict=True):
         top = 0
         for band in coder.decode_tiled(each, sampler.vae_tile):
             rows = image[:, top : top + band.shape[2]]  # the last band may be cut
             rows.copy_(band[0, :, : rows.shape[1], :width])
             top += band.shape[2]
-    return resize(ALIGNMENTS[sampler.color](sr, enlarge_through(lr, sizes)).clamp_(0, 1), size)
+    aligned = ALIGNMENTS[sampler.color](sr, enlarge_through(lr.to(place), sizes)).clamp_(0, 1)
+    return resize(aligned, size).to(lr.device)
 
 
 def extended(length: int, least: int, multiple: int) -> int:
