@@ -66,8 +66,10 @@ ablation)
     OMP_NUM_THREADS=2 $PYTHON -m dit4sr_pl.train -m "${options[@]}" +ablation=$variants hydra.launcher.n_jobs=5 &
     OMP_NUM_THREADS=2 $PYTHON -m dit4sr_pl.train "${options[@]}" model=tiny_sd3_controlnet
     wait $!
-    pieces ablation --exclude checkpoints --exclude '*.safetensors' outputs/tiny_ablation
+    results=(ablation --exclude checkpoints --exclude '*.safetensors' outputs/tiny_ablation)
+    pieces "${results[@]}" # also if the comparison fails
     $PYTHON -m dit4sr_pl.compare outputs/tiny_ablation output=outputs/tiny_ablation/compare strip.hr=$CROPS
+    pieces "${results[@]}"
     ;;
 *)
     echo "$STAGE: no such stage; give base, lr_stream or ablation" >&2
