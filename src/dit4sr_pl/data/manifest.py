@@ -48,7 +48,9 @@ def read_manifest(path: Path | str, limit: int | None = None) -> Manifest:
     try:
         table = pq.read_table(path, columns=["path", "size", "error"]).slice(0, limit)
         files, sizes, errors = (table[name].to_pylist() for name in ("path", "size", "error"))
-    except (pa.ArrowException, KeyError):
+    except (pa.ArrowException, KeyError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # pyarrow's own OSErrors, of damaged files, have no number
+            raise
         raise ValueError(f"{path}: not a manifest; move it elsewhere and run {COMMAND}") from None
     check_names(files, path)
     good = [error is None for error in errors]

@@ -113,10 +113,13 @@ def open_captions(source: Path | str) -> CaptionFiles | CaptionTable:
 
 
 def _jsonl_rows(path: Path | str) -> Iterator[tuple[str, str]]:
-    with Path(path).open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _row(line, f"{path}, line {number}")
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text; convert it") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _row(line, f"{path}, line {number}")
 
 
 def _row(line: str, where: str) -> tuple[str, str]:
@@ -137,6 +140,8 @@ def _parquet_rows(path: Path | str) -> Iterator[tuple[str, str]]:
     try:
         table = pq.read_table(path, columns=list(COLUMNS))
         columns = [table[column].cast(pa.string()).fill_null("").to_pylist() for column in COLUMNS]
-    except (pa.ArrowException, KeyError):
+    except (pa.ArrowException, KeyError, OSError, UnicodeDecodeError) as error:
+        if getattr(error, "errno", None) is not None:  # pyarrow's own OSErrors, of damaged files, have no number
+            raise
         raise ValueError(f"{path}: not a parquet table with the text columns {' and '.join(COLUMNS)}") from None
     return zip(*columns, strict=True)

@@ -171,8 +171,11 @@ def read_result(folder: Path) -> Result:
         described = {name: row[name if name in row else FORMER_NAMES[name]] for name in FIELDS}
         described["versions"] = json.loads(row["versions"])
         described["network"] = json.loads(row.get("network", "{}"))  # results of 0.1 do not have it
-    except (pa.ArrowException, OSError, KeyError, IndexError) as error:
-        raise ValueError(f"{path}: not a result ({error}); score it again") from None
+    except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
+        if getattr(error, "errno", None) is not None:  # pyarrow's own OSErrors, of damaged files, have no number
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a result ({reason}); score it again") from None
     result = Result(**described, scores=read_scores(folder / SCORES))
     check_same_scores(row, result, folder)
     return result

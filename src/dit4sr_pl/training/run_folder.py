@@ -14,12 +14,12 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from dit4sr_pl.common.devices import device_count
 from dit4sr_pl.common.files import atomic_write, folder_lock
@@ -93,12 +93,10 @@ def check_same_run(cfg: DictConfig, folder: Path) -> None:
 
 def read_config(path: Path) -> DictConfig:
     """Reads a run's config; raises ValueError, with what to do, if it is empty or damaged."""
-    try:
-        config = OmegaConf.load(path)
-        if isinstance(config, DictConfig) and {"trainer", "data", "model"} <= config.keys():
-            return config
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError):
-        pass
+    with suppress(OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, ValueError):
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and {"trainer", "data", "model"} <= config.keys():
+            return OmegaConf.load(path)
     raise ValueError(
         f"{path}: empty or damaged, so nothing tells whether its checkpoints are of this run; bring it back, give "
         "another folder (output=FOLDER), or overwrite=true to replace that run"
@@ -186,12 +184,10 @@ def finished_steps(folder: Path, max_steps: int) -> int:
     path = folder / FINISHED
     if not path.is_file():
         return 0
-    try:
-        finished = OmegaConf.load(path)
-        if isinstance(steps := finished.steps, int) and steps >= 0:
+    with suppress(yaml.YAMLError, UnicodeDecodeError):
+        finished = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(finished, dict) and isinstance(steps := finished.get("steps"), int) and steps >= 0:
             return steps if steps >= max_steps or finished.get("stopped_early") else 0
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, AttributeError):
-        pass
     log.warning("%s: empty or damaged; the run counts as unfinished", path)
     return 0
 
