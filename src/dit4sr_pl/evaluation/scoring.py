@@ -12,6 +12,7 @@ import ctypes
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -79,14 +80,20 @@ def working(folder: Path, shard: tuple[int, int]) -> Iterator[Path]:
 
 
 def restore(items: list[Item], method: Method, bar: Bar) -> None:
-    """Restores the images that do not exist yet and writes them."""
+    """Restores the images that do not exist yet; each is written in a thread while the next one is restored."""
     missing = [item for item in items if not is_complete_png(item.sr)]
     if not missing:
         return
     paths = {item.name: item.sr for item in missing}
     lr_images = (LRImage(item.name, item.read_lr(), item.caption) for item in bar(missing))
-    for name, sr in method(lr_images):
-        write_image(paths[name], sr.cpu())
+    with ThreadPoolExecutor(1, "writer") as writer:
+        pending = []
+        for name, sr in method(lr_images):
+            for before in pending:
+                before.result()
+            pending = [writer.submit(write_image, paths[name], sr.cpu())]
+        for last in pending:
+            last.result()
 
 
 def score(items: list[Item], metrics: dict[str, ImageScore], folder: Path, piece: Path, bar: Bar) -> None:
