@@ -1,17 +1,20 @@
-"""Compares a forward pass of DiT4SR, merged as for restoring, with one of diffusers' SD3 transformer.
+"""Compares a forward pass of DiT4SR, merged as for restoring, with the released form's and with diffusers' SD3's.
 
     [OMP_NUM_THREADS=2] python benchmarks/forward.py [--dtype float32] [--repeats 9]
 
-Networks and batch are those of `training_step.py`, and both networks have the same base weights. They take turns,
-without autograd. The column `products s` has the seconds that a pass spends in matrix products and attention, which no
-implementation can do without.
+Networks and batch are those of `training_step.py`; all have the same base weights. They take turns, without autograd.
+The released form has two matrices per LR projection, one after the other on every token. The column `products s` has
+the seconds that a pass spends in matrix products and attention, which no implementation can do without.
 """
 
 import argparse
 
 import torch
+from gpu_models import two_matrices
 from torch.profiler import profile
 from training_step import Contest, summarise, take_turns
+
+from dit4sr_pl.model import DiT4SRTransformer
 
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::_scaled_dot_product_flash_attention_for_cpu")
 
@@ -23,16 +26,37 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
 
-    contest = Contest(2, getattr(torch, args.dtype))
-    contest.net.lr_stream.merge(contest.base)
-    times = take_turns(contest, args.repeats, ("diffusers", "forward"))
-    theirs, ours = (summarise(runs) for runs in times.values())
+    contest = Forward(2, getattr(torch, args.dtype))
+    times = take_turns(contest, args.repeats, ("diffusers", "as_released", "forward"))
+    theirs, released, ours = (summarise(runs) for runs in times.values())
     print(f"{args.dtype}, {torch.get_num_threads()} threads, {args.repeats} repeats, in turns")
     print(f"{'':10s}{'median s':>11s}{'min s':>11s}{'cpu min s':>11s}{'products s':>11s}")
-    for name, seconds in (("diffusers", theirs), ("ours", ours)):
-        products = in_products(contest, {"ours": "forward"}.get(name, name))
+    for name, run, seconds in (
+        ("diffusers", "diffusers", theirs),
+        ("released", "as_released", released),
+        ("ours", "forward", ours),
+    ):
+        products = in_products(contest, run)
         print(f"{name:10s}" + "".join(f"{s:11.3f}" for s in (*seconds, products)))
-    print(f"{'ratio':10s}" + "".join(f"{a / b:11.2f}" for a, b in zip(ours, theirs, strict=True)))
+    for name, others in (("to diffusers", theirs), ("to released", released)):
+        print(f"{name:12s}" + "".join(f"{a / b:9.2f}" for a, b in zip(ours, others, strict=True)))
+
+
+class Forward(Contest):
+    """The contest with a merged network and, next to it, one in the released form."""
+
+    def __init__(self, batch: int, dtype: torch.dtype):
+        super().__init__(batch, dtype)
+        self.merged, self.unmerged = self.net, DiT4SRTransformer(self.base).to(dtype)
+        self.unmerged.lr_stream.load_state_dict(self.net.lr_stream.state_dict())
+        self.merged.lr_stream.merge(self.base)
+
+    def as_released(self) -> None:
+        """Runs the released form without autograd."""
+        self.net = self.unmerged
+        with two_matrices():
+            self.forward()
+        self.net = self.merged
 
 
 def in_products(contest: Contest, run: str) -> float:
