@@ -67,7 +67,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("sha256", [SHA256, None])
+@pytest.mark.parametrize("sha256", [SHA256, None], ids=["hash", "no hash"])
 def test_a_download_that_was_cut_off_leaves_nothing_and_begins_anew(server, tmp_path, sha256):
     path = tmp_path / "file"
     with pytest.raises(ValueError, match=f"cut off after {len(CONTENTS) // 2} of {len(CONTENTS)} bytes; run it again"):
@@ -83,7 +83,7 @@ def test_another_file_is_not_kept(server, tmp_path):
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("sha256", [SHA256, None])
+@pytest.mark.parametrize("sha256", [SHA256, None], ids=["hash", "no hash"])
 def test_a_portals_page_is_not_taken_for_weights(server, tmp_path, sha256):
     with pytest.raises(ValueError, match="the server sent another file, such as a login page"):
         download(f"{server.url}/page", tmp_path / "file", sha256)
