@@ -63,7 +63,9 @@ def check_not_read(files: Iterable[Path], cfg: DictConfig) -> None:
     for key in READ:
         for value in texts(OmegaConf.select(cfg, key)):
             place = locate(value) if key == "model.checkpoint" else Path(value).expanduser()
-            read = os.path.realpath(place) if isinstance(place, Path) else "/dev/null"  # the hub's own folder
+            if not isinstance(place, Path):
+                continue  # on the hub
+            read = os.path.realpath(place)
             if inside := [file for real, file in replaced.items() if Path(real).is_relative_to(read)]:
                 raise ValueError(
                     f"overwrite=true would replace {inside[0]}, which {key} ({value}) reads; give another folder "
