@@ -13,9 +13,9 @@ from omegaconf import DictConfig
 from dit4sr_pl.backbone.text_length import check_t5_tokens, longest_prompt
 from dit4sr_pl.common.hub import check_access
 
-QUANTIZATIONS = (None, "int8", "nf4")
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = ("int8", "fp8", "nf4")
+QUANTIZATIONS = ("int8", "fp8", "nf4")  # of the frozen base
+CAPTIONER_QUANTIZATIONS = ("int8", "nf4")
 SCALES = (1, 8)
 
 
@@ -149,7 +149,7 @@ def check_captioner(captioner: DictConfig) -> None:
     """
     if captioner.dtype not in DTYPES:
         raise ValueError(f"captioner.dtype={captioner.dtype}: choose one of {', '.join(DTYPES)}")
-    if captioner.quantization not in QUANTIZATIONS:
+    if captioner.quantization not in (None, *CAPTIONER_QUANTIZATIONS):
         raise ValueError(f"captioner.quantization={captioner.quantization}: choose int8, nf4 or null")
     if captioner.quantization is not None and find_spec("bitsandbytes") is None:
         raise ValueError(

@@ -73,7 +73,7 @@ def quoted_argument(argument: str, command: str, sweeps: bool) -> str:
         return argument
     if value in ("", "???") or (value == "null" and key not in ALWAYS_GIVEN):
         return argument
-    if sweeps and is_left_to_sweep(key, value):
+    if names_settings(key, value, sweeps) or (sweeps and calls_function(value)):
         return argument
     are_paths = is_one_of(key, PATHS + PATH_LISTS)
     if is_list and value.startswith("[") and value.endswith("]"):
@@ -90,21 +90,22 @@ def is_one_of(key: str, keys: tuple[str, ...]) -> bool:
     return any(key == each or re.fullmatch(each, key) for each in keys)
 
 
-def is_left_to_sweep(key: str, value: str) -> bool:
-    """Returns whether a value of a sweep is for Hydra: a function such as `glob(*)`, or a folder for every job, such as
-    `output=runs/lr${optimizer.lr}`, whose interpolations name other settings and nothing outside of the config.
+def names_settings(key: str, value: str, sweeps: bool) -> bool:
+    """Returns whether a folder is named by other settings, as `output=runs/lr${optimizer.lr}` is for the jobs of a
+    sweep and `hydra.run.dir=runs/${seed}` always is. Nothing outside of the config can be named so.
     """
-    of_job = key == "output" and "${" in value and not re.search(r"\$\{[^}]*:", value)
-    return (of_job or bool(SWEEP_FUNCTION.match(value))) and not os.path.exists(value)
+    is_folder = key.startswith("hydra.") or (sweeps and key == "output")
+    return is_folder and "${" in value and not re.search(r"\$\{[^}]*:", value) and not os.path.exists(value)
+
+
+def calls_function(value: str) -> bool:
+    """Returns whether the value of a sweep is one of Hydra's functions, such as `glob(*)`."""
+    return bool(SWEEP_FUNCTION.match(value)) and not os.path.exists(value)
 
 
 def split(value: str, are_paths: bool) -> list[str]:
     """Returns the parts of a list at its commas, except commas within quotes and within paths that exist."""
-    pieces = (
-        re.findall(r"""(?:'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|\\.|[^,])+""", value)
-        if has_quotes(value)
-        else value.split(",")
-    )
+    pieces = re.findall(WITHIN_QUOTES, value) if has_quotes(value) else value.split(",")
     texts = []
     while pieces:
         ends = range(len(pieces), 0, -1) if are_paths else ()
