@@ -58,9 +58,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """
     check(cfg)
     with open_run(cfg) as folder:
-        max_steps = cfg.trainer.max_steps
-        if not cfg.overwrite and cfg.ckpt_path is None and (steps := finished_steps(folder, max_steps)):
-            way = "a larger trainer.max_steps" if steps >= max_steps else f"ckpt_path=CHECKPOINT (it has {max_steps})"
+        limits = cfg.trainer.max_steps, cfg.trainer.get("max_time")
+        if not cfg.overwrite and cfg.ckpt_path is None and (steps := finished_steps(folder, *limits)):
+            way = "a larger trainer.max_steps" if steps >= limits[0] else "another trainer.max_time or a ckpt_path"
             log.info("%s: finished at step %d; give %s to train longer", folder, steps, way)
             return {}
         return fit(cfg, folder)
@@ -109,7 +109,7 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
         save_part(part, folder / f"{module.net.trained_name}.safetensors")
         if "scores" in callbacks and callbacks.scores.restored:
             write_result(result_of(cfg, part, data.validation_name, callbacks.scores.restored), folder)
-        finish(folder, trainer.global_step, cfg.trainer.max_steps)
+        finish(folder, trainer.global_step, cfg.trainer.max_steps, cfg.trainer.get("max_time"))
         log.info("%s: finished at step %d", folder, trainer.global_step)
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
 

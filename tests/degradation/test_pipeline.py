@@ -238,8 +238,9 @@ def test_wrong_settings_are_named(path, value, message):
 
 
 def test_hydra_instantiates_every_degradation():
-    for file in CONF.glob("*.yaml"):
-        assert isinstance(instantiate(OmegaConf.load(file)), Degradation)
+    with initialize_config_dir(str(CONF.parent), version_base="1.3"):
+        for file in CONF.glob("*.yaml"):
+            assert isinstance(instantiate(compose(f"degradation/{file.stem}").degradation), Degradation)
 
 
 @pytest.mark.parametrize("size, message", [((130, 128), "multiples of the scale 4"), ((64, 64), "too small")])

@@ -101,7 +101,7 @@ def oracle(name: str, pairs) -> torch.Tensor:
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("batch", [1, 8])
 def test_equals_pyiqa_image_by_image(name, batch, pairs):
-    score, expected = metric(name), oracle(name, pairs)
+    score, expected = metric(name), oracle(name, pairs).float()
     parts = list(zip(*(images.split(batch) for images in pairs), strict=True))
     torch.testing.assert_close(torch.cat([score.each(*part) for part in parts]), expected, atol=1e-6, rtol=1e-6)
     for part in parts:

@@ -45,7 +45,7 @@ def disk(tmp_path):
 def test_a_disk_that_is_full_for_three_steps_costs_their_records_and_nothing_else(
     photos, tmp_path, disk, caplog, monkeypatch
 ):
-    monkeypatch.setattr(event_log, "PAUSE", 0.2)
+    monkeypatch.setattr(event_log, "PAUSE", 0)  # it tries again at every step
     start(photos, tmp_path / "whole")
     fill = f"{{_target_: testing.events.FillDisk, folder: {disk}, full_at: 2, free_at: 5}}"
     start(photos, disk / "run", f"+callbacks.event={fill}")

@@ -172,7 +172,7 @@ def test_a_job_that_its_scheduler_restarts_resumes_although_its_command_overwrit
 
 @pytest.mark.slow
 def test_a_run_that_a_callback_ends_early_is_finished_with_a_checkpoint_of_its_last_step(photos, tmp_path, caplog):
-    """Lightning checks its limit of time after each batch. A given checkpoint trains on."""
+    """Lightning checks its limit of time after each batch. Another limit, or a given checkpoint, trains on."""
     options = [
         "+trainer.max_time=00:00:00:01",
         "trainer.max_steps=999",
@@ -180,12 +180,14 @@ def test_a_run_that_a_callback_ends_early_is_finished_with_a_checkpoint_of_its_l
     ]
     start(photos, tmp_path, *options)
     done = steps(tmp_path)[0]
-    assert 0 < done < 999 and finished_steps(tmp_path, 999) == done and (tmp_path / "scores.csv").exists()
+    assert 0 < done < 999 and finished_steps(tmp_path, 999, "00:00:00:01") == done and (tmp_path / "scores.csv").exists()
     start(photos, tmp_path, *options)
-    assert f"finished at step {done}; give ckpt_path=CHECKPOINT" in caplog.text and steps(tmp_path)[0] == done
-    newest = f"ckpt_path={tmp_path / 'checkpoints' / f'{done:07d}.ckpt'}"
-    start(photos, tmp_path, f"trainer.max_steps={done + 1}", newest)
+    assert f"finished at step {done}; give another trainer.max_time" in caplog.text and steps(tmp_path)[0] == done
+    start(photos, tmp_path, f"trainer.max_steps={done + 1}")
     assert finished_steps(tmp_path, done + 1) == done + 1
+    newest = f"ckpt_path={tmp_path / 'checkpoints' / f'{done + 1:07d}.ckpt'}"
+    start(photos, tmp_path, f"trainer.max_steps={done + 2}", newest)
+    assert finished_steps(tmp_path, done + 2) == done + 2
 
 
 @pytest.mark.parametrize("steps", [-1, 0, 0.5, None])

@@ -289,7 +289,7 @@ def test_a_folder_holds_runs_of_one_kind(tmp_path, theirs, overrides, named):
 
 @pytest.mark.parametrize("rank", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
 def test_of_a_run_on_several_devices_rank_0_holds_the_folder(monkeypatch, rank):
-    two, one = OmegaConf.create({"devices": 2, "num_nodes": 1}), OmegaConf.create({"devices": 1, "num_nodes": 1})
+    two, one = (OmegaConf.create({"devices": n, "num_nodes": 1, "accelerator": "cpu"}) for n in (2, 1))
     assert leads(two) and leads(one)
     monkeypatch.setenv(rank, "1")
     assert not leads(two) and leads(one)

@@ -172,22 +172,27 @@ def is_restart(folder: Path) -> bool:
     return kept and recorded_job(folder) == scheduler_job()
 
 
-def finish(folder: Path, steps: int, max_steps: int) -> None:
-    """Marks the run as finished after `steps` steps; fewer than `max_steps` if a callback or a time limit ended it."""
+def finish(folder: Path, steps: int, max_steps: int, max_time: str | None = None) -> None:
+    """Marks the run as finished after `steps` steps; fewer than `max_steps` if a callback or `max_time` ended it."""
+    early = {"stopped_early": True, "max_time": max_time} if steps < max_steps else {}
     with atomic_write(folder / FINISHED) as partial:
-        OmegaConf.save({"steps": steps} | ({"stopped_early": True} if steps < max_steps else {}), partial)
+        OmegaConf.save({"steps": steps} | early, partial)
     settle(folder)
 
 
-def finished_steps(folder: Path, max_steps: int) -> int:
-    """Returns the steps of a run that is finished for a command with `max_steps`; 0: the run is not finished."""
+def finished_steps(folder: Path, max_steps: int, max_time: str | None = None) -> int:
+    """Returns the steps of a run that is finished for a command with these limits; 0: the run is not finished.
+
+    A run that ended early is finished for a command with the same time limit only.
+    """
     path = folder / FINISHED
     if not path.is_file():
         return 0
     with suppress(yaml.YAMLError, UnicodeDecodeError):
         finished = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(finished, dict) and isinstance(steps := finished.get("steps"), int) and steps >= 0:
-            return steps if steps >= max_steps or finished.get("stopped_early") else 0
+            early = finished.get("stopped_early") and finished.get("max_time") == max_time
+            return steps if steps >= max_steps or early else 0
     log.warning("%s: empty or damaged; the run counts as unfinished", path)
     return 0
 
