@@ -180,7 +180,9 @@ def test_a_run_that_a_callback_ends_early_is_finished_with_a_checkpoint_of_its_l
     ]
     start(photos, tmp_path, *options)
     done = steps(tmp_path)[0]
-    assert 0 < done < 999 and finished_steps(tmp_path, 999, "00:00:00:01") == done and (tmp_path / "scores.csv").exists()
+    assert (
+        0 < done < 999 and finished_steps(tmp_path, 999, "00:00:00:01") == done and (tmp_path / "scores.csv").exists()
+    )
     start(photos, tmp_path, *options)
     assert f"finished at step {done}; give another trainer.max_time" in caplog.text and steps(tmp_path)[0] == done
     start(photos, tmp_path, f"trainer.max_steps={done + 1}")
