@@ -18,7 +18,7 @@ GIB = 2**30
 
 
 class Bench:
-    """What all sections share: the device, the time that is left, and the results' file.
+    """The things that all sections share: the device, the time that is left, and the results' file.
 
     Args:
         device: where everything runs.

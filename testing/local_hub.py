@@ -77,7 +77,7 @@ class LocalHub(ThreadingHTTPServer):
 
     @property
     def endpoint(self) -> str:
-        """What HF_ENDPOINT would be."""
+        """The address that HF_ENDPOINT would hold."""
         return f"http://127.0.0.1:{self.server_port}"
 
     def add(self, name: str, folder: Path, below: str = "", revision: str = "main", gated: bool = False) -> str:

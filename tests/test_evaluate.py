@@ -57,7 +57,7 @@ def pairs(root):
 
 @pytest.mark.slow
 def test_contracts_spelling_scores_finished_images_by_stem(pairs, tmp_path):
-    """Against PSNR of Y written out on the 8-bit values."""
+    """The expected score is the PSNR of Y, written out on the 8-bit values."""
     for path in (pairs / "test_HR").iterdir():
         Image.open(path).convert("L").convert("RGB").save(tmp_path / f"{path.stem}.png")
     arguments = [f"images={tmp_path}", f"reference={pairs / 'test_HR'}", "metrics=[psnr,ssim]", "output=out"]
@@ -208,7 +208,7 @@ def test_changed_pixels_are_not_taken_for_the_scored_ones(pairs, tmp_path):
 
 
 def test_without_ground_truth_the_default_goes_without_what_needs_it(root, pairs, tmp_path, capsys):
-    """Nor are weights of what is left out missed; those of the rest are, before anything is restored."""
+    """Weights of what is left out are not missed; those of the rest are, before anything is restored."""
     arguments = ["dataset=folder", f"dataset.lr={pairs / 'test_LR'}", "method=bicubic", "metrics=paper"]
     arguments += [f"output={tmp_path / 'out'}", f"metric_weights.folder={tmp_path}"]
     assert "musiq_koniq_ckpt-e95806b9.pth: no such file" in run(*arguments)

@@ -56,7 +56,7 @@ def test_restore_evaluate_and_the_pipeline_give_the_same_pixels(pipe, lr, tmp_pa
 
 
 def test_an_image_takes_the_releases_sizes():
-    """By the release's arithmetic: enlarge until the shorter side has 128 pixels, x4, down to multiples of 8."""
+    """The release's arithmetic: enlarge until the shorter side has 128 pixels, x4, down to multiples of 8."""
     for width, height in [(1, 1), (3, 2), (49, 60), (103, 200), (127, 128), (128, 128), (130, 333)]:
         grown = (width, height)
         if min(width, height) < 128:

@@ -1,4 +1,4 @@
-"""What a training costs, before it runs: at the paper's size by its parameters, at toy size by everything else."""
+"""The cost of a training, before it runs: at the paper's size by its parameters, at toy size by everything else."""
 
 import json
 import shutil

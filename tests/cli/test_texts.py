@@ -1,4 +1,4 @@
-"""What a person calls a file, or writes as a prompt, arrives as it is."""
+"""The name that a person gives to a file, or writes as a prompt, arrives as it is."""
 
 import random
 

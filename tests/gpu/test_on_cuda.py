@@ -1,4 +1,4 @@
-"""What a CUDA device computes is what the CPU computes.
+"""A CUDA device computes what the CPU computes.
 
     python -m pytest tests/gpu --confcutdir=tests/gpu -W default
 

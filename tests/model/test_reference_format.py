@@ -41,7 +41,7 @@ def test_a_network_trained_here_is_the_same_function_in_the_references_code_whos
 
 @torch.no_grad()
 def test_the_golden_network_at_another_scale_is_written_as_the_function_that_it_is(tmp_path):
-    """With 1.0 in the place of the reference's 1.2 the injection is 1.2 times as strong, to give the golden output."""
+    """The injection is 1.2 times as strong as the reference's, so that a scale of 1.0 gives the golden output."""
     net = DiT4SRTransformer.from_reference(GOLDEN / "r1_dual", injection_scale=1.0)
     for block in net.lr_stream.blocks:
         block.injection.conv.weight *= 1.2

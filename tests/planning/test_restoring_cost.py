@@ -1,4 +1,4 @@
-"""What restoring costs: FLOPs against PyTorch's counter on a real image, seconds against the paper's."""
+"""The cost of restoring: FLOPs against PyTorch's counter on a real image, seconds against the paper's."""
 
 from functools import partial
 

@@ -9,27 +9,13 @@ import os
 import re
 from collections.abc import Sequence
 
-PATHS = (
-    "input",
-    "output",
-    "images",
-    "reference",
-    "root",
-    "weights",
-    "checkpoint",
-    "ckpt_path",
-    "embeddings",
-    "latents",
-)
-PATHS += ("crops", "trained", "shipped", "model.checkpoint", "model.backbone.name", "model.backbone.embeddings")
+PATHS = ("input", "output", "images", "reference", "root", "weights", "checkpoint", "ckpt_path", "embeddings")
+PATHS += ("latents", "crops", "trained", "shipped")
+PATHS += ("model.checkpoint", "model.backbone.name", "model.backbone.embeddings")
 PATHS += ("data.photos", "data.captions", "metric_weights.folder", "captioner.name", "strip.lr", "strip.hr")
 PATHS += (r"data\.(sets|pairs)\.[\w-]+\.(folder|captions|manifest|lr|hr)", r"dataset\.(folder|lr|hr|captions)")
-PATHS += (
-    r"data\.validation\.(folder|lr|hr|captions)",
-    r"method\.(checkout|python|work|outputs)",
-    r"method\.weights\.\w+",
-)
-PATHS += (r"hydra\.run\.dir", r"hydra\.sweep\.dir")
+PATHS += (r"data\.validation\.(folder|lr|hr|captions)", r"method\.(checkout|python|work|outputs)")
+PATHS += (r"method\.weights\.\w+", r"hydra\.run\.dir", r"hydra\.sweep\.dir")
 TEXTS = ("prompt", "name", "against", "captioner.instruction", "sampler.added_prompt", "sampler.negative_prompt")
 TEXTS += (r"data\.pairs\.[\w-]+\.[lh]r_suffix", r"dataset\.([lh]r_suffix|name)", "method.label")
 PATH_LISTS = ("data.folders", "data.validation_folders", "data.latents", "runs")

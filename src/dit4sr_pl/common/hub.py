@@ -99,7 +99,7 @@ def cache_folder() -> Path:
 
 
 class Found(NamedTuple):
-    """What a look-up found: a commit, the files that can be had, and why the hub was not asked, if it was not."""
+    """The result of a look-up: a commit, the files that can be had, and why the hub was not asked, if it was not."""
 
     commit: str
     files: list[str]

@@ -230,7 +230,7 @@ class SuperResolutionData(LightningDataModule):
 
     @property
     def validation_name(self) -> str:
-        """What the scores of validation are of: `validation`, or `validation_sharpened` where the HR images are the
+        """The name of the validation's scores: `validation`, or `validation_sharpened` where the HR images are the
         degradation's sharpened ones, or `validation_NAME` for the pairs of a benchmark."""
         if isinstance(self.validation, ValidationPairs):
             return f"validation_{self.validation.name}"

@@ -51,7 +51,7 @@ WITHOUT_KERNEL = {
 
 @dataclass(frozen=True)
 class Work:
-    """What a part of a step asks of a GPU.
+    """The work that a part of a step gives to a GPU.
 
     Args:
         flops: FLOPs of products, convolutions and attention.
@@ -121,11 +121,13 @@ class FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tokens: Tensor, weight: Tensor) -> Tensor:
+        """Returns tokens of the right shape, and keeps what the kernel keeps for the backward pass."""
         ctx.save_for_backward(tokens, weight, torch.empty(*tokens.shape[:-1], 1))
         return tokens * weight
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """Returns a gradient of the tokens' shape."""
         tokens, _, _ = ctx.saved_tensors
         return torch.addcmul(grad, grad, tokens), None
 

@@ -30,7 +30,7 @@ class Source(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """What `write_crops` did: photos left out by reason, and a message for each file that cannot be read."""
+    """The outcome of `write_crops`: photos left out by reason, and a message for each file that cannot be read."""
 
     left_out: Counter
     failed: list[str]

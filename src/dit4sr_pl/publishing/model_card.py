@@ -39,7 +39,7 @@ class Publication:
 
     @property
     def word(self) -> str:
-        """What commands take as `checkpoint`."""
+        """The word that commands take as `checkpoint`."""
         place = "/".join(filter(None, [f"hub:{self.address.repo}", self.address.subfolder]))
         return place if self.address.revision == "main" else f"{place}@{self.address.revision}"
 

@@ -1,4 +1,4 @@
-"""What a training step reads next to its images: draws that are functions of a sample's position, prompt embeddings."""
+"""The inputs of a training step next to its images: draws, each a function of a sample's position, and embeddings."""
 
 from dataclasses import dataclass
 
