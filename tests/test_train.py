@@ -13,7 +13,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
@@ -32,7 +31,7 @@ from dit4sr_pl.preparation.embeddings import write_embeddings
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.scores.results import read_result
 from dit4sr_pl.train import check, gradient_checkpointing, train
-from dit4sr_pl.training.module import SuperResolutionModule, start_from_checkpoint
+from dit4sr_pl.training.module import start_from_checkpoint
 from testing.toy_runs import CONTROLNET, SAMPLER, TOY_SD3, events, losses, toy
 
 ABLATION = "no_lr_residual"  # of the run that several tests share
@@ -77,10 +76,6 @@ def test_every_experiment_takes_a_step(run, experiment, tmp_path):
 def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         return compose("train", list(overrides))
-
-
-def make_module(*overrides: str) -> SuperResolutionModule:
-    return instantiate(composed("output=x", f"model.backbone.name={TOY_SD3}", *overrides).model)
 
 
 @pytest.fixture(scope="module")
@@ -355,13 +350,6 @@ def test_prompts_without_embeddings_end_a_run_before_it_begins_with_the_command_
     assert start(*longer) is None
 
 
-def test_trainable_weights_are_float32_and_the_base_is_no_part_of_the_module():
-    module = make_module("model.backbone.dtype=bfloat16")
-    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
-    assert all(name.startswith("lr_stream.") for name in module.state_dict())
-    assert module.net.base.proj_out.weight.dtype == torch.bfloat16
-
-
 @pytest.mark.slow
 def test_sd3_controlnet_trains_validates_and_restores_by_the_same_commands(run, tmp_path, toy_backbone):
     scores = run("run", *CONTROLNET, "metrics=[psnr]")
@@ -391,31 +379,3 @@ def test_another_global_batch_than_the_papers_is_told_with_the_way_back(caplog):
         assert re.search(told, caplog.text) if told else not caplog.text
     cfg.global_batch = None
     train_module.tell_global_batch(cfg)
-
-
-def test_averaging_copies_what_is_trained_and_nothing_frozen():
-    module = make_module()
-    copied = copy.deepcopy(module)
-    assert copied.net.base is module.net.base and copied.backbone is module.backbone
-    assert copied.net.lr_stream is copied.lr_stream is not module.lr_stream
-    assert copied.velocity.__self__ is copied.net
-    for ours, theirs in zip(copied.net.blocks, module.net.blocks, strict=True):
-        assert ours.frozen is theirs.frozen and ours.lr is not theirs.lr
-
-
-@pytest.mark.slow
-def test_gradients_are_clipped_in_half_precision_with_a_fused_optimizer(run, tmp_path):
-    """One step of gradient descent with learning rate 1 is as long as the clipped gradient."""
-    descent = ["optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~optimizer.eps", "optimizer.weight_decay=0"]
-    descent += [
-        "trainer.precision=bf16-mixed",
-        "optimizer.lr=1.0",
-        "callbacks=default",
-        "trainer.max_steps=1",
-        "trainer.limit_val_batches=0",
-    ]
-    run("still", *descent, "optimizer.lr=0.0", "callbacks.checkpoint.every_n_train_steps=1")
-    run("step", *descent, "trainer.gradient_clip_val=1e-3", "callbacks.checkpoint.every_n_train_steps=1")
-    still, step = (load_part(tmp_path / name / "lr_stream.safetensors").state for name in ("still", "step"))
-    length = sum((still[name] - step[name]).square().sum() for name in still).sqrt()
-    assert length.item() == pytest.approx(1e-3, rel=1e-2)
