@@ -18,6 +18,7 @@ ASSETS = Path(__file__).parents[1] / "assets"  # weights in this package, and pu
 
 LOCK = ".lock"
 FLOCK = "hhqqi4x"  # C's `struct flock`: type, whence, start, length, process
+ADVICE = "writes here; wait for it or give another output"
 PARTIAL = ".partial"  # suffix of the hidden folders in which files are written
 # What a file system answers that cannot lock, or cannot write a folder to the disk.
 UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
@@ -125,9 +126,6 @@ def folder_lock(folder: Path, shard: tuple[int, int] = (1, 1)) -> Iterator[None]
             stack.enter_context(exclusive_lock(folder / f"{LOCK}-{number}-of-{count}"))  # `is_held` knows this name
         remove_leftovers(folder)
         yield
-
-
-ADVICE = "writes here; wait for it or give another output"
 
 
 @contextmanager

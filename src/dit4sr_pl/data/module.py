@@ -77,7 +77,7 @@ class PositionSampler(Sampler[list[Draw]]):
             yield batch
 
 
-StepInputs = Callable[[dict], dict[str, torch.Tensor]]
+InputMaker = Callable[[dict], dict[str, torch.Tensor]]  # from a batch to further entries of it
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Degraded:
     """
 
     degradation: Degrader
-    step_inputs: StepInputs | None
+    step_inputs: InputMaker | None
 
     @torch.no_grad()
     def __call__(self, samples: list[dict]) -> dict:
@@ -220,7 +220,7 @@ class SuperResolutionData(LightningDataModule):
         elif validation is not None:
             self.validation = ValidationPairs(validation, seed, validation_limit)
         self.degradation, self.seed = degradation, seed
-        self.step_inputs: StepInputs | None = None  # adds to a training batch, in the workers; a module may set it
+        self.step_inputs: InputMaker | None = None  # adds to a training batch, in the workers; a module may set it
         self.batch_size, self.num_workers = batch_size, num_workers
         self.latent_crops = latent_crops
 
@@ -278,7 +278,7 @@ class SuperResolutionData(LightningDataModule):
         batch = batch | {"image": batch["image"].float() / 255}
         return batch if (params := drawn(self.degradation, batch)) is None else batch | {"degradation": params}
 
-    def _loader(self, dataset: Dataset, batch_sampler: Any, step_inputs: StepInputs | None = None) -> DataLoader:
+    def _loader(self, dataset: Dataset, batch_sampler: Any, step_inputs: InputMaker | None = None) -> DataLoader:
         return DataLoader(
             dataset,
             batch_sampler=batch_sampler,
