@@ -4,6 +4,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+unexport PYTHONDONTWRITEBYTECODE# without compiled files the tests take a third longer
 
 .PHONY: demo announce ablation test quick lint format lock tiny
 

@@ -2,10 +2,17 @@
 
 from pathlib import Path
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from hydra import compose, initialize_config_dir
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dit4sr_pl.cli.command import conf_folder
+from dit4sr_pl.common.randomness import generator
+from dit4sr_pl.images.files import write_image
+from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration.sampling import Sampler
+from dit4sr_pl.train import train
 from testing import ROOT
 
 # An SD3 pipeline with random weights and a transformer of two blocks, one of them with dual attention. A training step
@@ -59,6 +66,20 @@ def small(photos: Path) -> list[str]:
         "~callbacks.progress",
         "+trainer.enable_progress_bar=false",
     ]
+
+
+def train_toy(photos: Path, output: Path, *overrides: str) -> dict[str, float]:
+    """Runs a small training into a folder and returns its scores."""
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return train(compose("train", [*toy(photos, output), *overrides]))
+
+
+def write_toy_photos(folder: Path) -> Path:
+    """Writes five smooth photos of 80x80 pixels, `0.png` to `4.png`, and returns their folder."""
+    for i in range(5):
+        picture = enlarge(torch.rand(1, 3, 20, 20, generator=generator("cpu", i)), (80, 80))
+        write_image(folder / f"{i}.png", picture[0])
+    return folder
 
 
 def events(folder: Path) -> EventAccumulator:

@@ -1,53 +1,53 @@
+"""Fixtures of all tests. They import what they need when they are asked for: with several processes, the one that
+hands out the tests reads this file, too, and the others wait for it."""
+
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from hydra import compose, initialize_config_dir
-from selenium.webdriver import Chrome
 
-from dit4sr_pl.backbone.sd3 import Backbone
-from dit4sr_pl.cli.command import conf_folder
-from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.images.files import write_image
-from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.train import train
-from testing.browser import chromium
-from testing.toy_runs import TOY_SD3, toy
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+
+    from dit4sr_pl.backbone.sd3 import Backbone
 
 
 @pytest.fixture(scope="session")
-def tiny_backbone() -> Backbone:
+def tiny_backbone() -> "Backbone":
+    from dit4sr_pl.backbone.sd3 import Backbone
+
     return Backbone("tiny-sd3", dtype="float32", t5_tokens=8)
 
 
 @pytest.fixture(scope="session")
-def toy_backbone() -> Backbone:
+def toy_backbone() -> "Backbone":
+    from dit4sr_pl.backbone.sd3 import Backbone
+    from testing.toy_runs import TOY_SD3
+
     return Backbone(str(TOY_SD3), dtype="float32", t5_tokens=8)
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(5):
-        picture = enlarge(torch.rand(1, 3, 20, 20, generator=generator("cpu", i)), (80, 80))
-        write_image(folder / f"{i}.png", picture[0])
-    return folder
+    from testing.toy_runs import write_toy_photos
+
+    return write_toy_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture
-def run(photos, tmp_path):
-    def run(name: str, *overrides: str) -> dict[str, float]:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            return train(compose("train", [*toy(photos, tmp_path / name), *overrides]))
+def run(photos, tmp_path) -> Callable[..., dict[str, float]]:
+    from testing.toy_runs import train_toy
 
-    return run
+    return lambda name, *overrides: train_toy(photos, tmp_path / name, *overrides)
 
 
 @pytest.fixture
-def browser(tmp_path, request) -> Iterator[Chrome]:
+def browser(tmp_path, request) -> Iterator["Chrome"]:
     """A window of Chromium; what it shows when a test fails is kept as `page.png` in the test's `tmp_path`."""
+    from testing.browser import chromium
+
     with chromium(tmp_path / "profile") as window:
         request.node.stash[PAGE] = lambda: window.save_screenshot(str(tmp_path / "page.png"))
         yield window
