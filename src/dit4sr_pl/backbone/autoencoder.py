@@ -68,7 +68,9 @@ class LatentCoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Returns images `(B, 3, H, W)` in 0..1, float32, clamped, from scaled latents."""
+        """Returns images `(B, 3, H, W)` in 0..1, float32, clamped, from latents `(B, C, H/8, W/8)` as `encode` scales
+        them.
+        """
         return to_images(self._decode(latents))
 
     def encode_tiled(self, image: Tensor | LazyEnlargement, side: int) -> Tensor:

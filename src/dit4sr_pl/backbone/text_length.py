@@ -29,7 +29,9 @@ def check_t5_tokens(t5_tokens: int, longest: int, name: str) -> None:
 
 
 def longest_prompt(name: str) -> int:
-    """Returns the number of tokens that a model's T5 takes, from its small files; 0: no T5, or files only online.
+    """Returns the number of tokens that a backbone's T5 takes, from the config of its tokenizer or encoder.
+
+    0 is returned if the backbone has no T5, has a toy T5 without tokenizer, or has no files on this machine.
 
     Args:
         name: name of a backbone, see `Backbone`.

@@ -1,8 +1,8 @@
-"""Paths and texts of people, taken past Hydra's grammar.
+"""Paths and texts in a command's arguments, quoted so that Hydra takes them literally.
 
-To Hydra, spaces, accents, commas, quotes, brackets and `=` have a meaning, `2024` is a number, and `${...}` is replaced
-by something else. A key that is listed here takes the rest of its argument as it is. This is the one place that decides
-it, for every command, for sweeps, and for configs that Python code reads.
+To Hydra, spaces, accents, commas, quotes, brackets and `=` have a meaning, `2024` is a number, and `${...}` is an
+interpolation. A key that is listed here takes the rest of its argument as it is. The lists hold for every command, for
+sweeps, and for configs that Python code reads.
 """
 
 import os

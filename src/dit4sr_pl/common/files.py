@@ -184,7 +184,7 @@ def acquire(path: Path, shared: bool, wait: bool) -> int:
 
 
 def is_file_of(descriptor: int, path: Path) -> bool:
-    """Returns whether an open file still has this name."""
+    """Returns whether `path` still names this open file; another process may have removed or replaced it."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

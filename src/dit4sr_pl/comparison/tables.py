@@ -111,7 +111,7 @@ def differences(table: DatasetTable) -> Iterator[Line]:
 
 
 def fixed(value: float, sign: str = "") -> str:
-    """Returns a number with the paper's decimals; empty for `nan`."""
+    """Returns a number with the paper's three decimals; empty for `nan`. With `sign="+"` positive ones get a sign."""
     return "" if math.isnan(value) else f"{value:{sign}z.{DIGITS}f}"
 
 

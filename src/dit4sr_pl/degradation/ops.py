@@ -24,7 +24,7 @@ def sharpen(image: Tensor, kernel_size: int, weight: float, threshold: float) ->
         image: `(1, 3, H, W)` in 0..1.
         kernel_size: side of the blur kernel, odd, pixels.
         weight: share of the difference that is added.
-        threshold: smallest difference that is sharpened, of 255.
+        threshold: smallest difference that is sharpened, in levels of 0..255.
     """
     # The reference turns the size into a sigma by OpenCV's rule: 8 pixels for 51.
     sigma = 0.3 * ((kernel_size - 1) * 0.5 - 1) + 0.8
@@ -64,7 +64,7 @@ def add_gaussian_noise(image: Tensor, sigma: float, grey: bool, seed: int) -> Te
 
     Args:
         image: `(1, 3, H, W)` in 0..1.
-        sigma: standard deviation, of 255.
+        sigma: standard deviation, in levels of 0..255.
         grey: whether all colours share one field.
         seed: seed of the field.
     """

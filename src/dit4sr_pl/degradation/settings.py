@@ -26,7 +26,7 @@ Settings = TypeVar("Settings")
 
 @dataclass(frozen=True)
 class Sharpen:
-    """Unsharp masking: `kernel_size` in pixels, odd; `threshold` of 255."""
+    """Unsharp masking: `kernel_size` in pixels, odd; `threshold` in levels of 0..255."""
 
     kernel_size: int
     weight: float
@@ -123,7 +123,14 @@ class Resize:
 
 @dataclass(frozen=True)
 class Noise:
-    """Settings of the noise: `gaussian` and `grey` are probabilities, `sigma` is of 255; the rest is Poisson noise."""
+    """Settings of the noise, which is Gaussian with probability `gaussian` and Poisson otherwise.
+
+    Args:
+        gaussian: probability of Gaussian noise.
+        sigma: range of its standard deviation, in levels of 0..255.
+        poisson_scale: range of the factor of Poisson noise.
+        grey: probability of grey noise, which is the same in all three colours.
+    """
 
     gaussian: float
     sigma: Range

@@ -150,7 +150,9 @@ class BenchmarkSet:
         return [replace(item, sr=restored[item.name]) for item in self.items(images)]
 
     def check_crop(self) -> None:
-        """Raises ValueError unless all images are large enough for the crop."""
+        """Raises ValueError unless the crop's side is a multiple of 4 and no larger than any image of the ground
+        truth.
+        """
         if self.crop is None:
             return
         if self.crop < SCALE or self.crop % SCALE:

@@ -87,13 +87,15 @@ def maps_of(streams: Mapping[str, QKV], joint: bool) -> Maps:
 
 @torch.no_grad()
 def attention_maps(streams: Mapping[str, QKV]) -> Maps:
-    """Returns one softmax over the keys of all streams, averaged over heads and split by pairs of streams.
+    """Returns the weights of one attention over all streams, averaged over heads, for every pair of streams.
 
     Args:
-        streams: (query, key, value) by stream, each `(B, heads, tokens, D/heads)`; the query may be None.
+        streams: (query, key, value) by stream, each `(B, heads, tokens, D/heads)`; None for the query of a stream
+            that only gives keys.
 
     Returns:
-        `(B, tokens, tokens)` by the streams of queries and keys, float32.
+        Maps `(B, tokens of the query's stream, tokens of the key's stream)`, float32, by the names of both streams.
+        The softmax is over the keys of all streams, so a query's weights sum to 1 over its maps.
     """
     queries = {name: q.float() for name, (q, _, _) in streams.items() if q is not None}
     keys = {name: k.float() for name, (_, k, _) in streams.items()}

@@ -170,9 +170,9 @@ def load_release(
 def check_network_config(
     net: nn.Module, network_config: dict, source: str | Path, may_differ: tuple[str, ...] = ()
 ) -> None:
-    """Checks that a network has the config of the one that a trained part comes from.
+    """Checks that a network has the config with which a trained part was trained.
 
-    Variants B and FULL have the same weights by name; only the config tells them apart.
+    Names and shapes of weights do not suffice: they are the same for the variants B and FULL.
 
     Args:
         net: the network.

@@ -17,8 +17,8 @@ class Variant:
         lr_injection: `"conv"`: a depth-wise 3x3 convolution between the MLPs; `"linear"` (D): a linear layer per token;
             `"none"` (C).
         injection_scale: factor of the injection; 1.0 to train, 1.2 in all of the paper's releases.
-        legacy_lr_keys: whether LR keys are the twice normalised noise keys, the slip that `dit4sr_q` and `dit4sr_f`
-            were trained with.
+        legacy_lr_keys: whether LR keys are the twice normalised noise keys, a bug with which `dit4sr_q` and `dit4sr_f`
+            were trained.
 
     Raises:
         ValueError: a switch is unknown, or nothing leads from the LR stream to the noise stream.

@@ -101,7 +101,12 @@ class Captioner:
 
 
 def quantized(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Returns how transformers loads a model's linear layers with 8 (`int8`) or 4 bits (`nf4`) per weight."""
+    """Returns bitsandbytes' config for linear layers with 8 or 4 bits per weight.
+
+    Args:
+        quantization: `int8` or `nf4`.
+        dtype: type in which `nf4` layers compute.
+    """
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

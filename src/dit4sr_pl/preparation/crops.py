@@ -30,7 +30,7 @@ class Source(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """The outcome of `write_crops`: photos left out by reason, and a message for each file that cannot be read."""
+    """The outcome of `write_crops`: the number of photos left out, by reason, and a message per unreadable file."""
 
     left_out: Counter
     failed: list[str]

@@ -55,9 +55,9 @@ class PictureRestorer:
     png_level: int | None = None
 
     def run(self, batches: Iterable[list[Entry]], on_step: Callable[[int], None]) -> Iterator[Outcome]:
-        """Restores and writes; yields one outcome per entry, in the order in which they were restored.
+        """Restores pictures and writes the results; yields one outcome per entry, in the order of restoring.
 
-        The results of two batches are in memory at most: the one that is restored, and the one that is written.
+        At most two batches are in memory: one is written while the next one is restored.
 
         Args:
             batches: entries of one size per batch.

@@ -110,7 +110,7 @@ def cell(value: object) -> object:
 
 
 def run_name(output: Path | str) -> str:
-    """Returns the path below `outputs/`, such as `default/full/seed0`; for a folder elsewhere its own name."""
+    """Returns a run's name: its path below `outputs/`, such as `default/full/seed0`, or else its folder's name."""
     *above, name = Path(output).resolve().parts
     below = above[::-1].index("outputs") if "outputs" in above else 0
     return "/".join([*above[len(above) - below :], name])

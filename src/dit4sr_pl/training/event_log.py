@@ -31,7 +31,7 @@ class EventLogger(TensorBoardLogger):
 
 
 class TolerantWriter(SummaryWriter):
-    """A writer that goes on after an OSError: it drops its file, and opens a new one later."""
+    """A writer that continues after an OSError: it drops its file, and opens a new one later."""
 
     retry_at = 0.0
 

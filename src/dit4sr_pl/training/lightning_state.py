@@ -91,8 +91,7 @@ def let_trainer_unscale(optimizer: Optimizer) -> None:
     """Leaves the unscaling of float16's gradients to the trainer, so that they can be clipped.
 
     A fused optimizer unscales gradients itself. It says so by `_step_supports_amp_scaling` (PyTorch 2.14.1), and
-    Lightning
-    2.6.6 raises an error if gradients are to be clipped while this attribute is True.
+    Lightning 2.6.6 raises an error if gradients are to be clipped while this attribute is True.
     """
     optimizer._step_supports_amp_scaling = False
 

@@ -166,7 +166,8 @@ class SuperResolutionModule(LightningModule):
         checkpoint["base"] = self.base
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Prepares a checkpoint for being loaded: with averaged weights only if this run averages, too.
+        """Prepares a checkpoint for loading: checks that it fits, drops the states of callbacks that this run does not
+        have, and takes averaged weights only if this run averages, too.
 
         Raises:
             ValueError: the checkpoint does not fit the network or its base; the message names the file.

@@ -15,14 +15,14 @@ class LRImage(NamedTuple):
 
 
 class Method(Protocol):
-    """A row of the paper's tables.
+    """A super-resolution system; its scores are a row of the paper's tables.
 
     Attributes:
         label: name of the row, as the paper spells it.
-        variant: name in `conf/ablation/`, or empty.
-        weights_hash: hash of the weights; empty without any.
+        variant: name in `conf/ablation/`; empty for systems that are no variant of DiT4SR.
+        weights_hash: hash of the weights; empty for a system without weights.
         network_config: how the network was made; empty for systems of other authors.
-        identity: everything that the restored images depend on.
+        identity: settings and files that the restored images depend on.
     """
 
     label: str
