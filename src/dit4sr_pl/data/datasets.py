@@ -47,7 +47,7 @@ def mean_gradient(image: torch.Tensor) -> float:
 
 
 def pad_to(image: torch.Tensor, height: int, width: int, mode: str = "reflect") -> torch.Tensor:
-    """Enlarges an image `(3, H, W)` to at least `(height, width)` by reflection at its bottom and right.
+    """Pads an image `(3, H, W)` to at least `(height, width)` by reflection at its bottom and right.
 
     With the mode `symmetric` the outermost pixels come twice, so that an LR image and its photo stay aligned.
     """

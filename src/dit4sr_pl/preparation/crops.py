@@ -64,7 +64,7 @@ def write_crops(
 
     Args:
         photos: photos with the files of their crops.
-        size: side of the crops, pixels; smaller photos are enlarged by reflection first.
+        size: side of the crops, pixels; smaller photos are padded by reflection first.
         seed: seed of the places, and of which crops are mirrored: half of them, as in the authors' script.
         track: wraps the photos that are iterated, such as a progress bar.
     """
