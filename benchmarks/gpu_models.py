@@ -60,6 +60,8 @@ class RandomPrompts:
         """Returns the embeddings, once per prompt."""
         return tuple(each.expand(len(prompts), *each.shape[1:]).to(device) for each in (self.embeds, self.pooled))
 
+    of_step = __call__
+
 
 class RandomBackbone(Backbone):
     """A backbone whose components come from config files alone, with random weights.

@@ -32,6 +32,8 @@ class FakePrompts:
         embeds, pooled = (torch.empty(len(prompts), 16, width, device=device) for width in self.widths)
         return embeds, pooled[:, 0]
 
+    of_step = __call__
+
 
 def toy_backbone() -> Backbone:
     """Returns the toy backbone with prompts for the fake device."""

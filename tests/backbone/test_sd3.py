@@ -1,6 +1,5 @@
 import json
 import shutil
-import weakref
 
 import diffusers
 import numpy as np
@@ -17,6 +16,8 @@ from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.resize import LazyEnlargement, enlarge
+
+CPU = torch.device("cpu")
 
 
 def test_tiny_sd3_is_a_whole_pipeline_of_at_most_40_mb(tiny_backbone):
@@ -87,7 +88,7 @@ def test_what_is_missing_is_named_with_what_to_do(tmp_path, missing):
         _ = backbone.transformer, backbone.coder
 
 
-def test_prompts_equal_diffusers_and_are_encoded_once(tiny_backbone, monkeypatch):
+def test_prompts_equal_diffusers_and_those_of_a_batch_are_encoded_once_and_together(tiny_backbone, monkeypatch):
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         ASSETS / "tiny-sd3", transformer=None, vae=None, dtype=torch.float32
     )
@@ -96,12 +97,39 @@ def test_prompts_equal_diffusers_and_are_encoded_once(tiny_backbone, monkeypatch
         prompts, prompts, prompts, do_classifier_free_guidance=False, max_sequence_length=8
     )
     encoder, calls = PromptEncoder(pipeline, 8), []
-    encode = pipeline.encode_prompt
-    monkeypatch.setattr(pipeline, "encode_prompt", lambda **given: calls.append(given["prompt"]) or encode(**given))
-    embeds, pooled_embeds = encoder(prompts, torch.device("cpu"))
+    for model in encoders_of(pipeline):
+        model.register_forward_pre_hook(lambda model, inputs: calls.append((type(model).__name__, len(inputs[0]))))
+    embeds, pooled_embeds = encoder(prompts, CPU)
     torch.testing.assert_close(embeds, expected)
     torch.testing.assert_close(pooled_embeds, pooled)
-    assert embeds.shape == (3, 16, 64) and calls == ["a cat", ""]
+    models = [type(model).__name__ for model in encoders_of(pipeline)]
+    assert embeds.shape == (3, 16, 64) and calls == [(model, 2) for model in models]  # two prompts, together
+    calls.clear()
+    assert torch.equal(encoder(["a dog", "", "a bird"], CPU)[0][1], embeds[1])
+    assert calls == [(model, 2) for model in models]
+    together = encoder(["a dog", "a bird"], CPU)
+    for prompt, *ours in zip(["a dog", "a bird"], *together, strict=True):
+        alone = PromptEncoder(pipeline, 8)([prompt], CPU)
+        torch.testing.assert_close(tuple(each[None] for each in ours), alone, atol=1e-5, rtol=1e-4)
+
+
+def test_embeddings_of_a_training_step_do_not_depend_on_what_came_before(tiny_backbone, monkeypatch):
+    """Encoders whose results depend on the number of rows, as matrix products' last bits do, stand in for real ones."""
+
+    def encode_prompt(prompt, **_):
+        rows = torch.full((len(prompt), 2, 3), float(len(prompt)))
+        calls.append(prompt)
+        return rows, None, rows[:, 0], None
+
+    calls, step = [], ["a cat", "", "a dog", ""]
+    monkeypatch.setattr(tiny_backbone.text_encoders, "encode_prompt", encode_prompt)
+    earlier, resumed = (PromptEncoder(tiny_backbone.text_encoders, 8) for _ in range(2))
+    earlier([""], CPU)  # as validation does
+    earlier.of_step(["a cat", "a bird"], CPU)
+    for ours, theirs in zip(earlier.of_step(step, CPU), resumed.of_step(step, CPU), strict=True):
+        assert torch.equal(ours, theirs) and len(ours) == 4
+    resumed.of_step(step, CPU)
+    assert calls == [[""], ["a bird", "a cat"], *[["", "a cat", "a dog"]] * 2]
 
 
 def test_without_t5_its_tokens_are_zeros_as_diffusers_has_them(tiny_backbone, tmp_path):
@@ -124,23 +152,21 @@ def test_without_t5_its_tokens_are_zeros_as_diffusers_has_them(tiny_backbone, tm
 
 def test_prompts_that_came_last_are_remembered_and_no_more(tiny_backbone, monkeypatch):
     monkeypatch.setattr("dit4sr_pl.backbone.text_encoder.REMEMBERED", 3)
-    encoder, alive, calls = PromptEncoder(tiny_backbone.text_encoders, 8), weakref.WeakSet(), []
+    encoder, calls = PromptEncoder(tiny_backbone.text_encoders, 8), []
     encode = tiny_backbone.text_encoders.encode_prompt
-
-    def counted(**given):
-        embeddings = encode(**given)
-        calls.append(given["prompt"])
-        alive.add(embeddings[0])
-        return embeddings
-
+    counted = lambda **given: calls.extend(given["prompt"]) or encode(**given)  # noqa: E731
     monkeypatch.setattr(tiny_backbone.text_encoders, "encode_prompt", counted)
     for image in range(9):
         for prompts in ([f"caption {image}"], ["negative"]):  # as with guidance
-            encoder(prompts, torch.device("cpu"))
-    assert len(alive) == 3 and calls.count("negative") == 1 and len(calls) == 10
+            encoder(prompts, CPU)
+    assert list(encoder.remembered) == ["caption 7", "caption 8", "negative"]
+    assert calls.count("negative") == 1 and len(calls) == 10
     batch = [f"caption {image}" for image in range(9)]
-    embeds, _ = encoder(batch, torch.device("cpu"))
-    assert torch.equal(embeds, torch.cat([encoder([prompt], torch.device("cpu"))[0] for prompt in batch]))
+    embeds, _ = encoder(batch, CPU)
+    assert list(encoder.remembered) == batch[-3:]
+    for each in encoder.remembered.values():  # none keeps its batch in memory
+        assert all(part.untyped_storage().nbytes() == part.nbytes for part in each)
+    torch.testing.assert_close(embeds, torch.cat([encoder([prompt], CPU)[0] for prompt in batch]))
 
 
 def test_latents_of_tiny_sd3_come_back_as_the_image_and_have_unit_scale(tiny_backbone):

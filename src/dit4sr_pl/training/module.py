@@ -144,7 +144,7 @@ class SuperResolutionModule(LightningModule):
         """Returns prompt embeddings and pooled ones, of the batch's prompts or as they came with the batch."""
         if "embeds" in batch:
             return batch["embeds"].to(self.backbone.dtype), batch["pooled"].to(self.backbone.dtype)
-        return self.backbone.prompts(batch["prompt"], self.device)
+        return self.backbone.prompts.of_step(batch["prompt"], self.device)
 
     def on_validation_start(self) -> None:
         """Checks the last loss, so that no weights are scored after an infinite one."""
