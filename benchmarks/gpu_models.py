@@ -24,6 +24,7 @@ try:
     from dit4sr_pl.backbone.sd3 import Backbone
     from dit4sr_pl.common.randomness import generator
     from dit4sr_pl.data.module import SuperResolutionData
+    from dit4sr_pl.model.compilation import CUDAGraphs, capture_graphs, compile_blocks
     from dit4sr_pl.restoration.sampling import Sampler, restore
     from dit4sr_pl.training.learning_rate import LearningRateSchedule
     from dit4sr_pl.training.module import SuperResolutionModule
@@ -39,8 +40,17 @@ except ModuleNotFoundError:  # the state at 6d90829, which section `before` runs
     from dit4sr_pl.data import SuperResolutionData
 
     SINCE = {}
+    CUDAGraphs = capture_graphs = compile_blocks = None
 
-__all__ = ["LatentCoder", "SuperResolutionData", "SuperResolutionModule", "draw_noise", "generator", "restore"]
+__all__ = [
+    "CUDAGraphs",
+    "LatentCoder",
+    "SuperResolutionData",
+    "SuperResolutionModule",
+    "capture_graphs",
+    "compile_blocks",
+]
+__all__ += ["draw_noise", "generator", "restore"]
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "src/dit4sr_pl/assets/published/stabilityai/stable-diffusion-3.5-medium"
@@ -170,42 +180,3 @@ def two_matrices() -> Iterator[None]:
         yield
     finally:
         lr_stream.LRAttention.project = ours
-
-
-def compile_blocks(network: DiT4SRTransformer) -> None:
-    """Compiles every block for the shapes that come."""
-    torch._dynamo.config.recompile_limit = 64  # kinds of block times shapes
-    backend = "inductor" if network.base.device.type == "cuda" else "eager"
-    for block in network.blocks:
-        block.compile(fullgraph=True, dynamic=False, backend=backend)
-
-
-class Graphed:
-    """A network whose calls replay one CUDA graph per shape."""
-
-    def __init__(self, network: DiT4SRTransformer):
-        self.network, self.graphs = network, {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.network, name)
-
-    @torch.no_grad()
-    def __call__(self, *given: Tensor) -> Tensor:
-        """Returns the network's output, which the next call overwrites."""
-        key = tuple((tuple(each.shape), each.dtype) for each in given)
-        if key not in self.graphs:
-            static, side = [each.clone() for each in given], torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    self.network(*static)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                output = self.network(*static)
-            self.graphs[key] = graph, static, output
-        graph, static, output = self.graphs[key]
-        for ours, each in zip(static, given, strict=True):
-            ours.copy_(each)
-        graph.replay()
-        return output

@@ -22,6 +22,7 @@ from dit4sr_pl.cli.checks import (
     check_backbone,
     check_captioner,
     check_compiler,
+    check_cuda_graph,
     check_extra,
     check_scale,
     choose_device,
@@ -52,9 +53,11 @@ def main(cfg: DictConfig) -> None:
     from dit4sr_pl.restoration.restorer import Restorer
 
     cfg.device = choose_device(cfg.device, cfg.model.backbone)
+    check_cuda_graph(cfg.cuda_graph, cfg.device)
     device = torch.device(cfg.device)
     parts = instantiate(cfg.model.backbone), instantiate(cfg.sampler)
-    restorer = Restorer.load(*parts, cfg.checkpoint, device, cfg.offload, cfg.injection_scale, cfg.compile)
+    options = cfg.offload, cfg.injection_scale, cfg.compile, cfg.cuda_graph
+    restorer = Restorer.load(*parts, cfg.checkpoint, device, *options)
     captioner = instantiate(cfg.captioner) if cfg.get("captioner") is not None else None
     blocks = page(restorer, cfg, captioner).queue(max_size=20, default_concurrency_limit=1)
     blocks.launch(

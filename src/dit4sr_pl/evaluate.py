@@ -15,6 +15,7 @@ from dit4sr_pl.cli.checkpoint import follow_checkpoint
 from dit4sr_pl.cli.checks import (
     check_backbone,
     check_compiler,
+    check_cuda_graph,
     check_extra,
     check_readable,
     check_writable,
@@ -38,7 +39,9 @@ def evaluate(cfg: DictConfig) -> None:
     check(cfg)
     dataset, items = open_items(cfg)
     chosen = metrics_for(cfg, items)  # so far without PyTorch
+    networks = cfg.images is None and "backbone" in cfg.method
     cfg.device = choose_device(cfg.device, cfg.model.backbone if "backbone" in cfg.method else None)
+    check_cuda_graph(networks and cfg.cuda_graph, cfg.device)
 
     from hydra.utils import instantiate
     from rich.progress import track

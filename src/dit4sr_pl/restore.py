@@ -13,6 +13,7 @@ from dit4sr_pl.cli.checks import (
     check_backbone,
     check_captioner,
     check_compiler,
+    check_cuda_graph,
     check_readable,
     check_scale,
     check_writable,
@@ -49,6 +50,7 @@ def restore_folder(cfg: DictConfig) -> None:
     total, done = worklist.total, worklist.done
     if worklist.entries:
         cfg.device = choose_device(cfg.device, cfg.model.backbone)
+        check_cuda_graph(cfg.cuda_graph, cfg.device)
         if cfg.get("captioner") is not None:
             caption(worklist, cfg)
     if worklist.entries:
@@ -73,9 +75,8 @@ def restore(worklist: "Worklist", cfg: DictConfig) -> None:
     from dit4sr_pl.restoration.worklist import batches
 
     device, backbone = torch.device(cfg.device), instantiate(cfg.model.backbone)
-    restorer = Restorer.load(
-        *(backbone, instantiate(cfg.sampler), cfg.checkpoint, device, cfg.offload, cfg.injection_scale, cfg.compile)
-    )
+    options = cfg.offload, cfg.injection_scale, cfg.compile, cfg.cuda_graph
+    restorer = Restorer.load(backbone, instantiate(cfg.sampler), cfg.checkpoint, device, *options)
     picture_restorer = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, cfg.first_frame, cfg.png_level)
     waiting, worklist.entries = worklist.entries, []
     pixels = {

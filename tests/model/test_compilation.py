@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from dit4sr_pl.cli.checks import check_compiler
 from dit4sr_pl.model import DiT4SRTransformer
-from dit4sr_pl.model.compilation import compile_blocks, is_compiled
+from dit4sr_pl.model.compilation import GRAPHS, CUDAGraphs, capture_graphs, compile_blocks, is_compiled
 from testing.networks import randomise
 
 
@@ -49,3 +49,45 @@ def test_compiled_blocks_equal_eager_ones_and_are_compiled_once(base, inputs):
     with torch.no_grad():
         net(**others)
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+
+
+def capture_on_a_cpu(function, static):
+    """Stands in for `capture_graph`: a replay reads the static inputs and writes one tensor, as a graph does."""
+    output = function(*static)
+    return lambda: output.copy_(function(*static)), output
+
+
+def test_a_graph_is_captured_once_per_shape_and_reads_the_inputs_of_every_call():
+    captured = []
+
+    def capture(function, static):
+        captured.append(tuple(static[0].shape))
+        assert all(each.is_contiguous() for each in static)
+        return capture_on_a_cpu(function, static)
+
+    graphs, results = CUDAGraphs(lambda a, b: a * b[:, None], capture), []
+    for rows, number in ((2, 1.0), (3, 2.0), (2, 3.0), (3, 4.0), (2, 5.0)):
+        given = torch.full((rows, 4), number, requires_grad=True), torch.tensor(number).expand(rows)
+        results.append((graphs(*given), number * number * torch.ones(rows, 4)))
+    assert captured == [(2, 4), (3, 4)]
+    for ours, expected in results:  # no later call has overwritten them
+        assert torch.equal(ours, expected) and not ours.requires_grad
+    graphs(torch.ones(2, 4).double(), torch.ones(2).double())
+    assert captured == [(2, 4), (3, 4), (2, 4)]
+
+
+def test_graphs_of_the_shapes_that_came_last_are_kept():
+    captured = []
+    graphs = CUDAGraphs(torch.square, lambda *each: captured.append(len(each[1][0])) or capture_on_a_cpu(*each))
+    for length in (1, *range(1, GRAPHS + 1), 1, GRAPHS + 1, 1, 2):  # of all but the last, 2 came longest ago
+        assert torch.equal(graphs(torch.full((length,), 3.0)), torch.full((length,), 9.0))
+    assert captured == [*range(1, GRAPHS + 2), 2] and len(graphs.graphs) == GRAPHS
+
+
+def test_a_network_on_a_cpu_captures_no_graphs(base):
+    net = DiT4SRTransformer(base)
+    with pytest.raises(ValueError, match="cuda_graph=true needs a CUDA device, and not cpu; give cuda_graph=false"):
+        capture_graphs(net)
+    assert not is_compiled(net)
+    net.forward = CUDAGraphs(net.forward, capture_on_a_cpu)
+    assert is_compiled(net)  # batches of tiles are then filled up, since a new size costs a capture

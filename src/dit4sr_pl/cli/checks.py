@@ -200,3 +200,9 @@ def check_compiler(compile: bool, key: str) -> None:
     names = os.environ.get("CXX", "g++"), "clang++"
     if compile and not any(map(shutil.which, names)):
         raise ValueError(f"{key}=true needs a C++ compiler ({' or '.join(names)}); install one, or give {key}=false")
+
+
+def check_cuda_graph(cuda_graph: bool, device: str) -> None:
+    """Raises ValueError if CUDA graphs are to be captured on another device."""
+    if cuda_graph and not device.startswith("cuda"):
+        raise ValueError(f"cuda_graph=true needs a CUDA device, and not {device}; give cuda_graph=false")

@@ -30,6 +30,7 @@ class DiT4SR:
         device: device of the network.
         injection_scale: factor of LR Injection; None: the checkpoint's own.
         compile: whether the network's blocks are compiled.
+        cuda_graph: whether the network's evaluations replay a CUDA graph per shape.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class DiT4SR:
         device: str,
         injection_scale: float | None = None,
         compile: bool = False,
+        cuda_graph: bool = False,
     ):
         self.given, self.backbone, self.sampler, self.seed, self.device = checkpoint, backbone, sampler, seed, device
-        self.injection_scale, self.compile = injection_scale, compile
+        self.injection_scale, self.compile, self.cuda_graph = injection_scale, compile, cuda_graph
         part = load_part(checkpoint_file(checkpoint))
         self.network_config = with_injection_scale(part.network_config, injection_scale, checkpoint)
         row, self.variant = method_and_variant(part.network_config)
@@ -65,7 +67,8 @@ class DiT4SR:
     def restorer(self) -> Restorer:
         """The network, loaded at its first use."""
         device = torch.device(self.device)
-        return Restorer.load(self.backbone, self.sampler, self.given, device, None, self.injection_scale, self.compile)
+        options = None, self.injection_scale, self.compile, self.cuda_graph
+        return Restorer.load(self.backbone, self.sampler, self.given, device, *options)
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
         for image in lr_images:
