@@ -1,16 +1,18 @@
 """The diffusers pipeline gives what the restorer behind the command gives."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from PIL import Image
+from torch._dynamo.utils import counters
 
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, lr_stream, save_part
+from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, compilation, lr_stream, save_part
 from dit4sr_pl.model.trained_part import base_of, part_of
 from dit4sr_pl.pipeline import DiT4SRPipeline
 from dit4sr_pl.restoration.restorer import Restorer
@@ -156,6 +158,55 @@ def test_offloading_moves_each_component_before_it_works(pipe, lr, monkeypatch):
     assert moved == ["vae", "vae", "text_encoder_3", *steps, "vae", "vae", "freed"]  # two images, one by one
     with pytest.raises(NotImplementedError, match="use enable_model_cpu_offload"):
         pipe.enable_sequential_cpu_offload()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's compiler
+def test_a_compiled_pipeline_finds_its_graphs_once_and_restores_the_same(pipe, lr, monkeypatch):
+    """The compiler's front end runs, which finds graphs and says when they must be found anew; its kernels are those of
+    tests/model/test_compilation.py. With tiles the last batch is filled up to one shape.
+    """
+    compile_eagerly = partial(compilation.compile_blocks, backend="eager")
+    monkeypatch.setattr("dit4sr_pl.pipeline.compile_blocks", compile_eagerly)
+    compiled = DiT4SRPipeline.from_pretrained("tiny-dit4sr", compile=True)
+    compiled.set_progress_bar_config(disable=True)
+    torch._dynamo.reset()
+    counters.clear()
+    tiles = {"tile": 4, "overlap": 2, "smallest": 1, "tile_memory": 1e-3, "guidance_scale": 1.5}
+    for seed in (0, 1):
+        images = compiled(lr, scale=2, seed=seed, **SETTINGS, **tiles).images
+        if seed == 0:
+            graphs = counters["stats"]["unique_graphs"]
+        expected = pipe(lr, scale=2, seed=seed, **SETTINGS, **tiles).images
+        torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+    assert 2 <= graphs <= 3 and counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+    assert not pipe.compile
+
+
+def test_what_cannot_be_compiled_or_captured_is_refused_in_one_line(pipe, lr, monkeypatch):
+    for options in ({}, {"_hf_hook": None}):
+        monkeypatch.setattr(pipe, "cuda_graph", True)
+        for name, value in options.items():
+            monkeypatch.setattr(pipe.transformer, name, value, raising=False)
+        message = "without offloading" if options else "cuda_graph=true needs a CUDA device, and not cpu"
+        with pytest.raises(ValueError, match=message):
+            pipe.prepared_network()
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(ValueError, match="compile=true needs a C\\+\\+ compiler"):
+        DiT4SRPipeline.from_pretrained("tiny-dit4sr", compile=True)
+
+
+def test_a_network_with_graphs_is_kept_until_a_weight_changes(pipe, monkeypatch):
+    monkeypatch.setattr("dit4sr_pl.pipeline.capture_graphs", lambda net: None)
+    monkeypatch.setattr(pipe, "cuda_graph", True)
+    first = pipe.prepared_network()
+    assert pipe.prepared_network() is first
+    with torch.no_grad():
+        pipe.lr_stream.blocks[0].attn.q.weight.mul_(1)
+    second = pipe.prepared_network()
+    assert second is not first and pipe.prepared_network() is second
+    monkeypatch.setattr(pipe, "cuda_graph", False)
+    assert pipe.prepared_network() is not second and pipe.captured is None
 
 
 def test_what_it_cannot_run_is_refused_in_one_line(pipe, lr, tiny_backbone, tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dit4sr_pl.cli.command import mistakes_in_one_line
+from dit4sr_pl.common.hub import PROMPTS
 
 Problems = Iterator[str]
 
@@ -55,6 +56,8 @@ def kinds_of(folder: Path) -> dict[str, Callable[[Path], Problems]]:
         kinds["an evaluation"] = check_evaluation
     if (folder / "index.json").is_file() and not (folder / "config.json").is_file():
         kinds["embeddings"] = check_embeddings
+    if (folder / PROMPTS).is_file():
+        kinds["prompt embeddings"] = check_shipped
     if (folder / MANIFEST).is_file():
         kinds["a manifest"] = lambda folder: check_manifest(folder / MANIFEST)
     return kinds
@@ -173,6 +176,13 @@ def check_embeddings(folder: Path) -> Problems:
             yield f"{folder / INDEX}: not of the files next to it ({len(absent)} prompts); run prepare stage=embeddings"
     except (ValueError, OSError) as error:
         yield message(error, folder / INDEX)
+
+
+def check_shipped(folder: Path) -> Problems:
+    """Yields what is wrong with the prompt embeddings next to weights."""
+    from dit4sr_pl.backbone.shipped_prompts import ShippedPrompts
+
+    yield from tried(lambda: ShippedPrompts.read(folder / PROMPTS), folder / PROMPTS)
 
 
 def check_manifest(path: Path) -> Problems:

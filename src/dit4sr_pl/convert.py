@@ -1,16 +1,18 @@
 """python -m dit4sr_pl.convert input=PATH output=PATH|hub:ME/NAME: released folders to LR-stream files, back, and
-to the hub"""
+to the hub; prompt embeddings to ship with them"""
 
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from dit4sr_pl.cli.checks import check_backbone, check_readable, check_writable
+from dit4sr_pl.cli.checkpoint import follow_checkpoint
+from dit4sr_pl.cli.checks import check_backbone, check_readable, check_writable, choose_device
 from dit4sr_pl.cli.command import command
 from dit4sr_pl.common.files import folder_lock
-from dit4sr_pl.common.hub import LR_STREAM, HubAddress
+from dit4sr_pl.common.hub import LR_STREAM, PROMPTS, HubAddress
 
 if TYPE_CHECKING:
     from dit4sr_pl.model import TrainedPart
@@ -32,13 +34,49 @@ SETTINGS = {  # what a model card says of a training, by the keys of its config
 def main(cfg: DictConfig) -> None:
     """Converts in the direction that input and output decide."""
     check(cfg)
+    if writes_prompts(cfg):
+        cfg = follow_checkpoint(cfg, str(weights_of(cfg.input)))
+        check_backbone(cfg.model.backbone)
     if str(cfg.output).startswith("hub:"):
         return publish(cfg)
-    if Path(cfg.input).is_dir():
+    if Path(cfg.output).name == PROMPTS:
+        write_prompts(cfg, Path(cfg.output))
+    elif weights_of(cfg.input).is_dir():
         read_release(cfg)
     else:
         write_release(cfg)
     print(f"{cfg.output} written")
+
+
+def weights_of(source: str) -> Path:
+    """Returns the LR stream of a run's folder, or else the path itself."""
+    return Path(source) / LR_STREAM if (Path(source) / LR_STREAM).is_file() else Path(source)
+
+
+def writes_prompts(cfg: DictConfig) -> bool:
+    """Returns whether prompt embeddings are written, next to weights or alone."""
+    return cfg.prompt_embeddings or Path(cfg.output).name == PROMPTS
+
+
+def write_prompts(cfg: DictConfig, path: Path, part: "TrainedPart | None" = None) -> None:
+    """Writes the embeddings of the prompts that restoring without captions needs.
+
+    Args:
+        cfg: the config.
+        path: the file.
+        part: the weights that they come with; None: those of the input.
+    """
+    import torch
+    from hydra.utils import instantiate
+
+    from dit4sr_pl.model import load_part
+    from dit4sr_pl.publishing.prompt_embeddings import write_prompt_embeddings
+
+    part, backbone = part or load_part(weights_of(cfg.input)), instantiate(cfg.model.backbone)
+    backbone.to(torch.device(choose_device(cfg.device, cfg.model.backbone)))
+    prompts = {"", *instantiate(cfg.sampler).prompts([""])}
+    write_prompt_embeddings(path, backbone, part.base, prompts, cfg.input)
+    print(f"{PROMPTS}: {len(prompts)} prompts, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def read_release(cfg: DictConfig) -> None:
@@ -47,6 +85,8 @@ def read_release(cfg: DictConfig) -> None:
     from dit4sr_pl.model.trained_part import load_release
 
     part = load_release(cfg.input, cfg.model.backbone.name, **cfg.get("release", {}))
+    if cfg.prompt_embeddings:
+        write_prompts(cfg, Path(cfg.output).with_name(PROMPTS), part)
     save_part(part, cfg.output)
     keys = "legacy LR keys, as dit4sr_q and dit4sr_f" if legacy_keys(part) else "LR keys of its own, as dit4sr_r1"
     print(f"{cfg.input}: an LR stream with {keys}")
@@ -61,8 +101,8 @@ def write_release(cfg: DictConfig) -> None:
     from dit4sr_pl.model.trained_part import fit_part
     from dit4sr_pl.restoration.restorer import build_network
 
-    check_replaced(cfg, written_over(Path(cfg.output)))
-    part = load_part(cfg.input)
+    check_replaced(cfg, [*written_over(Path(cfg.output)), *existing(*prompts_beside(cfg, Path(cfg.output)))])
+    part = load_part(weights_of(cfg.input))
     if part.network_config["network"] != "dit4sr":
         raise ValueError(
             f"{cfg.input}: a {part.network_config['network']}; the released layout is for DiT4SR's LR stream"
@@ -70,6 +110,8 @@ def write_release(cfg: DictConfig) -> None:
     net = build_network(instantiate(cfg.model.backbone).transformer, part.network_config)
     fit_part(net, part, cfg.input)
     with folder_lock(Path(cfg.output)):
+        if cfg.prompt_embeddings:
+            write_prompts(cfg, Path(cfg.output) / PROMPTS, part)
         write_released(net.base, net.lr_stream, Path(cfg.output))
     script, model = "test_wollava_r1.py", "model_dit4sr_r1"
     if legacy_keys(part):
@@ -100,7 +142,11 @@ def publish(cfg: DictConfig) -> None:
     license = {name: cfg.card[name] for name in ("license", "license_name", "license_link") if cfg.card[name]}
     pictures = pictures_of(results)[: cfg.card.pictures]
     publication = Publication(part, address, training, list(results.values()), pictures, license)
-    page = push(publication, cfg.private)
+    with TemporaryDirectory() as folder:
+        prompts = Path(folder) / PROMPTS if cfg.prompt_embeddings else None
+        if prompts is not None:
+            write_prompts(cfg, prompts, part)
+        page = push(publication, cfg.private, prompts)
     print(f"{page}\nrestore with it: python -m dit4sr_pl.restore input=FILE checkpoint={publication.word}")
 
 
@@ -139,11 +185,14 @@ def check(cfg: DictConfig) -> None:
     check_readable(cfg.input, "input")
     if str(cfg.output).startswith("hub:"):
         check_publication(cfg)
-    elif Path(cfg.input).is_dir():
+    elif Path(cfg.output).name == PROMPTS:
+        check_writable(Path(cfg.output).parent, "output")
+        check_replaced(cfg, existing(Path(cfg.output)))
+    elif weights_of(cfg.input).is_dir():
         if Path(cfg.output).suffix != ".safetensors":
             raise ValueError(f"output={cfg.output}: give a file name that ends in .safetensors")
         check_writable(Path(cfg.output).parent, "output")
-        check_replaced(cfg, [path for path in [Path(cfg.output)] if path.exists()])
+        check_replaced(cfg, existing(Path(cfg.output), *prompts_beside(cfg, Path(cfg.output).parent)))
     else:
         check_backbone(cfg.model.backbone)
         check_writable(cfg.output, "output")
@@ -153,6 +202,16 @@ def check_replaced(cfg: DictConfig, there: list[Path]) -> None:
     """Raises ValueError if the command would replace files without having been told to."""
     if there and not cfg.overwrite:
         raise ValueError(f"{there[0]}: exists; give another output, or overwrite=true to replace it")
+
+
+def existing(*paths: Path) -> list[Path]:
+    """Returns the paths that exist."""
+    return [path for path in paths if path.exists()]
+
+
+def prompts_beside(cfg: DictConfig, folder: Path) -> list[Path]:
+    """Returns the file of prompt embeddings that goes into a folder next to weights, if one does."""
+    return [folder / PROMPTS] if cfg.prompt_embeddings else []
 
 
 def check_publication(cfg: DictConfig) -> None:

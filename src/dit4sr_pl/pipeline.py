@@ -1,5 +1,6 @@
 """Restoring as a diffusers pipeline: `DiT4SRPipeline.from_pretrained(...)`, then `pipe(image).images[0]`."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from diffusers import (
     ImagePipelineOutput,
     ModelMixin,  # by this name, in this module, diffusers learns how an LRStreamModel is loaded
     SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
 )
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
@@ -22,19 +22,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dit4sr_pl.backbone.autoencoder import LatentCoder
-from dit4sr_pl.backbone.text_encoder import PromptEncoder
+from dit4sr_pl.backbone.shipped_prompts import ENCODERS, ShippedPrompts
+from dit4sr_pl.backbone.text_on_demand import TEXT_PARTS, TextOnDemand
+from dit4sr_pl.cli.checks import check_compiler
 from dit4sr_pl.cli.command import read_conf
-from dit4sr_pl.common.files import ASSETS
-from dit4sr_pl.common.hub import HubAddress, hub_errors, locate
+from dit4sr_pl.common.files import ASSETS, atomic_write
+from dit4sr_pl.common.hub import PROMPTS, HubAddress, hub_errors, locate
 from dit4sr_pl.common.randomness import generator as seeded
 from dit4sr_pl.images.files import rgb_pixels
 from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
+from dit4sr_pl.model.compilation import capture_graphs, compile_blocks
 from dit4sr_pl.model.trained_part import check_base, fit_state, with_injection_scale
 from dit4sr_pl.restoration.sampling import Sampler, restore
 from dit4sr_pl.restoration.worklist import result_size
 
-TEXT_PARTS = tuple(f"{part}{number}" for part in ("tokenizer", "text_encoder") for number in ("", "_2", "_3"))
+READING = ("revision", "token", "cache_dir", "local_files_only", "proxies", "variant")  # options of every component
 
 
 class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
@@ -87,11 +90,12 @@ class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
         self.register_to_config(variant=variant)
 
 
-class DiT4SRPipeline(DiffusionPipeline):
+class DiT4SRPipeline(TextOnDemand, DiffusionPipeline):
     """A pipeline that restores LR images: an LR stream (the trained half of DiT4SR) and the components of an SD3
     pipeline.
 
-    Transformer, autoencoder, tokenizers and text encoders are those of diffusers' `StableDiffusion3Pipeline`.
+    Transformer, autoencoder, tokenizers and text encoders are those of diffusers' `StableDiffusion3Pipeline`. If the LR
+    stream comes with prompt embeddings (docs/hub.md), text encoders are None until a prompt needs them.
 
     Args:
         transformer: the frozen base of the LR stream.
@@ -100,24 +104,31 @@ class DiT4SRPipeline(DiffusionPipeline):
         sampler: defaults of the call, as fields of `Sampler`; the field `solver` is not among them. None: those of
             `conf/sampler/paper.yaml`.
 
+    Attributes:
+        compile: whether the network's blocks are compiled, for every size of images that comes.
+        cuda_graph: whether the network's evaluations replay a CUDA graph per shape. The merged LR stream then stays in
+            memory between calls.
+
     Raises:
         ValueError: the LR stream was trained over other weights.
     """
 
+    compile = cuda_graph = False
+    captured: tuple[object, DiT4SRTransformer] | None = None  # a network with graphs, and what it was made of
     # The transformer's hook moves the LR stream too: the two work at the same time.
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
-    _optional_components = ["text_encoder_3", "tokenizer_3"]
+    _optional_components = list(TEXT_PARTS)
 
     def __init__(
         self,
         transformer: SD3Transformer2DModel,
         vae: AutoencoderKL | AutoencoderDC,
         scheduler: FlowMatchEulerDiscreteScheduler,
-        tokenizer: PreTrainedTokenizerBase,
-        tokenizer_2: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer_2: PreTrainedTokenizerBase | None,
         tokenizer_3: PreTrainedTokenizerBase | None,
-        text_encoder: PreTrainedModel,
-        text_encoder_2: PreTrainedModel,
+        text_encoder: PreTrainedModel | None,
+        text_encoder_2: PreTrainedModel | None,
         text_encoder_3: PreTrainedModel | None,
         lr_stream: LRStreamModel,
         sampler: dict | None = None,
@@ -146,6 +157,8 @@ class DiT4SRPipeline(DiffusionPipeline):
         name: str | Path,
         lr_stream: str | Path | LRStreamModel | None = None,
         injection_scale: float | None = None,
+        compile: bool = False,
+        cuda_graph: bool = False,
         **arguments,
     ) -> "DiT4SRPipeline":
         """Loads a pipeline, or builds one from an SD3 pipeline and an LR stream.
@@ -156,36 +169,47 @@ class DiT4SRPipeline(DiffusionPipeline):
                 the folder or hub id of the SD3 pipeline that it was trained over, or `tiny-sd3`.
             lr_stream: the LR stream, by the same names.
             injection_scale: factor of LR Injection, which `save_pretrained` keeps; None: the LR stream's own.
+            compile: see the class.
+            cuda_graph: see the class.
             arguments: diffusers' own (`dtype`, `revision`, components) and those of the class. With `lr_stream`, the
                 others are taken from `conf/model/` and `conf/sampler/`.
 
         Raises:
             FileNotFoundError: a file is missing, or a model of the hub cannot be read; the message says what to do.
-            ValueError: the LR stream is truncated, or was trained over another base.
+            ValueError: the LR stream is truncated, or was trained over another base; or there is no compiler.
         """
+        check_compiler(compile, "compile")
         pipeline = cls._load(name, lr_stream, arguments)
         if injection_scale is not None:
             pipeline.lr_stream.set_injection_scale(injection_scale)
+        pipeline.compile, pipeline.cuda_graph = compile, cuda_graph
         return pipeline
 
     @classmethod
     def _load(cls, name: str | Path, lr_stream: str | Path | LRStreamModel | None, arguments: dict) -> "DiT4SRPipeline":
-        if lr_stream is None and is_lr_stream(name):
-            lr_stream = LRStreamModel.from_file(checkpoint_file(name))
-            name = lr_stream.config.base["name"]
-        if lr_stream is None:
-            with hub_errors(str(name), str(name)):
-                return super().from_pretrained(name, **arguments)
-        shipped = ASSETS / name
-        tiny = shipped.is_dir()
-        backbone, sampler = ("tiny_sd3", "tiny") if tiny else ("sd35_medium", "paper")
-        defaults = conf_defaults(backbone=backbone, sampler=sampler)
-        if isinstance(lr_stream, str | Path):
-            lr_stream = LRStreamModel.from_file(checkpoint_file(lr_stream))
-        if "torch_dtype" in arguments:  # diffusers' older name of it
-            arguments["dtype"] = arguments.pop("torch_dtype")
+        weights = Path(name)
+        if isinstance(lr_stream, str | Path) or (lr_stream is None and is_lr_stream(name)):
+            weights = checkpoint_file(name if lr_stream is None else lr_stream)
+            model = LRStreamModel.from_file(weights)
+            name, lr_stream = model.config.base["name"] if lr_stream is None else name, model
+        if lr_stream is not None:
+            tiny = (ASSETS / name).is_dir()
+            backbone, sampler = ("tiny_sd3", "tiny") if tiny else ("sd35_medium", "paper")
+            if "torch_dtype" in arguments:  # diffusers' older name of it
+                arguments["dtype"] = arguments.pop("torch_dtype")
+            arguments = conf_defaults(backbone=backbone, sampler=sampler) | {"lr_stream": lr_stream} | arguments
+            name = ASSETS / name if tiny else name
+        shipped = ShippedPrompts.beside(weights)
+        given = [arguments[part] for part in ENCODERS if part in arguments]
+        if given not in ([], [None] * len(ENCODERS)):
+            shipped = None  # the caller chose encoders, whose embeddings are others
+        left_out = {} if shipped is None else dict.fromkeys(TEXT_PARTS)
         with hub_errors(str(name), str(name)):
-            return super().from_pretrained(shipped if tiny else name, lr_stream=lr_stream, **defaults | arguments)
+            pipeline = super().from_pretrained(name, **arguments | left_out)
+        if shipped is not None:
+            options = {key: arguments[key] for key in READING if key in arguments}
+            pipeline.take_shipped_prompts(shipped, None if given else (str(name), options))
+        return pipeline
 
     @torch.no_grad()
     def __call__(
@@ -245,17 +269,33 @@ class DiT4SRPipeline(DiffusionPipeline):
         """Restores `(B, 3, h, w)` to `(B, 3, scale * h, scale * w)`, both in 0..1, with a bar of the network's
         evaluations.
         """
-        text = {name: getattr(self, name) for name in TEXT_PARTS}
-        prompts = PromptEncoder(
-            StableDiffusion3Pipeline(self.transformer, self.scheduler, None, **text), sampler.t5_tokens
-        )
         size = result_size(lr.shape[-2:], scale)
         lr = lr.to(self._execution_device)
         with self.progress_bar(total=len(sampler.schedule(self.scheduler)[1])) as bar:
-            parts = self.network(), LatentCoder(self.vae), prompts, self.scheduler
+            parts = self.prepared_network(), LatentCoder(self.vae), self.prompts(sampler.t5_tokens), self.scheduler
             sr = restore(*parts, sampler, lr, size, captions, generators, on_step=bar.update)
         self.maybe_free_model_hooks()
         return sr
+
+    def prepared_network(self) -> DiT4SRTransformer:
+        """Returns the network of a call: compiled, or that of the last call with its graphs, as the attributes say.
+
+        Raises:
+            ValueError: graphs are to be captured, and the transformer is not on a CUDA device, or is offloaded.
+        """
+        weights = [*self.transformer.parameters(), *self.lr_stream.parameters()]
+        made_of = self.compile, self.lr_stream.variant, [(weight.data_ptr(), weight._version) for weight in weights]
+        if self.cuda_graph and self.captured is not None and self.captured[0] == made_of:
+            return self.captured[1]
+        self.captured, net = None, self.network()
+        if self.compile:
+            compile_blocks(net)
+        if self.cuda_graph:
+            if hasattr(self.transformer, "_hf_hook"):
+                raise ValueError("cuda_graph=True: a graph needs weights that stay where they are; without offloading")
+            capture_graphs(net)
+            self.captured = made_of, net
+        return net
 
     def network(self) -> DiT4SRTransformer:
         """Returns the transformer with a second, merged LR stream; its other weights are not copied."""
@@ -271,6 +311,20 @@ class DiT4SRPipeline(DiffusionPipeline):
 
         net.register_forward_pre_hook(ready)
         return net
+
+    def save_pretrained(self, save_directory: str | Path, **options) -> None:
+        """Writes the pipeline as diffusers does, with the prompt embeddings that came with the LR stream.
+
+        Args:
+            save_directory: the folder.
+            options: diffusers' own.
+        """
+        if self.shipped is not None:
+            if self.text_source is not None:
+                self.read_text_encoders()
+            with atomic_write(Path(save_directory) / PROMPTS) as partial:
+                shutil.copyfile(self.shipped.path, partial)
+        super().save_pretrained(save_directory, **options)
 
     def enable_sequential_cpu_offload(self, *_, **__):
         """Raises NotImplementedError: this pipeline cannot offload layer by layer."""

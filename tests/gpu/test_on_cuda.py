@@ -16,12 +16,14 @@ from lightning import Trainer
 
 from dit4sr_pl.backbone.flow import TimestepDensity
 from dit4sr_pl.backbone.sd3 import Backbone
+from dit4sr_pl.backbone.shipped_prompts import HeldPrompts
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.data.module import SuperResolutionData
 from dit4sr_pl.degradation import Degradation
 from dit4sr_pl.images.files import write_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import DiT4SRTransformer, load_part
+from dit4sr_pl.model.compilation import CUDAGraphs, capture_graphs, compile_blocks
 from dit4sr_pl.model.trained_part import fit_part
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
@@ -78,6 +80,35 @@ def test_the_velocity_is_the_cpus(inputs):
         expected = network(CPU)(*inputs)
         velocity = network(CUDA)(*(each.to(CUDA) for each in inputs)).cpu()
     torch.testing.assert_close(velocity, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_captured_graph_gives_what_the_network_gives(inputs, compiled):
+    """Two shapes in turn, with new values in every call: all graphs share one pool of memory."""
+    plain, net = network(CUDA), network(CUDA)
+    if compiled:
+        compile_blocks(net)
+    capture_graphs(net)
+    results = []
+    with torch.no_grad():
+        for factor in (1.0, 0.5, 0.25):
+            for rows in (2, 1):
+                given = [factor * each[:rows].to(CUDA) for each in inputs]
+                results.append((net(*given), plain(*given)))
+    assert isinstance(net.forward, CUDAGraphs) and len(net.forward.graphs) == 2
+    for ours, expected in results:  # at the end: no later replay may have overwritten them
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_restoring_with_captured_graphs_equals_restoring_without():
+    lr, results = pictures(2, 32), []
+    for options in ({}, {"cuda_graph": True}, {"cuda_graph": True, "compile": True}):
+        restorer = Restorer.load(tiny(), sampler(steps=4), "tiny-dit4sr", CUDA, **options)
+        # The first image is one tile, the second one has several: two shapes.
+        results.append([restorer(lr[:1], size, [""], ["a"], seed=0) for size in ((128, 128), (384, 320), (128, 128))])
+    for ours in results[1:]:
+        for each, expected in zip(ours, results[0], strict=True):
+            assert (each - expected).abs().max() <= 1.01 / 255
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -143,6 +174,17 @@ def test_a_restored_pair_is_the_cpus_within_a_level(size, options):
         results.append(restorer(lr, size, ["", ""], ["a", "b"], seed=0))
     assert results[1].device == lr.device
     assert (results[1] - results[0]).abs().max() <= 1.01 / 255
+
+
+def test_prompts_that_are_encoded_together_and_held_ones_are_the_cpus():
+    backbone, prompts = tiny(), ["a cat", "", "a dog", ""]
+    backbone.to(CUDA)
+    expected = [torch.cat(parts) for parts in zip(*(tiny().encoder.encode(each, CPU) for each in prompts), strict=True)]
+    held = HeldPrompts({"": backbone.encoder.encode("", CUDA)}, lambda: backbone.encoder)
+    for encode in (backbone.prompts, backbone.prompts.of_step, held):
+        for ours, theirs in zip(encode(prompts, CUDA), expected, strict=True):
+            assert ours.device.type == "cuda"
+            torch.testing.assert_close(ours.cpu(), theirs, atol=1e-4, rtol=1e-3)
 
 
 def test_a_batch_is_degraded_as_on_the_cpu():

@@ -23,6 +23,7 @@ from torch import Tensor
 from dit4sr_pl.common.hashing import weights_hash
 
 INDEX = "index.json"
+ADVICE = "delete it and run prepare stage=embeddings"
 
 
 class PromptCache:
@@ -113,15 +114,19 @@ def embeddings_hash(embeds: Tensor, pooled: Tensor) -> str:
     return weights_hash({"embeds": embeds, "pooled": pooled})
 
 
-def open_file(path: Path) -> tuple[safe_open, dict]:
+def open_file(path: Path, advice: str = ADVICE) -> tuple[safe_open, dict]:
     """Returns a mapped file and its header.
+
+    Args:
+        path: the file.
+        advice: what to do if it is damaged.
 
     Raises:
         OSError: the file cannot be read, which does not mean that it is damaged.
         ValueError: it is missing, or no file of embeddings.
     """
     if not path.is_file():
-        raise damaged(path, "no such file")
+        raise damaged(path, "no such file", advice)
     path.open("rb").close()  # safetensors' own errors do not tell why
     try:
         file = safe_open(path, "pt")
@@ -131,13 +136,13 @@ def open_file(path: Path) -> tuple[safe_open, dict]:
             raise ValueError("its header is another")
         return file, header
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise damaged(path, error) from None
+        raise damaged(path, error, advice) from None
 
 
-def damaged(path: Path, reason: object) -> ValueError:
+def damaged(path: Path, reason: object, advice: str = ADVICE) -> ValueError:
     """Returns the error of a file that cannot be used."""
     reason = f"{path}: missing, truncated, damaged or no file of embeddings ({reason})"
-    return ValueError(f"{reason}; delete it and run prepare stage=embeddings")
+    return ValueError(f"{reason}; {advice}")
 
 
 def check_origin(path: Path, header: dict, backbone: str, t5_tokens: int) -> None:

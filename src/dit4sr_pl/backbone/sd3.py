@@ -1,8 +1,10 @@
 """A frozen SD3 pipeline by its components, each read from disk through diffusers when a run first asks for it."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 
 import diffusers
 import torch
@@ -21,11 +23,14 @@ from torch import nn
 
 from dit4sr_pl.backbone.autoencoder import LatentCoder
 from dit4sr_pl.backbone.prompt_cache import PromptCache
+from dit4sr_pl.backbone.shipped_prompts import HeldPrompts, ShippedPrompts
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.common.files import ASSETS
-from dit4sr_pl.common.hub import HubError, hub_errors
+from dit4sr_pl.common.hub import HubError, hub_errors, pipeline_folder
 from dit4sr_pl.model.quantized import quantize
 from dit4sr_pl.model.trained_part import fingerprint
+
+log = logging.getLogger(__name__)
 
 
 class TextEncoders(StableDiffusion3Pipeline):
@@ -105,11 +110,35 @@ class Backbone:
         return LatentCoder(self.vae)
 
     @cached_property
-    def prompts(self) -> PromptEncoder | PromptCache:
+    def encoder(self) -> PromptEncoder:
+        """The text encoders with their memory."""
+        return PromptEncoder(self.text_encoders, self.t5_tokens)
+
+    @cached_property
+    def prompts(self) -> PromptEncoder | PromptCache | HeldPrompts:
         """Encodes prompts, or reads their embeddings if the backbone was given some."""
         if self.embeddings is not None:
             return PromptCache(self.embeddings, self.name, self.t5_tokens, self.dtype)
-        return PromptEncoder(self.text_encoders, self.t5_tokens)
+        return self.encoder
+
+    def take_shipped_prompts(self, weights: Path) -> None:
+        """Takes the prompt embeddings next to a set of weights, with which other prompts alone need text encoders.
+
+        Embeddings that belong to something else are not taken, which a line says.
+
+        Args:
+            weights: a file, or a released folder.
+
+        Raises:
+            ValueError: the embeddings' file is damaged.
+        """
+        if self.embeddings is not None or (shipped := ShippedPrompts.beside(weights)) is None:
+            return
+        given = self.transformer, fingerprint(self.transformer), self.t5_tokens, self.dtype
+        if why := shipped.mismatch(*given) or shipped.other_encoders(pipeline_folder(self.location)):
+            log.warning("%s: not used, since it was %s; text encoders are read", shipped.path, why)
+        else:
+            self.prompts = HeldPrompts(shipped.held, lambda: self.encoder)
 
     def read(self, kind: type, **arguments):
         """Reads one component.
@@ -180,10 +209,10 @@ def encoders_of(pipeline: StableDiffusion3Pipeline) -> list[nn.Module]:
 def no_progress_bars() -> Iterator[None]:
     """Hides the progress bars of diffusers and transformers, one per component and file, while the context is open."""
     shown = [each.utils.logging for each in (diffusers, transformers) if each.utils.logging.is_progress_bar_enabled()]
-    for logging in shown:
-        logging.disable_progress_bar()
+    for library in shown:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        for logging in shown:
-            logging.enable_progress_bar()
+        for library in shown:
+            library.enable_progress_bar()

@@ -43,7 +43,7 @@ class PromptEncoder:
         distinct = dict.fromkeys(prompts)
         found = {prompt: self.remembered.pop(prompt) for prompt in distinct if prompt in self.remembered}
         found |= self.encode_each(tuple(prompt for prompt in distinct if prompt not in found), device)
-        self.remembered |= found
+        self.remembered |= {prompt: found[prompt] for prompt in distinct}
         for prompt in list(self.remembered)[:-REMEMBERED]:
             del self.remembered[prompt]
         return gather(found, prompts, device)

@@ -13,10 +13,14 @@ from dit4sr_pl.common.part_header import base_name
 CHOICES = ("backbone=", "model.backbone.name=")  # overrides by which a user chooses a backbone
 
 
-def follow_checkpoint(cfg: DictConfig) -> DictConfig:
+def follow_checkpoint(cfg: DictConfig, checkpoint: str | None = None) -> DictConfig:
     """Returns a command's config with the backbone that its checkpoint was trained over, and with that one's sampler.
 
     The config stays as it is if the user chose a backbone, or if `conf/backbone/` has none of that name.
+
+    Args:
+        cfg: the config.
+        checkpoint: the checkpoint; None: the config's.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist, or cannot be read on the hub.
@@ -25,7 +29,7 @@ def follow_checkpoint(cfg: DictConfig) -> DictConfig:
     given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
     if given is None or any(override.lstrip("+").startswith(CHOICES) for override in given):
         return cfg
-    name = base_of_checkpoint(cfg.checkpoint)
+    name = base_of_checkpoint(cfg.checkpoint if checkpoint is None else checkpoint)
     if name == cfg.model.backbone.name or (option := backbone_option(name)) is None:
         return cfg
     return hydra.compose(HydraConfig.get().job.config_name, [*given, f"backbone={option}"])

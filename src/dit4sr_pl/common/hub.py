@@ -16,6 +16,7 @@ from typing import NamedTuple
 from dit4sr_pl.common.files import ASSETS, atomic_write
 
 LR_STREAM = "lr_stream.safetensors"
+PROMPTS = "prompt_embeddings.safetensors"  # next to it, if it is there: see backbone/shipped_prompts.py
 RELEASES = ("dit4sr_q", "dit4sr_f", "dit4sr_r1")  # of the paper's authors, subfolders of RELEASE_REPO
 RELEASE_REPO = "acceptee/DiT4SR"
 RELEASED_BASE = "stabilityai/stable-diffusion-3.5-medium"  # of all three
@@ -190,6 +191,20 @@ def check_access(name: str, what: str) -> None:
     if not any(isinstance(try_to_load_from_cache(name, file), str) for file in (index, config)):
         with hub_errors(f"{what}={name}", name):
             hf_hub_download(name, index)
+
+
+def pipeline_folder(name: str) -> Path | None:
+    """Returns the folder of a pipeline's files: a folder of that name, or what the hub's own cache has; None: nothing.
+
+    Args:
+        name: a folder in diffusers' layout, or a hub id.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir() or "/" not in name:
+        return Path(name)
+    index = try_to_load_from_cache(name, "model_index.json")
+    return Path(index).parent if isinstance(index, str) else None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dit4sr_pl.common.files import atomic_write
-from dit4sr_pl.common.hub import COMMIT, LR_STREAM, HubAddress, HubError, download, locate, look_up
+from dit4sr_pl.common.hub import COMMIT, LR_STREAM, PROMPTS, HubAddress, HubError, download, locate, look_up
 from dit4sr_pl.model.reference_format import WEIGHTS
 from dit4sr_pl.model.trained_part import load_release, save_part
 
@@ -71,7 +71,8 @@ def is_whole(path: Path) -> bool:
 
 
 def take(address: HubAddress, commit: str, files: list[str], incoming: Path, kept: Path) -> None:
-    """Downloads an LR-stream file, or a released folder, into `incoming`, and writes its LR-stream file.
+    """Downloads an LR-stream file, or a released folder, into `incoming`, and writes its LR-stream file, and next to it
+    the prompt embeddings that come with it, if any do.
 
     Args:
         address: the place on the hub.
@@ -81,10 +82,12 @@ def take(address: HubAddress, commit: str, files: list[str], incoming: Path, kep
         kept: the LR-stream file to write.
     """
     top = f"{address.subfolder}/" if address.subfolder else ""
+    for name in (PROMPTS, LR_STREAM):  # the LR stream last: with it, all is there
+        if top + name in files:
+            folder = download(address, commit, [top + name], incoming)
+            with atomic_write(kept.with_name(name)) as partial:
+                shutil.copyfile(folder / top / name, partial)
     if top + LR_STREAM in files:
-        folder = download(address, commit, [top + LR_STREAM], incoming)
-        with atomic_write(kept) as partial:
-            shutil.copyfile(folder / top / LR_STREAM, partial)
         return
     for place in (f"{top}transformer/", top):
         if f"{place}config.json" in files:

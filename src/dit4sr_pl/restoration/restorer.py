@@ -11,7 +11,7 @@ from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
-from dit4sr_pl.model.compilation import compile_blocks
+from dit4sr_pl.model.compilation import capture_graphs, compile_blocks
 from dit4sr_pl.model.trained_part import fit_part, with_injection_scale
 from dit4sr_pl.restoration.sampling import Sampler, restore
 
@@ -39,6 +39,7 @@ class Restorer:
         offload: bool | None = None,
         injection_scale: float | None = None,
         compile: bool = False,
+        cuda_graph: bool = False,
     ) -> "Restorer":
         """Loads a network from the file of its trained part, or from its name.
 
@@ -51,15 +52,18 @@ class Restorer:
                 runs.
             injection_scale: factor of LR Injection; None: the checkpoint's own.
             compile: whether the network's blocks are compiled.
+            cuda_graph: whether the network's evaluations replay a CUDA graph per shape.
 
         Raises:
             FileNotFoundError: there is no such file, or it cannot be had of the hub.
-            ValueError: the file is truncated, was trained over another base, or has no LR Injection to scale.
+            ValueError: the file is truncated, was trained over another base, or has no LR Injection to scale; or graphs
+                are to be captured on a CPU.
         """
         path = checkpoint_file(checkpoint)
         part = load_part(path)
         net = build_network(backbone.transformer, with_injection_scale(part.network_config, injection_scale, path))
         fit_part(net, part, path)
+        backbone.take_shipped_prompts(Path(path))
         backbone.to(device, offload)
         net.to(device)
         if isinstance(net, DiT4SRTransformer):
@@ -68,6 +72,8 @@ class Restorer:
         backbone.quantize()
         if compile:
             compile_blocks(net)
+        if cuda_graph:
+            capture_graphs(net)
         return cls(net, backbone, sampler)
 
     @property
