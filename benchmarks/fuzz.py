@@ -32,7 +32,7 @@ def main() -> None:
     for kind in sorted(set().union(*columns.values())):
         print(f"{kind:22}", *(f"{counter[kind]:3} {name}" for name, counter in columns.items()), sep="  ")
     totals = ", ".join(f"{counter.total()} {name}" for name, counter in columns.items())
-    slowest = f"the slowest reading, restoring or writing in {report.slowest:.2f} s"
+    slowest = f"the slowest restoring or writing in {report.slowest:.2f} s"
     print(f"{count} files: {totals}; {len(report.wrong)} wrong; {slowest}; {seconds:.0f} s in all")
     for line in report.wrong:
         print("wrong:", line)

@@ -1,6 +1,9 @@
-"""Compares restoring a folder while results are written in threads with writing each before the next is restored.
+"""Compares restoring a folder with and without reading ahead and writing behind.
 
     python benchmarks/overlap.py [--images 12] [--side 512] [--network 0.1] [--level 1]
+
+*One after another*: a picture is read, restored and written before the next one. *Written behind*: threads write while
+the next one is read and restored. *Read ahead*, as `restore` works: another process reads the next one meanwhile, too.
 
 A pause of `--network` seconds per image stands in for a GPU, which leaves the CPU free. Pictures are random and smooth.
 """
@@ -8,7 +11,9 @@ A pause of `--network` seconds per image stands in for a GPU, which leaves the C
 import argparse
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,7 +24,8 @@ from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.files import write_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration.pictures import PictureRestorer
-from dit4sr_pl.restoration.worklist import batches, make_worklist
+from dit4sr_pl.restoration.reading import Read, reading
+from dit4sr_pl.restoration.worklist import Entry, batches, make_worklist
 
 
 class Inline:
@@ -42,7 +48,7 @@ class Inline:
 
 
 def main() -> None:
-    """Prints seconds per picture both ways and their ratio."""
+    """Prints seconds per picture of each way, and their ratio to the first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=12)
     parser.add_argument("--side", type=int, default=512, help="of a result, pixels")
@@ -54,25 +60,40 @@ def main() -> None:
         time.sleep(args.network * len(lr))
         return enlarge(lr, size)
 
+    seconds = {}
     with tempfile.TemporaryDirectory() as name:
         folder, side = Path(name), args.side // 4
         for index in range(args.images):
             small = torch.rand(1, 3, side // 4, side // 4, generator=generator("cpu", index))
             write_image(folder / "in" / f"{index}.png", enlarge(small, (side, side))[0])
         restore = PictureRestorer(restorer, 4, "bicubic", 0, png_level=args.level)
-        seconds = {"threads": timed(restore, folder, "threads")}
         with patch("dit4sr_pl.restoration.pictures.ThreadPoolExecutor", Inline):
-            seconds["one after another"] = timed(restore, folder, "inline")
+            seconds["one after another"] = timed(restore, folder, "inline", one_by_one)
+        seconds["written behind"] = timed(restore, folder, "behind", one_by_one)
+        seconds["read ahead"] = timed(restore, folder, "ahead", reading)
+    print(f"{'':20s}{'s per picture':>16s}{'ratio':>8s}")
     for way, each in seconds.items():
-        print(f"{way:20s}{each / args.images:8.3f} s per picture")
-    print(f"{'ratio':20s}{seconds['threads'] / seconds['one after another']:8.2f}")
+        print(f"{way:20s}{each / args.images:16.3f}{each / seconds['one after another']:8.2f}")
 
 
-def timed(restore: PictureRestorer, folder: Path, output: str) -> float:
+@contextmanager
+def one_by_one(in_batches: list[list[Entry]]) -> Iterator[Iterator[list[Read]]]:
+    """Yields an iterator that reads a batch when it is asked for it."""
+
+    def read() -> Iterator[list[Read]]:
+        for batch in in_batches:
+            with reading([batch]) as pictures:
+                yield from pictures
+
+    yield read()
+
+
+def timed(restore: PictureRestorer, folder: Path, output: str, read: Callable) -> float:
     """Returns the seconds of restoring all pictures."""
     entries = make_worklist(folder / "in", folder / output).entries
     began = time.perf_counter()
-    outcomes = list(restore.run(batches(entries, 1), lambda _: None))
+    with read(list(batches(entries, 1))) as pictures:
+        outcomes = list(restore.run(pictures, lambda _: None))
     assert not [outcome.failure for outcome in outcomes if outcome.failure]
     return time.perf_counter() - began
 

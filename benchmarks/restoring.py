@@ -106,6 +106,7 @@ def one(size: tuple[int, int], without_networks: bool, overrides: list[str]) -> 
     from dit4sr_pl.images.files import write_image
     from dit4sr_pl.images.resize import enlarge
     from dit4sr_pl.restoration.pictures import PictureRestorer
+    from dit4sr_pl.restoration.reading import reading
     from dit4sr_pl.restoration.restorer import Restorer
     from dit4sr_pl.restoration.worklist import Entry
 
@@ -125,7 +126,8 @@ def one(size: tuple[int, int], without_networks: bool, overrides: list[str]) -> 
         write_image(lr, enlarge(photo, small)[0])
         entries = [Entry(lr, lr.with_name(f"{i}.png"), str(i), small, alpha=False) for i in range(cfg.batch_size)]
         start = process_time()
-        outcomes = list(PictureRestorer(restorer, 4, cfg.alpha, cfg.seed).run([entries], lambda _: None))
+        with reading([entries]) as read:
+            outcomes = list(PictureRestorer(restorer, 4, cfg.alpha, cfg.seed).run(read, lambda _: None))
         seconds = (process_time() - start) / len(entries)
     if failures := [outcome.failure for outcome in outcomes if outcome.failure]:
         raise SystemExit(failures[0])

@@ -32,7 +32,7 @@ class Report:
         refused: number of files that the command named as not restored, by kind.
         restored: number of files with a result, by kind.
         skipped: number of the others (folders), by kind.
-        slowest: the longest reading, restoring or writing of a file, in seconds.
+        slowest: the longest restoring or writing of a file, in seconds.
         wrong: a line for every mistake of the command.
     """
 
@@ -46,8 +46,8 @@ class Report:
 def fuzz(work: Path, count: int, monkeypatch: MonkeyPatch) -> Report:
     """Restores `count` odd files in the folder `work` at scale 1 and reports the results."""
     files, report = write(work / "in", odd_files(count)), Report()
-    for part in ("PictureRestorer.__call__", "read_picture", "write_picture"):
-        watch(f"dit4sr_pl.restoration.pictures.{part}", report, monkeypatch)
+    for part in ("reading.read_picture", "pictures.PictureRestorer.__call__", "pictures.write_picture"):
+        watch(f"dit4sr_pl.restoration.{part}", report, monkeypatch)
     watch("dit4sr_pl.restoration.worklist.read_header", report, monkeypatch)
     errors = StringIO()
     with redirect_stderr(errors), redirect_stdout(StringIO()):

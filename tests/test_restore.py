@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import importlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -212,7 +213,8 @@ def test_a_network_that_fails_on_one_image_goes_on_and_a_full_disk_does_not(fold
 def test_an_image_without_enough_memory_is_named_and_the_others_go_on(
     stage, error, folder, tmp_path, monkeypatch, capsys
 ):
-    count, restorer, room = iter(range(9)), Bicubic(), "dit4sr_pl.restoration.pictures"
+    count, restorer = iter(range(9)), Bicubic()
+    room = "dit4sr_pl.restoration." + ("reading" if stage == "read_picture" else "pictures")
     owner, name = (Bicubic, "__call__") if stage == "network" else (importlib.import_module(room), stage)
     whole = getattr(owner, name)
 
@@ -267,8 +269,9 @@ def test_the_level_of_compression_changes_the_size_alone(folder, tmp_path, monke
 def test_ctrl_c_leaves_whole_images_and_says_how_many(folder, tmp_path, monkeypatch):
     class Interrupted(Bicubic):
         def __call__(self, *arguments, **options):
-            if len(self.calls) == 2:
-                os.kill(os.getpid(), signal.SIGINT)
+            if len(self.calls) == 2:  # a terminal sends it to all processes
+                for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+                    os.kill(process.pid, signal.SIGINT)
             return super().__call__(*arguments, **options)
 
     restorer, arguments = Interrupted(), [f"input={folder}", f"output={tmp_path / 'out'}"]

@@ -1,6 +1,7 @@
 """python -m dit4sr_pl.restore input=FILE_OR_FOLDER output=FOLDER [checkpoint=PATH] [scale=4]"""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from dit4sr_pl.cli.checkpoint import follow_checkpoint
 from dit4sr_pl.cli.checks import (
     check_backbone,
+    check_batch_size,
     check_captioner,
     check_compiler,
     check_cuda_graph,
+    check_png_level,
     check_readable,
     check_scale,
     check_writable,
@@ -71,18 +74,30 @@ def restore(worklist: "Worklist", cfg: DictConfig) -> None:
     from hydra.utils import instantiate
 
     from dit4sr_pl.restoration.pictures import PictureRestorer
+    from dit4sr_pl.restoration.reading import reading
     from dit4sr_pl.restoration.restorer import Restorer
     from dit4sr_pl.restoration.worklist import batches
 
-    device, backbone = torch.device(cfg.device), instantiate(cfg.model.backbone)
-    options = cfg.offload, cfg.injection_scale, cfg.compile, cfg.cuda_graph
-    restorer = Restorer.load(backbone, instantiate(cfg.sampler), cfg.checkpoint, device, *options)
-    picture_restorer = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, cfg.first_frame, cfg.png_level)
+    in_batches = list(batches(worklist.entries, cfg.batch_size))
+    with reading(in_batches, cfg.first_frame) as read:  # its process is forked before there are networks and threads
+        device, backbone = torch.device(cfg.device), instantiate(cfg.model.backbone)
+        options = cfg.offload, cfg.injection_scale, cfg.compile, cfg.cuda_graph
+        restorer = Restorer.load(backbone, instantiate(cfg.sampler), cfg.checkpoint, device, *options)
+        picture_restorer = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, cfg.png_level)
+        restore_entries(worklist, cfg, partial(picture_restorer.run, read), restorer.evaluations)
+
+
+def restore_entries(worklist: "Worklist", cfg: DictConfig, run: Callable, evaluations: int) -> None:
+    """Shows how far `run(on_step)` has come, which yields an outcome for each of the worklist's entries.
+
+    Raises:
+        KeyboardInterrupt: the user stopped it; the message says how many are restored.
+        OSError: nothing more can be written; so does this one.
+    """
     waiting, worklist.entries = worklist.entries, []
     pixels = {
         entry: entry.size[0] * entry.size[1] * (2 if entry.alpha and cfg.alpha == "network" else 1) for entry in waiting
     }
-    evaluations = restorer.evaluations
     with progress_bar() as bar:
         task = bar.add_task("restoring", total=sum(pixels.values()), done=0, count=len(waiting))
         moved = finished = 0
@@ -93,7 +108,7 @@ def restore(worklist: "Worklist", cfg: DictConfig) -> None:
             bar.advance(task, evaluated / evaluations)
 
         try:
-            for entry, failure, notes in picture_restorer.run(batches(waiting, cfg.batch_size), step):
+            for entry, failure, notes in run(step):
                 finished += pixels[entry]
                 moved = max(moved, finished)  # a result is written while the next one moves the bar
                 bar.update(task, completed=moved, done=len(worklist.entries) + 1)
@@ -172,10 +187,8 @@ def check(cfg: DictConfig) -> None:
     check_scale(cfg.scale)
     if not isinstance(cfg.seed, int):
         raise ValueError(f"seed={cfg.seed}: must be a whole number")
-    if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
-        raise ValueError(f"batch_size={cfg.batch_size}: must be 1 or more")
-    if cfg.png_level not in (None, *range(10)):
-        raise ValueError(f"png_level={cfg.png_level}: must be a whole number from 0 to 9, or null")
+    check_batch_size(cfg.batch_size)
+    check_png_level(cfg.png_level)
     if not isinstance(cfg.samples, int) or not 1 <= cfg.samples <= 100:
         raise ValueError(f"samples={cfg.samples}: must be a whole number from 1 to 100")
     if cfg.alpha not in ALPHA:

@@ -59,6 +59,18 @@ def check_readable(path: str | Path, what: str) -> None:
         raise FileNotFoundError(f"{what}={path}: no such file or folder")
 
 
+def check_batch_size(size: object) -> None:
+    """Raises ValueError unless `size` is a number of images."""
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"batch_size={size}: must be 1 or more")
+
+
+def check_png_level(level: object) -> None:
+    """Raises ValueError unless `level` is a level of compression, or None for the encoder's own."""
+    if level not in (None, *range(10)):
+        raise ValueError(f"png_level={level}: must be a whole number from 0 to 9, or null")
+
+
 def check_data(data: DictConfig, written: str = "") -> None:
     """Checks the paths of a data config.
 

@@ -1,17 +1,37 @@
 """Processes that end with the one that started them, however it ends."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+START_METHOD = multiprocessing.get_all_start_methods()[
+    0
+]  # the system's own; joblib sets another, in which PyTorch's workers cannot start
+
+
+def worker_processes(count: int, start_method: str) -> ProcessPoolExecutor:
+    """Returns a pool of processes that leave Ctrl-C to this process and end with it, however it ends."""
+    return ProcessPoolExecutor(count, multiprocessing.get_context(start_method), _follow_parent)
+
+
+def _follow_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, in one line
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def end_with_parent(signum: int) -> None:

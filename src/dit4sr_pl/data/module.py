@@ -7,7 +7,6 @@ and the place to resume at is one of the step number: see `common/randomness.py`
 
 import functools
 import itertools
-import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from dit4sr_pl.common.processes import START_METHOD
 from dit4sr_pl.common.randomness import permutation
 from dit4sr_pl.data.datasets import (
     TOKEN,
@@ -283,8 +283,7 @@ class SuperResolutionData(LightningDataModule):
             dataset,
             batch_sampler=batch_sampler,
             num_workers=self.num_workers,
-            # The start method is explicit, since joblib sets one in which PyTorch's workers cannot start.
-            multiprocessing_context=multiprocessing.get_all_start_methods()[0] if self.num_workers else None,
+            multiprocessing_context=START_METHOD if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             worker_init_fn=leave_signals_to_the_trainer,

@@ -1,12 +1,7 @@
 """A folder's manifest, the writing half: every photo is decoded once; its size and hash are recorded. No PyTorch."""
 
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +12,7 @@ import pyarrow.parquet as pq
 
 from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.common.names import check_names
+from dit4sr_pl.common.processes import worker_processes
 from dit4sr_pl.data.manifest import MANIFEST, file_size, list_photos, read_manifest
 from dit4sr_pl.images.files import NOT_NOW, UnreadableNow, check_image
 
@@ -120,18 +116,8 @@ def _mapping(processes: int) -> Iterator[Callable]:
         yield map
         return
     # The processes are spawned, since forking a process that has threads may hang.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _end_with_parent)
+    pool = worker_processes(processes, "spawn")
     try:
         yield partial(pool.map, chunksize=4)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, in one line
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -1,6 +1,6 @@
 """Restores files: pictures of one size go through the restorer in batches, and each keeps its metadata.
 
-Results are written in threads while the next batch is restored.
+The next batch is read (`reading.py`) and results are written, in threads, while a batch is restored.
 """
 
 import errno
@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dit4sr_pl.images.picture import Picture, read_picture, write_picture
+from dit4sr_pl.images.picture import Picture, write_picture
 from dit4sr_pl.images.resize import enlarge
+from dit4sr_pl.restoration.reading import FAILURES, Read, reason
 from dit4sr_pl.restoration.worklist import Entry, result_size
 
-FAILURES = (ValueError, MemoryError, RuntimeError)  # PyTorch raises RuntimeError when memory is short
 WRITERS = 2  # threads that compress and write; a thread takes less time for a picture than a GPU takes for the next
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other picture could be written either
 
@@ -43,7 +43,6 @@ class PictureRestorer:
         scale: factor of both sides, see `result_size`.
         alpha: how alpha is enlarged: `bicubic`, or `network`, which sees it as a grey image without a prompt.
         seed: seed of the noise, together with each picture's name.
-        first_frame: see `read_picture`.
         png_level: see `write_picture`.
     """
 
@@ -51,16 +50,16 @@ class PictureRestorer:
     scale: float
     alpha: str
     seed: int
-    first_frame: bool = False
     png_level: int | None = None
 
-    def run(self, batches: Iterable[list[Entry]], on_step: Callable[[int], None]) -> Iterator[Outcome]:
+    def run(self, batches: Iterable[list[Read]], on_step: Callable[[int], None]) -> Iterator[Outcome]:
         """Restores pictures and writes the results; yields one outcome per entry, in the order of restoring.
 
-        At most two batches are in memory: one is written while the next one is restored.
+        The results of at most two batches are in memory: one is written while the next one is restored. Of the pictures
+        to restore there are those of one batch and, if they come from `reading`, of the next one.
 
         Args:
-            batches: entries of one size per batch.
+            batches: entries of one size per batch, as `reading` yields them.
             on_step: called after every network evaluation with the number of LR pixels that it covered.
 
         Raises:
@@ -70,7 +69,7 @@ class PictureRestorer:
         with ThreadPoolExecutor(WRITERS, "writer") as writers:
             try:
                 for batch in batches:
-                    for same in self._read(batch, pending):
+                    for same in by_size(batch, pending):
                         before = len(pending)
                         self._restore(same, on_step, pending, writers)
                         for _ in range(before):
@@ -79,17 +78,6 @@ class PictureRestorer:
                 yield from map(written, pending)
                 raise
             yield from map(written, pending)
-
-    def _read(self, batch: list[Entry], pending: deque[Pending]) -> Iterator[list[tuple[Entry, Picture]]]:
-        """Yields the pictures of a batch by size, which are two where some lay on their side."""
-        read = []
-        for entry in batch:
-            try:
-                read.append((entry, read_picture(entry.source, self.first_frame)))
-            except FAILURES as error:
-                pending.append((entry, None, reason(entry, error)))
-        for size in {tuple(picture.color.shape[-2:]) for _, picture in read}:
-            yield [(entry, picture) for entry, picture in read if picture.color.shape[-2:] == size]
 
     def _restore(
         self,
@@ -150,7 +138,11 @@ def written(pending: Pending) -> Outcome:
     return Outcome(entry, notes=picture.notes)
 
 
-def reason(entry: Entry, error: Exception) -> str:
-    """Returns a line that names the file."""
-    text = str(error).partition("\n")[0] or "out of memory"  # Python's MemoryError has no text
-    return text if text.startswith(str(entry.source)) else f"{entry.source}: {text}"
+def by_size(batch: list[Read], pending: deque[Pending]) -> Iterator[list[tuple[Entry, Picture]]]:
+    """Yields the pictures of a batch by size, which are two where some lay on their side; the others are pending."""
+    pending.extend((entry, None, picture) for entry, picture in batch if isinstance(picture, str))
+    sizes = {}
+    for entry, picture in batch:
+        if not isinstance(picture, str):
+            sizes.setdefault(picture.color.shape[-2:], []).append((entry, picture))
+    yield from sizes.values()
