@@ -107,11 +107,33 @@ def test_shards_in_any_order_give_what_one_task_gives(root, tmp_path, order, cap
     assert f"of {len(NAMES)} images scored; the last shard to end writes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_batch_size_changes_neither_the_evaluation_nor_more_than_the_last_digits(root, tmp_path, monkeypatch):
+    """With batches, images of one size follow one another; scoring them together is asked for as a GPU would be."""
+    from dit4sr_pl.evaluation import scoring
+
+    score = scoring.score
+    arguments = [f"root={root}", "dataset=realsr", "sampler.steps=1", "sampler.smallest=2"]
+    assert run(*arguments, f"output={tmp_path / '1' / 'out'}") is None
+    monkeypatch.setattr(scoring, "score", lambda *arguments: score(*arguments[:-1], 3))
+    assert run(*arguments, f"output={tmp_path / '3' / 'out'}", "batch_size=3", "png_level=1") is None
+    one, three = (read_result(tmp_path / size / "out") for size in "13")
+    assert one.identity_hash == three.identity_hash and list(one.scores) == list(three.scores) == NAMES
+    for name in NAMES:
+        assert one.scores[name] == pytest.approx(three.scores[name], abs=0.02)
+        images = [read(tmp_path / size / "out" / "images" / f"{name}.png") for size in "13"]
+        assert (images[0] - images[1]).abs().max() < 1.01 / 255
+    (tmp_path / "1" / "out" / "images" / f"{NAMES[0]}.png").unlink()
+    assert run(*arguments, f"output={tmp_path / '1' / 'out'}", "batch_size=2") is None
+    assert "batch_size=0: must be 1 or more" in run(*arguments, "batch_size=0")
+    assert "png_level=10: must be" in run(*arguments, "png_level=10")
+
+
 def test_nothing_is_scored_twice(root, tmp_path, monkeypatch):
     from dit4sr_pl.evaluation import scoring
 
-    scored, one_score = [], scoring.one_score
-    monkeypatch.setattr(scoring, "one_score", lambda *arguments: scored.append(1) or one_score(*arguments))
+    scored, scores_of = [], scoring.scores_of
+    monkeypatch.setattr(scoring, "scores_of", lambda *arguments: scored.append(1) or scores_of(*arguments))
     arguments = ["dataset=realsr", f"root={root}", "method=bicubic", "metrics=[psnr]", f"output={tmp_path}"]
     assert run(*arguments, "shard=1/2") is None and len(scored) == 3
     half = (tmp_path / "parts" / "1-of-2.jsonl").read_text()

@@ -14,9 +14,11 @@ from omegaconf.errors import InterpolationToMissingValueError
 from dit4sr_pl.cli.checkpoint import follow_checkpoint
 from dit4sr_pl.cli.checks import (
     check_backbone,
+    check_batch_size,
     check_compiler,
     check_cuda_graph,
     check_extra,
+    check_png_level,
     check_readable,
     check_writable,
     choose_device,
@@ -57,11 +59,14 @@ def evaluate(cfg: DictConfig) -> None:
     mine = items[number - 1 :: count]
     with working(output, (number, count)) as piece:
         if cfg.images is None:
-            restore(mine, method, functools.partial(track, description=f"restoring, {method.label}"))
+            bar = functools.partial(track, description=f"restoring, {method.label}")
+            restore(mine, method, bar, cfg.batch_size, cfg.png_level)
         tune_malloc()
         for metric in metrics.values():
             metric.to(cfg.device)
-        score(mine, metrics, output, piece, functools.partial(track, description="scoring"))
+        # On a CPU SSIM takes a GiB per image, and nothing becomes faster by batches.
+        at_once = 1 if cfg.device == "cpu" else cfg.batch_size
+        score(mine, metrics, output, piece, functools.partial(track, description="scoring"), at_once)
         missing = join(
             items, identity["metrics"], output, piece, functools.partial(finish, cfg, dataset, method, identity)
         )
@@ -157,6 +162,8 @@ def finish(cfg: DictConfig, dataset: str, method: Any, identity: dict, scores: d
 def check(cfg: DictConfig) -> None:
     """Checks everything that a user can get wrong and that shows without PyTorch."""
     read_shard(cfg.shard)
+    check_batch_size(cfg.batch_size)
+    check_png_level(cfg.png_level)
     for key in ("images", "reference"):
         if cfg[key] is not None:
             check_readable(cfg[key], key)

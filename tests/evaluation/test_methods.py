@@ -88,6 +88,22 @@ def test_dit4sr_gives_four_times_the_size_in_the_enlarged_images_colours():
     assert not torch.equal(sr, restored(method("sampler.steps=2", "seed=1"), lr)["a"])
 
 
+@pytest.mark.slow
+def test_batches_of_any_size_restore_what_each_image_alone_gives(monkeypatch):
+    """The last batch is smaller, and another size lies between; each image has its own noise and prompt."""
+    photos = [photo(9, 11, name, f"A {name}.") for name in "abcd"] + [photo(8, 12, "e"), photo(9, 11, "f")]
+    small = "sampler.steps=2", "sampler.smallest=2"
+    alone, together = (method(*small, f"batch_size={size}") for size in (1, 3))
+    assert alone.identity == together.identity
+    expected, counts, network = restored(alone, *photos), [], alone.restorer
+    monkeypatch.setattr(together, "restorer", lambda lr, *rest: counts.append(len(lr)) or network(lr, *rest))
+    results = restored(together, *photos)
+    assert list(results) == list(expected) == list("abcdef") and counts == [3, 1, 1, 1]
+    for name, image in results.items():
+        torch.testing.assert_close(image, expected[name], atol=2e-5, rtol=0)
+    assert all((expected["a"] - expected[name]).abs().max() > 0.1 for name in "bcdf")
+
+
 def test_an_lr_image_of_one_pixel_is_restored():
     assert restored(method("sampler.steps=1"), photo(1, 1))["a"].shape == (3, 4, 4)
 

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +19,12 @@ from pathlib import Path
 import torch
 
 from dit4sr_pl.common.files import LOCK, atomic_write, exclusive_lock, folder_lock, is_held
+from dit4sr_pl.common.read_ahead import in_batches, read_ahead
 from dit4sr_pl.common.run_identity import differences, upgraded
 from dit4sr_pl.evaluation.benchmark_sets import Item
 from dit4sr_pl.evaluation.methods import LRImage, Method
-from dit4sr_pl.images.files import is_complete_png, write_image
+from dit4sr_pl.images.files import image_size, is_complete_png
+from dit4sr_pl.images.picture import Picture, write_picture
 from dit4sr_pl.scores.metrics import ImageScore
 from dit4sr_pl.scores.results import PICTURES, SCORES, read_scores
 
@@ -79,35 +82,63 @@ def working(folder: Path, shard: tuple[int, int]) -> Iterator[Path]:
         yield piece
 
 
-def restore(items: list[Item], method: Method, bar: Bar) -> None:
-    """Restores the images that do not exist yet; each is written in a thread while the next one is restored."""
+def restore(items: list[Item], method: Method, bar: Bar, batch_size: int = 1, png_level: int | None = None) -> None:
+    """Restores the images that do not exist yet.
+
+    While a batch is restored, a thread reads the LR images of the next one, and another writes the results of the one
+    before; so there are never more than two batches of results in memory.
+
+    Args:
+        items: images of the set.
+        method: restores them.
+        bar: wraps the images that are iterated.
+        batch_size: number of images that the method takes at once; those of one size follow one another.
+        png_level: see `write_picture`.
+    """
     missing = [item for item in items if not is_complete_png(item.sr)]
-    if not missing:
-        return
+    if batch_size > 1:
+        missing.sort(key=lambda item: item.crop or image_size(item.lr))
     paths = {item.name: item.sr for item in missing}
-    lr_images = (LRImage(item.name, item.read_lr(), item.caption) for item in bar(missing))
+    ahead = read_ahead(lambda item: item.read_lr(), missing, batch_size)
+    lr_images = (LRImage(item.name, lr, item.caption) for item, lr in zip(bar(missing), ahead, strict=True))
     with ThreadPoolExecutor(1, "writer") as writer:
-        pending = []
-        for name, sr in method(lr_images):
-            for before in pending:
-                before.result()
-            pending = [writer.submit(write_image, paths[name], sr.cpu())]
+        pending = deque()
+        for name, sr in method(lr_images) if missing else ():
+            pending.append(writer.submit(write_picture, paths[name], Picture(sr.cpu()), png_level))
+            if len(pending) > batch_size:
+                pending.popleft().result()
         for last in pending:
             last.result()
 
 
-def score(items: list[Item], metrics: dict[str, ImageScore], folder: Path, piece: Path, bar: Bar) -> None:
-    """Measures what is not measured yet; an image's scores are written before the next one begins."""
+def score(
+    items: list[Item], metrics: dict[str, ImageScore], folder: Path, piece: Path, bar: Bar, batch_size: int = 1
+) -> None:
+    """Measures what is not measured yet; the scores of a batch are written before the next one is measured.
+
+    Args:
+        items: images of the set.
+        metrics: the metrics by name.
+        folder: the evaluation's output folder.
+        piece: this task's file of scores.
+        bar: wraps the images that are iterated.
+        batch_size: number of images of one size that are measured at once, while the next ones are read.
+    """
     with locked(folder):
         scored = read_pieces(folder)
     left = {item: [name for name in metrics if not has(scored, item, name, metrics[name].score)] for item in items}
     left = {item: names for item, names in left.items() if names}
     if not left:
         return
+    ahead = read_ahead(lambda item: (item.read_sr(), item.read_hr()), left, batch_size)
+    pairs = zip(bar(list(left)), ahead, strict=True)
     with journal(piece) as write:
-        for item in bar(list(left)):
-            sr, hr = item.read_sr(), item.read_hr()
-            write({"image": item.name} | {name: one_score(metrics[name], sr, hr) for name in left[item]})
+        for batch in in_batches(pairs, batch_size, lambda pair: (left[pair[0]], pair[1][0].shape)):
+            measured, images = zip(*batch, strict=True)
+            sr, hr = (None if each[0] is None else torch.cat(each) for each in zip(*images, strict=True))
+            columns = {name: scores_of(metrics[name], sr, hr) for name in left[measured[0]]}
+            for item, *row in zip(measured, *columns.values(), strict=True):
+                write({"image": item.name} | dict(zip(columns, row, strict=True)))
 
 
 def has(scores: Scores, item: Item, metric: str, measurable: object) -> bool:
@@ -128,10 +159,16 @@ def tune_malloc() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def one_score(metric: ImageScore, sr: torch.Tensor, hr: torch.Tensor | None) -> float:
-    """Returns one image's score by one metric."""
+def scores_of(metric: ImageScore, sr: torch.Tensor, hr: torch.Tensor | None) -> list[float]:
+    """Returns the scores of images `(B, 3, H, W)` by one metric; one by one if the device's memory is too small."""
     device = metric.device
-    return metric.each(sr.to(device), None if hr is None else hr.to(device)).item()
+    try:
+        return metric.each(sr.to(device), None if hr is None else hr.to(device)).tolist()
+    except torch.OutOfMemoryError:
+        if len(sr) == 1:
+            raise
+    pairs = zip(sr.split(1), [None] * len(sr) if hr is None else hr.split(1), strict=True)
+    return [score for pair in pairs for score in scores_of(metric, *pair)]
 
 
 def join(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.hashing import weights_hash
+from dit4sr_pl.common.read_ahead import in_batches
 from dit4sr_pl.evaluation.benchmark_sets import SCALE
 from dit4sr_pl.evaluation.methods import LRImage
 from dit4sr_pl.model import load_part
@@ -31,6 +32,8 @@ class DiT4SR:
         injection_scale: factor of LR Injection; None: the checkpoint's own.
         compile: whether the network's blocks are compiled.
         cuda_graph: whether the network's evaluations replay a CUDA graph per shape.
+        batch_size: number of images of one size that are restored at once. It belongs to no identity: an image's noise
+            depends on its name and the seed alone.
     """
 
     def __init__(
@@ -44,9 +47,11 @@ class DiT4SR:
         injection_scale: float | None = None,
         compile: bool = False,
         cuda_graph: bool = False,
+        batch_size: int = 1,
     ):
         self.given, self.backbone, self.sampler, self.seed, self.device = checkpoint, backbone, sampler, seed, device
         self.injection_scale, self.compile, self.cuda_graph = injection_scale, compile, cuda_graph
+        self.batch_size = batch_size
         part = load_part(checkpoint_file(checkpoint))
         self.network_config = with_injection_scale(part.network_config, injection_scale, checkpoint)
         row, self.variant = method_and_variant(part.network_config)
@@ -71,6 +76,7 @@ class DiT4SR:
         return Restorer.load(self.backbone, self.sampler, self.given, device, *options)
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
-        for image in lr_images:
-            size = tuple(SCALE * length for length in image.lr.shape[-2:])
-            yield image.name, self.restorer(image.lr, size, [image.caption], [image.name], self.seed)[0]
+        for batch in in_batches(lr_images, self.batch_size, lambda image: image.lr.shape):
+            names, lr, captions = zip(*batch, strict=True)
+            size = tuple(SCALE * length for length in lr[0].shape[-2:])
+            yield from zip(names, self.restorer(torch.cat(lr), size, captions, names, self.seed), strict=True)
