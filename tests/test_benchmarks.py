@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import cached_latents, launches
+from benchmarks import cached_latents, launches, overlap
 from testing import ROOT
 from testing.toy_runs import TOY_SD3
 
@@ -73,3 +73,11 @@ def test_a_step_on_cached_latents_is_compared_with_one_that_encodes(monkeypatch,
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if line.startswith("|")]
     assert [(row[0], row[3]) for row in rows[2:]] == [("autoencoder", "2"), ("cached latents", "0")]
     assert "2 images of 64 pixels" in told and "cached latents / autoencoder: 0." in told
+
+
+def test_the_benchmark_of_overlapping_compares_three_ways(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["overlap.py", "--images", "2", "--side", "32", "--network", "0"])
+    overlap.main()
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert [row[:20].strip() for row in rows] == ["one after another", "written behind", "read ahead"]
+    assert rows[0].endswith("1.00") and all(float(row.split()[-2]) > 0 for row in rows)

@@ -137,8 +137,10 @@ def test_published_weight_files_give_what_their_network_gives(kind, label, tmp_p
     net, path = weights(kind, tmp_path)
     found = method(f"method={kind}", f"weights={path}")
     assert (found.label, found.weights_hash) == (label, file_hash(path))
-    lr = photo(16, 24)
-    torch.testing.assert_close(restored(found, lr)["a"], net(lr.lr)[0].clamp(0, 1), atol=1e-6, rtol=0)
+    photos, found.batch_size = [photo(16, 24, name) for name in "abc"], 2
+    for (name, sr), lr in zip(restored(found, *photos).items(), photos, strict=True):
+        assert name == lr.name
+        torch.testing.assert_close(sr, net(lr.lr)[0].clamp(0, 1), atol=1e-6, rtol=0)
     assert restored(found, photo(9, 11))["a"].shape == (3, 36, 44)
     assert method("method=spandrel", f"weights={path}").label == {"realesrgan": "ESRGAN", "swinir": "SwinIR"}[kind]
 

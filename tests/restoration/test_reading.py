@@ -129,6 +129,7 @@ def test_a_picture_keeps_its_pixels_and_its_notes_on_the_way(tmp_path):
         assert bool(picture.notes) == (entry.source.stem == "b")
 
 
+@pytest.mark.slow
 def test_a_file_that_kills_the_process_which_reads_it_is_named_and_the_others_are_restored(
     folder, tmp_path, monkeypatch, capsys
 ):

@@ -3,7 +3,10 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+from dit4sr_pl.common.read_ahead import in_batches
 
 
 class LRImage(NamedTuple):
@@ -12,6 +15,13 @@ class LRImage(NamedTuple):
     name: str
     lr: Tensor
     caption: str
+
+
+def same_size(lr_images: Iterable[LRImage], most: int) -> Iterator[tuple[list[str], Tensor, list[str]]]:
+    """Yields names, LR images `(B, 3, h, w)` and captions of up to `most` images that follow one another."""
+    for batch in in_batches(lr_images, most, lambda image: image.lr.shape):
+        names, lr, captions = map(list, zip(*batch, strict=True))
+        yield names, torch.cat(lr), captions
 
 
 class Method(Protocol):

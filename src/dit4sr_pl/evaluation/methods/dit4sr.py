@@ -9,9 +9,8 @@ from torch import Tensor
 
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.hashing import weights_hash
-from dit4sr_pl.common.read_ahead import in_batches
 from dit4sr_pl.evaluation.benchmark_sets import SCALE
-from dit4sr_pl.evaluation.methods import LRImage
+from dit4sr_pl.evaluation.methods import LRImage, same_size
 from dit4sr_pl.model import load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.trained_part import method_and_variant, with_injection_scale
@@ -76,7 +75,6 @@ class DiT4SR:
         return Restorer.load(self.backbone, self.sampler, self.given, device, *options)
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
-        for batch in in_batches(lr_images, self.batch_size, lambda image: image.lr.shape):
-            names, lr, captions = zip(*batch, strict=True)
-            size = tuple(SCALE * length for length in lr[0].shape[-2:])
-            yield from zip(names, self.restorer(torch.cat(lr), size, captions, names, self.seed), strict=True)
+        for names, lr, captions in same_size(lr_images, self.batch_size):
+            size = tuple(SCALE * length for length in lr.shape[-2:])
+            yield from zip(names, self.restorer(lr, size, captions, names, self.seed), strict=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit4sr_pl.common.hashing import file_hash
 from dit4sr_pl.evaluation.benchmark_sets import SCALE
-from dit4sr_pl.evaluation.methods import LRImage
+from dit4sr_pl.evaluation.methods import LRImage, same_size
 from dit4sr_pl.evaluation.methods.ncnn_weights import read_esrgan
 
 SUFFIXES = (".pth", ".ckpt", ".safetensors", ".bin")  # all of them are read without running code in them
@@ -25,6 +25,7 @@ class SpandrelNet:
         tile: side of the tiles that larger LR images are cut into, pixels.
         margin: LR pixels around a tile that the network sees and that are cut off again.
         device: device of the network.
+        batch_size: number of images of one size that pass the network at once.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -33,17 +34,17 @@ class SpandrelNet:
 
     variant = ""
 
-    def __init__(self, label: str | None, weights: str, tile: int, margin: int, device: str):
+    def __init__(self, label: str | None, weights: str, tile: int, margin: int, device: str, batch_size: int = 1):
         self.net = load(Path(weights)).to(torch.device(device)).eval()
-        self.tile, self.margin, self.device = tile, margin, device
+        self.tile, self.margin, self.device, self.batch_size = tile, margin, device, batch_size
         self.label = label or self.net.architecture.name
         self.weights_hash = file_hash(weights)
         self.network_config = {}
         self.identity = {"weights": self.weights_hash, "tile": tile, "margin": margin}
 
     def __call__(self, lr_images: Iterable[LRImage]) -> Iterator[tuple[str, Tensor]]:
-        for image in lr_images:
-            yield image.name, in_tiles(self.net, image.lr.to(self.device), self.tile, self.margin)[0]
+        for names, lr, _ in same_size(lr_images, self.batch_size):
+            yield from zip(names, in_tiles(self.net, lr.to(self.device), self.tile, self.margin), strict=True)
 
 
 def load(path: Path):
@@ -68,9 +69,9 @@ def load(path: Path):
 
 
 def in_tiles(net: Callable[[Tensor], Tensor], lr: Tensor, tile: int, margin: int) -> Tensor:
-    """Runs `net` over tiles of `(1, 3, h, w)`, each with up to `margin` more pixels around it."""
+    """Runs `net` over tiles of `(B, 3, h, w)`, each with up to `margin` more pixels around it."""
     height, width = lr.shape[-2:]
-    sr = lr.new_empty(1, 3, SCALE * height, SCALE * width)
+    sr = lr.new_empty(len(lr), 3, SCALE * height, SCALE * width)
     for top in range(0, height, tile):
         for left in range(0, width, tile):
             above, before = min(margin, top), min(margin, left)
