@@ -1,4 +1,5 @@
-"""Released folders of toy size, stored as the authors' may be: in half precision, in shards, with zero keys."""
+"""Released folders of toy size, stored as the authors' may be: in half precision, in shards, with zero keys; and prompt
+embeddings."""
 
 import json
 import shutil
@@ -8,6 +9,9 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
+from dit4sr_pl.backbone.prompt_cache import embeddings_hash, prompt_key
+from dit4sr_pl.common.files import atomic_write
+from dit4sr_pl.common.hub import PROMPTS
 from dit4sr_pl.model import DiT4SRTransformer, Variant
 from dit4sr_pl.model.reference_format import WEIGHTS, write_released
 from testing import ROOT
@@ -71,3 +75,13 @@ def write_toy_release(folder: Path, legacy: bool) -> Path:
                 weight.detach().zero_()
     write_released(base, net.lr_stream, folder)
     return folder
+
+
+def write_toy_prompts(folder: Path) -> Path:
+    """Writes random prompt embeddings, as they come with weights, and returns their file."""
+    key, embeds, pooled = prompt_key(""), torch.rand(4, 60), torch.rand(3)
+    header = {"backbone": "toy", "fingerprint": "0", "text_encoders": {"text_encoder": "1"}, "t5_tokens": 2}
+    header |= {"prompts": {key: ""}, "hashes": {key: embeddings_hash(embeds, pooled)}}
+    with atomic_write(folder / PROMPTS) as partial:
+        save_file({f"{key}.embeds": embeds, f"{key}.pooled": pooled}, partial, {"embeddings": json.dumps(header)})
+    return folder / PROMPTS

@@ -12,6 +12,7 @@ from dit4sr_pl.images.files import write_image
 from dit4sr_pl.preparation.build_manifest import build_manifest
 from dit4sr_pl.preparation.embeddings import write_embeddings
 from testing import ROOT
+from testing.releases import write_toy_prompts
 from testing.sigkill import contents
 
 MADE_BEFORE = ROOT / "tests" / "made_at_6d90829"
@@ -66,6 +67,7 @@ def copied(name: str):
         (copied("evaluation"), "an evaluation", "settings.json"),
         (embeddings, "embeddings", "*.safetensors"),
         (embeddings, "embeddings", "index.json"),
+        (lambda folder: write_toy_prompts(folder).parent, "prompt embeddings", "*.safetensors"),
         (photos, "a manifest", "b.png"),
     ],
 )

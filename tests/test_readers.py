@@ -10,11 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from dit4sr_pl.backbone.prompt_cache import PromptCache, embeddings_hash, prompt_key
+from dit4sr_pl.backbone.prompt_cache import PromptCache
 from dit4sr_pl.backbone.shipped_prompts import ShippedPrompts
-from dit4sr_pl.common.hub import PROMPTS
 from dit4sr_pl.data.manifest import read_manifest
 from dit4sr_pl.images.captions import open_captions
 from dit4sr_pl.images.files import write_image
@@ -25,6 +23,7 @@ from dit4sr_pl.preparation.embeddings import write_embeddings
 from dit4sr_pl.scores.results import read_result, read_scores
 from dit4sr_pl.training.run_folder import finished_steps, read_config
 from testing import ROOT
+from testing.releases import write_toy_prompts
 
 RUN = ROOT / "tests" / "made_at_6d90829" / "run"
 MUTATIONS = 60
@@ -53,14 +52,6 @@ def cache(folder: Path) -> Path:
 
 def embeddings_file(folder: Path) -> Path:
     return next(cache(folder).glob("*.safetensors"))
-
-
-def shipped(folder: Path) -> Path:
-    key, embeds, pooled = prompt_key(""), torch.rand(4, 6), torch.rand(3)
-    header = {"backbone": "toy", "fingerprint": "0", "text_encoders": {"text_encoder": "1"}, "t5_tokens": 2}
-    header |= {"prompts": {key: ""}, "hashes": {key: embeddings_hash(embeds, pooled)}}
-    save_file({f"{key}.embeds": embeds, f"{key}.pooled": pooled}, folder / PROMPTS, {"embeddings": json.dumps(header)})
-    return folder / PROMPTS
 
 
 def manifest(folder: Path) -> Path:
@@ -105,7 +96,7 @@ READERS = {
     "LR stream": (of_run("lr_stream.safetensors"), load_part),
     "checkpoint": (lambda folder: next((of_run("checkpoints")(folder)).glob("0*.ckpt")), load_part),
     "embeddings": (embeddings_file, read_cache),
-    "prompt embeddings": (shipped, ShippedPrompts.read),
+    "prompt embeddings": (write_toy_prompts, ShippedPrompts.read),
     "index of embeddings": (lambda folder: cache(folder) / "index.json", read_cache),
     "index of weights": (index, lambda path: shards_of(path.parent)),
     "manifest": (manifest, read_manifest),

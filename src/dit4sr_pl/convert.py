@@ -141,12 +141,12 @@ def publish(cfg: DictConfig) -> None:
     training = training_settings(run) if run else {}
     license = {name: cfg.card[name] for name in ("license", "license_name", "license_link") if cfg.card[name]}
     pictures = pictures_of(results)[: cfg.card.pictures]
-    publication = Publication(part, address, training, list(results.values()), pictures, license)
     with TemporaryDirectory() as folder:
         prompts = Path(folder) / PROMPTS if cfg.prompt_embeddings else None
         if prompts is not None:
             write_prompts(cfg, prompts, part)
-        page = push(publication, cfg.private, prompts)
+        publication = Publication(part, address, training, list(results.values()), pictures, license, prompts)
+        page = push(publication, cfg.private)
     print(f"{page}\nrestore with it: python -m dit4sr_pl.restore input=FILE checkpoint={publication.word}")
 
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.backbone.shipped_prompts import HeldPrompts, ShippedPrompts
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
+from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.hub import PROMPTS
 from dit4sr_pl.images.files import read_image, write_image
-from dit4sr_pl.model import DiT4SRTransformer, Variant, save_part
+from dit4sr_pl.model import DiT4SRTransformer, Variant, load_part, save_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.trained_part import base_of, part_of
 from dit4sr_pl.pipeline import DiT4SRPipeline
@@ -187,6 +188,7 @@ def test_files_that_were_not_downloaded_are_not_compared(shipped, caplog):
     assert isinstance(backbone.prompts, HeldPrompts) and not caplog.text
 
 
+@pytest.mark.slow
 def test_convert_writes_them_next_to_what_it_writes(shipped):
     assert "exists; give another output, or overwrite" in convert(shipped, "input=weights", f"output=weights/{PROMPTS}")
     assert convert(shipped, "input=weights", "output=release", "prompt_embeddings=true") is None
@@ -210,11 +212,42 @@ def test_they_go_to_the_hub_and_come_back_with_the_weights(shipped, tmp_path, mo
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         assert convert(shipped, "input=weights", "output=hub:me/mine/deep", "prompt_embeddings=true") is None
         repo = hub.repos["me/mine"]
-        assert f"deep/{PROMPTS}" in repo.commits[repo.refs["main"]]
+        files = repo.commits[repo.refs["main"]]
+        assert f"deep/{PROMPTS}" in files and f"With `{PROMPTS}` next to it".encode() in files["deep/README.md"]
         without_text(shipped / "model")
         shutil.rmtree(shipped / "weights")
         shutil.copytree(checkpoint_file("hub:me/mine/deep").parent, shipped / "weights")
     assert restored(shipped).shape == (2, 3, 32, 40)
+
+
+@pytest.mark.slow
+def test_text_encoders_of_a_hub_model_are_not_downloaded_until_a_caption_comes(shipped, tmp_path, monkeypatch):
+    with serving(LocalHub(), monkeypatch, tmp_path) as hub:
+        hub.add("toy/sd3", TOY_SD3)
+        part = load_part(shipped / "weights" / "lr_stream.safetensors")
+        save_part(replace(part, base=part.base | {"name": "toy/sd3"}), shipped / "weights" / "lr_stream.safetensors")
+        hub.add("me/mine", shipped / "weights")
+        backbone, weights = Backbone("toy/sd3", "float32", 8), "hub:me/mine"
+        lr = torch.rand(1, 3, 8, 10)
+        ours = Restorer.load(backbone, GUIDED, weights, CPU)(lr, (32, 40), [""], ["0"], seed=0)
+        fields = {key: value for key, value in vars(GUIDED).items() if key != "solver"}
+        pipe = DiT4SRPipeline.from_pretrained(weights, sampler=fields, dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(pipe(lr, output_type="pt").images, ours, atol=1e-5, rtol=0)
+        of_text = [request for request in hub.requests if "/text_encoder" in request or "/tokenizer" in request]
+        assert of_text == [] and pipe.text_encoder is None
+        pipe(lr, prompt="a cat")
+        assert pipe.text_encoder_3 is not None
+
+
+def test_convert_takes_the_backbone_and_the_prompts_of_the_weights(tmp_path):
+    weights = ASSETS / "tiny-dit4sr" / "lr_stream.safetensors"
+    assert call("dit4sr_pl.convert", f"input={weights}", f"output=tiny/{PROMPTS}", cwd=tmp_path) is None
+    read = ShippedPrompts.read(tmp_path / "tiny" / PROMPTS)
+    assert list(read.held) == [""] and read.t5_tokens == 8 and read.held[""][0].dtype == torch.float32
+    backbone = Backbone("tiny-sd3", "float32", 8)
+    backbone.take_shipped_prompts(tmp_path / "tiny")
+    assert isinstance(backbone.prompts, HeldPrompts) and "text_encoders" not in vars(backbone)
 
 
 @pytest.fixture

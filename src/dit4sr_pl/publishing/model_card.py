@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dit4sr_pl.common.files import ASSETS
-from dit4sr_pl.common.hub import RELEASED_BASE, HubAddress
+from dit4sr_pl.common.hub import PROMPTS, RELEASED_BASE, HubAddress
 from dit4sr_pl.common.markdown import markdown_table
 from dit4sr_pl.model import TrainedPart
 from dit4sr_pl.model.trained_part import method_and_variant
@@ -28,6 +28,7 @@ class Publication:
         results: its scores, one result per set of images.
         pictures: pictures that it restored.
         license: the card's `license`, `license_name` and `license_link`; empty: those of the base.
+        prompts: file of prompt embeddings that go with it; None: none do.
     """
 
     part: TrainedPart
@@ -36,6 +37,7 @@ class Publication:
     results: Sequence[Result]
     pictures: Sequence[Path]
     license: Mapping[str, str]
+    prompts: Path | None = None
 
     @property
     def word(self) -> str:
@@ -107,10 +109,13 @@ def introduction(publication: Publication) -> str:
     weights = sum(weight.numel() for weight in publication.part.state.values())
     base = f"[{publication.base}](https://huggingface.co/{publication.base})"
     base = base if publication.base_is_on_hub else f"`{publication.base}`"
+    text = f" With `{PROMPTS}` next to it, restoring without captions reads no text encoder." * bool(
+        publication.prompts
+    )
     return (
         f"# {publication.address.repo.partition('/')[2]}\n\n"
         f"An LR stream of [DiT4SR]({PAPER}) (Duan et al., ICCV 2025), which restores low-resolution photos: "
-        f"{weights:,} weights that were trained over {base}. `lr_stream.safetensors` holds the LR stream alone."
+        f"{weights:,} weights that were trained over {base}. `lr_stream.safetensors` holds the LR stream alone.{text}"
     )
 
 

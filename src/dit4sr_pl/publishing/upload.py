@@ -10,13 +10,12 @@ from dit4sr_pl.model import save_part
 from dit4sr_pl.publishing.model_card import Publication, model_card
 
 
-def push(publication: Publication, private: bool | None, prompts: Path | None = None) -> str:
+def push(publication: Publication, private: bool | None) -> str:
     """Uploads `lr_stream.safetensors`, `README.md` and `images/` in one commit, and returns the commit's page.
 
     Args:
         publication: the LR stream and what its card says.
         private: whether a new repository is private; None: as its owner's settings say. One that exists stays as it is.
-        prompts: file of prompt embeddings that goes up with them; None: none.
 
     Raises:
         HubError: the token may not write there, or the hub is out of reach.
@@ -28,7 +27,7 @@ def push(publication: Publication, private: bool | None, prompts: Path | None = 
         save_part(publication.part, weights)
         card.write_text(str(model_card(publication)))
         files = {LR_STREAM: weights, "README.md": card}
-        files |= {PROMPTS: prompts} if prompts else {}
+        files |= {PROMPTS: publication.prompts} if publication.prompts else {}
         files |= {f"images/{picture.name}": picture for picture in publication.pictures}
         with hub_errors(address.word, address.repo, address.revision, writes=True):
             api.create_repo(address.repo, private=private, exist_ok=True)
