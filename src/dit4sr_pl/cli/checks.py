@@ -60,7 +60,7 @@ def check_readable(path: str | Path, what: str) -> None:
 
 
 def check_batch_size(size: object) -> None:
-    """Raises ValueError unless `size` is a number of images."""
+    """Raises ValueError unless `size` is a whole number of 1 or more."""
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"batch_size={size}: must be 1 or more")
 
@@ -215,6 +215,6 @@ def check_compiler(compile: bool, key: str) -> None:
 
 
 def check_cuda_graph(cuda_graph: bool, device: str) -> None:
-    """Raises ValueError if CUDA graphs are to be captured on another device."""
+    """Raises ValueError if CUDA graphs are to be captured on a device that is no CUDA device."""
     if cuda_graph and not device.startswith("cuda"):
         raise ValueError(f"cuda_graph=true needs a CUDA device, and not {device}; give cuda_graph=false")

@@ -77,8 +77,8 @@ def is_one_of(key: str, keys: tuple[str, ...]) -> bool:
 
 
 def names_settings(key: str, value: str, sweeps: bool) -> bool:
-    """Returns whether a folder is named by other settings, as `output=runs/lr${optimizer.lr}` is for the jobs of a
-    sweep and `hydra.run.dir=runs/${seed}` always is. Nothing outside of the config can be named so.
+    """Returns whether a folder's name is an interpolation of other settings: `hydra.run.dir=runs/${seed}` or, in a
+    sweep, `output=runs/lr${optimizer.lr}`. Interpolations by a resolver, such as `${oc.env:HOME}`, do not count.
     """
     is_folder = key.startswith("hydra.") or (sweeps and key == "output")
     return is_folder and "${" in value and not re.search(r"\$\{[^}]*:", value) and not os.path.exists(value)
@@ -116,7 +116,7 @@ def plain(text: str) -> str:
 
 
 def is_quoted(text: str) -> bool:
-    """Returns whether a text is quoted as Hydra asks for it, with no other such mark within it but escaped ones."""
+    """Returns whether a text is a quoted string to Hydra: all quotation marks inside it are escaped."""
     mark = text[0]
     return re.fullmatch(rf"{mark}(?:\\.|[^{mark}\\])*{mark}", text, re.DOTALL) is not None
 

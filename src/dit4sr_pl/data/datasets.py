@@ -59,7 +59,7 @@ def pad_to(image: torch.Tensor, height: int, width: int, mode: str = "reflect") 
 
 
 def patiently(path: Path) -> torch.Tensor:
-    """Returns a photo's pixels; what the system cannot read now is tried again a few times.
+    """Returns a photo's pixels; a file that the system cannot read now is read again a few times.
 
     Raises:
         UnreadableNow: it still cannot be read.
@@ -76,7 +76,7 @@ def patiently(path: Path) -> torch.Tensor:
 class TrainingCrops(Dataset):
     """Random crops of the photos in folders and named sets (see `open_sets`). The sample of a `Draw` is a dict:
 
-    - `image`: uint8 `(3, crop_size, crop_size)`; smaller photos are enlarged by reflection first
+    - `image`: uint8 `(3, crop_size, crop_size)`; smaller photos are padded by reflection first
     - `seed`: seed of the degradation, in `[0, 2**63)`
     - `position`: position of the draw
     - `prompt`: the photo's caption, empty with `empty_prompt_probability`

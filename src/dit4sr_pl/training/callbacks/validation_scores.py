@@ -68,7 +68,7 @@ class ValidationScores(Callback):
                 )
 
     def may_be_skipped(self, trainer: Trainer) -> bool:
-        """Returns whether a validation follows this batch that is not the last one."""
+        """Returns whether a validation follows this batch, and is not the last one of the run."""
         return self.max_share is not None and not trainer.should_stop and validation_follows(trainer)
 
     def share_too_large(self, trainer: Trainer) -> float:
