@@ -5,6 +5,8 @@ import importlib
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -29,3 +31,20 @@ def call(module: str, *arguments: str | Path, cwd: Path) -> str | None:
         except SystemExit as end:
             return end.code or None
     return None
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
+    """Waits until a condition holds; raises TimeoutError after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nothing after {seconds} s")
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    """Returns whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

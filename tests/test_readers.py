@@ -1,6 +1,7 @@
 """Malformed files: every reader answers in one line that names the file, or reads the file."""
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from testing import ROOT
 from testing.releases import write_toy_prompts
 
 RUN = ROOT / "tests" / "made_at_6d90829" / "run"
-MUTATIONS = 60
+MUTATIONS = int(os.environ.get("MUTATIONS", 60))  # of each reader's file
 CPU = torch.device("cpu")
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -266,7 +266,7 @@ def test_the_level_of_compression_changes_the_size_alone(folder, tmp_path, monke
     assert message == "error: png_level=10: must be a whole number from 0 to 9, or null"
 
 
-def test_ctrl_c_leaves_whole_images_and_says_how_many(folder, tmp_path, monkeypatch):
+def test_ctrl_c_leaves_whole_images_and_says_how_many(folder, tmp_path, monkeypatch, capsys):
     class Interrupted(Bicubic):
         def __call__(self, *arguments, **options):
             if len(self.calls) == 2:  # a terminal sends it to all processes
@@ -276,15 +276,16 @@ def test_ctrl_c_leaves_whole_images_and_says_how_many(folder, tmp_path, monkeypa
 
     restorer, arguments = Interrupted(), [f"input={folder}", f"output={tmp_path / 'out'}"]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore SIGINT otherwise
-    message = command(monkeypatch, restorer, *arguments)
+    code = command(monkeypatch, restorer, *arguments)
     signal.signal(signal.SIGINT, before)
-    assert message.startswith("interrupted: 2 of 5 images restored into") and "\n" not in message
+    message = capsys.readouterr().err
+    assert code == 130 and message.startswith("interrupted: 2 of 5 images restored into") and message.count("\n") == 1
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "2.png"]
     whole = Bicubic()
     assert command(monkeypatch, whole, *arguments) is None and len(whole.calls) == 3
 
 
-def test_an_interrupted_write_leaves_nothing(folder, tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
     def interrupt(file, *_):
         file.write(b"half")
         raise KeyboardInterrupt
@@ -293,8 +294,8 @@ def test_an_interrupted_write_leaves_nothing(folder, tmp_path, monkeypatch):
     exif = Image.Exif()
     exif[ExifTags.Base.Make] = "maker"
     Image.new("RGB", (4, 4)).save(folder / "0.png", exif=exif)
-    message = command(monkeypatch, Bicubic(), f"input={folder}", f"output={tmp_path / 'out'}")
-    assert message.startswith("interrupted: 1 of 5")  # the next one had been restored meanwhile
+    assert command(monkeypatch, Bicubic(), f"input={folder}", f"output={tmp_path / 'out'}") == 130
+    assert capsys.readouterr().err.startswith("interrupted: 1 of 5")  # the next one had been restored meanwhile
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["1.png"]
 
 
@@ -302,30 +303,22 @@ def test_an_interrupted_write_leaves_nothing(folder, tmp_path, monkeypatch):
 def test_the_bar_counts_every_pass_through_the_network(tmp_path, monkeypatch, alpha):
     moves = []
 
-    class Bar(nullcontext):
-        def __enter__(self):
-            return self
-
-        def add_task(self, description, total, **fields):
-            moves.append(("total", total))
-
-        def advance(self, task, pixels):
-            moves.append(("step", pixels))
-
-        def update(self, task, completed, done):
-            moves.append(("completed", completed))
+    @contextmanager
+    def work(description, total, count):
+        yield lambda done, items: moves.append((done, items))
+        moves.append((total, count))
 
     (tmp_path / "in").mkdir()
     for name, mode in (("a", "RGBA"), ("b", "RGB"), ("c", "LA")):
         Image.new(mode, (4, 3)).save(tmp_path / f"in/{name}.png")
-    monkeypatch.setattr("dit4sr_pl.restore.progress_bar", Bar)
+    monkeypatch.setattr("dit4sr_pl.restore.work", work)
     arguments = [f"input={tmp_path / 'in'}", f"output={tmp_path / 'o'}", "batch_size=2", f"alpha={alpha}"]
     assert command(monkeypatch, Bicubic(), *arguments) is None
     expected = {
-        "bicubic": "total 36, step 24, step 12, completed 36, completed 36, completed 36",
-        "network": "total 60, step 24, step 12, step 12, step 12, completed 60, completed 60, completed 60",
+        "bicubic": [(24, 0), (36, 0), (36, 1), (36, 2), (36, 3), (36, 3)],
+        "network": [(24, 0), (36, 0), (48, 0), (60, 0), (60, 1), (60, 2), (60, 3), (60, 3)],
     }
-    assert ", ".join(f"{kind} {pixels:g}" for kind, pixels in moves) == expected[alpha]
+    assert moves == expected[alpha]
 
 
 def test_pictures_that_differ_only_in_how_they_lie_share_a_batch_of_files(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def test_captions_outlast_ctrl_c_and_overwrite(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("dit4sr_pl.preparation.captioner.Captioner", lambda **options: write)
     arguments = [f"input={folder}", f"output={tmp_path / 'out'}", "captioner=llava"]
     restorer = Bicubic()
-    assert command(monkeypatch, restorer, *arguments).startswith("interrupted") and not restorer.calls
+    assert command(monkeypatch, restorer, *arguments) == 130 and not restorer.calls
     assert command(monkeypatch, restorer, *arguments) is None and len(asked) == 6
     assert [call.captions[0] for call in restorer.calls] == [f"caption {i}" for i in (1, 4, 6, 3, 5)]
     (tmp_path / "out/3.png").unlink()

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # Gradio's own come from the network
 
 
-@command("app")
+@command("app", serves=True)
 def main(cfg: DictConfig) -> None:
     """Serves the page until it is interrupted."""
     cfg = follow_checkpoint(cfg)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dit4sr_pl.cli.command import mistakes_in_one_line
 from dit4sr_pl.common.hub import PROMPTS
+from dit4sr_pl.common.progress import signs_of_life
 
 Problems = Iterator[str]
 
@@ -18,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dit4sr_pl.check", description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run, an evaluation, embeddings, or a manifest")
     arguments = parser.parse_args()
-    with mistakes_in_one_line():
+    with mistakes_in_one_line(), signs_of_life("check"):
         sys.exit(1 if sum(report(Path(folder)) for folder in arguments.folders) else None)
 
 

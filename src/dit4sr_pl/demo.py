@@ -46,7 +46,7 @@ def main(cfg: DictConfig) -> None:
     print(f"picture     {output / 'comparison.png'}   (LR | {' | '.join(columns)})")
     print(f"table       {output / 'scores.md'}")
     print(f"run         {cfg.trained}")
-    print("TensorBoard .venv/bin/tensorboard --logdir outputs")
+    print("TensorBoard .venv/bin/tensorboard --logdir outputs --samples_per_plugin images=1000")
 
 
 def comparison(lr: list, columns: dict[str, list]):

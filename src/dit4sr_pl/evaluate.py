@@ -25,6 +25,7 @@ from dit4sr_pl.cli.checks import (
     read_shard,
 )
 from dit4sr_pl.cli.command import command
+from dit4sr_pl.common.progress import track
 from dit4sr_pl.scores.weight_files import check_metrics
 
 
@@ -46,7 +47,6 @@ def evaluate(cfg: DictConfig) -> None:
     check_cuda_graph(networks and cfg.cuda_graph, cfg.device)
 
     from hydra.utils import instantiate
-    from rich.progress import track
 
     from dit4sr_pl.evaluation.methods import Finished
     from dit4sr_pl.evaluation.scoring import claim, join, restore, score, tune_malloc, working

@@ -10,6 +10,7 @@ from dit4sr_pl.cli.checks import check_readable
 from dit4sr_pl.cli.command import command
 from dit4sr_pl.common.devices import device_count
 from dit4sr_pl.common.files import ASSETS
+from dit4sr_pl.common.progress import work
 
 if TYPE_CHECKING:
     import torch
@@ -33,14 +34,14 @@ def main(cfg: DictConfig) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 200  # in a file every row is one line
-    with console.status("running a step without memory"):
+    with work("running a step without memory"):
         budget = make_budget(cfg, folder)
     console.print(f"Backbone {cfg.model.backbone.name}: {source}.\n")
     console.print(parameter_table(budget))
     console.print(flops_table(cfg, budget, images))
     console.print(memory_table(cfg, budget, images))
     if cfg.plan.restoring:
-        with console.status("counting what restoring costs"):
+        with work("counting what restoring costs"):
             table = restoring_table(cfg)
         console.print(table)
 

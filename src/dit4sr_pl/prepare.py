@@ -20,6 +20,7 @@ from dit4sr_pl.cli.checks import (
 )
 from dit4sr_pl.cli.command import command
 from dit4sr_pl.common.files import folder_lock
+from dit4sr_pl.common.progress import track, work
 from dit4sr_pl.scores.weight_files import Weights, download
 
 
@@ -33,7 +34,6 @@ def main(cfg: DictConfig) -> None:
 def captions(cfg: DictConfig, shard: tuple[int, int]) -> None:
     """Captions the photos of this shard that have no caption yet."""
     from hydra.utils import instantiate
-    from rich.progress import track
 
     from dit4sr_pl.data.photo_sets import open_sets
     from dit4sr_pl.preparation.captioner import one_per_caption, write_captions
@@ -56,8 +56,6 @@ def captions(cfg: DictConfig, shard: tuple[int, int]) -> None:
 
 def crops(cfg: DictConfig, shard: tuple[int, int]) -> None:
     """Cuts the crops of this shard's photos that do not exist yet; the last task writes their manifest."""
-    from rich.progress import track
-
     from dit4sr_pl.data.photo_sets import open_sets
     from dit4sr_pl.preparation.build_manifest import build_manifest
     from dit4sr_pl.preparation.crops import is_pending, sources, write_crops
@@ -73,7 +71,9 @@ def crops(cfg: DictConfig, shard: tuple[int, int]) -> None:
     for reason, left in sorted(cut.left_out.items()):
         print(f"{left} photos left out: {reason}")
     if there and not any(map(is_pending, photos)):
-        print(f"{build_manifest(folder, processes=cfg.processes).manifest}: the manifest of all crops")
+        with work(f"manifest of {folder}") as show:
+            built = build_manifest(folder, processes=cfg.processes, progress=show)
+        print(f"{built.manifest}: the manifest of all crops")
     if cut.failed:
         raise ValueError("not cut: " + "; ".join(cut.failed))
 
@@ -82,7 +82,6 @@ def latents(cfg: DictConfig, shard: tuple[int, int]) -> None:
     """Encodes the crops of this shard that have no latents yet, with the autoencoder in float32."""
     import torch
     from hydra.utils import instantiate
-    from rich.progress import track
 
     from dit4sr_pl.data.photo_sets import open_sets
     from dit4sr_pl.preparation.latents import write_latents
@@ -105,7 +104,6 @@ def embeddings(cfg: DictConfig, shard: tuple[int, int]) -> None:
     """Encodes the prompts of this shard that the cache lacks."""
     import torch
     from hydra.utils import instantiate
-    from rich.progress import track
 
     from dit4sr_pl.preparation.embeddings import write_embeddings
 
@@ -146,17 +144,12 @@ def all_prompts(cfg: DictConfig) -> Iterator[str]:
 
 def manifest(cfg: DictConfig, shard: tuple[int, int]) -> None:
     """Writes the manifest of every folder of photos."""
-    from rich.progress import Progress
-
     from dit4sr_pl.preparation.build_manifest import build_manifest
 
     damaged = []
     for folder, path in manifests(cfg):
-        with folder_lock(Path(folder) if path is None else Path(path).parent), Progress() as progress:
-            show = functools.partial(progress.update, progress.add_task(f"manifest of {folder}", total=None))
-            built = build_manifest(
-                folder, path, cfg.processes, lambda done, total, show=show: show(completed=done, total=total)
-            )
+        with folder_lock(Path(folder) if path is None else Path(path).parent), work(f"manifest of {folder}") as show:
+            built = build_manifest(folder, path, cfg.processes, show)
         print(f"{folder}: {built.files} photos, {len(built.damaged)} of them damaged; {built.manifest}")
         damaged += [f"{Path(folder) / file} ({reason})" for file, reason in built.damaged]
     if damaged:

@@ -25,10 +25,9 @@ from dit4sr_pl.cli.checks import (
 )
 from dit4sr_pl.cli.command import command
 from dit4sr_pl.common.files import folder_lock, has_contents
+from dit4sr_pl.common.progress import track, work
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from dit4sr_pl.restoration.worklist import Worklist
 
 ALPHA = ("bicubic", "network")
@@ -98,26 +97,25 @@ def restore_entries(worklist: "Worklist", cfg: DictConfig, run: Callable, evalua
     pixels = {
         entry: entry.size[0] * entry.size[1] * (2 if entry.alpha and cfg.alpha == "network" else 1) for entry in waiting
     }
-    with progress_bar() as bar:
-        task = bar.add_task("restoring", total=sum(pixels.values()), done=0, count=len(waiting))
+    with work("restoring", sum(pixels.values()), len(waiting)) as show:  # in LR pixels that pass the network
         moved = finished = 0
 
         def step(evaluated: int) -> None:
             nonlocal moved
             moved += evaluated / evaluations
-            bar.advance(task, evaluated / evaluations)
+            show(moved, items=len(worklist.entries))
 
         try:
             for entry, failure, notes in run(step):
                 finished += pixels[entry]
                 moved = max(moved, finished)  # a result is written while the next one moves the bar
-                bar.update(task, completed=moved, done=len(worklist.entries) + 1)
+                show(moved, items=len(worklist.entries) + 1)
                 if failure is None:
                     worklist.entries.append(entry)
                 else:
                     worklist.failures.append(failure)
                 for note in notes:
-                    bar.console.print(f"note: {entry.source}: {note}", markup=False, highlight=False, soft_wrap=True)
+                    print(f"note: {entry.source}: {note}")
         except (KeyboardInterrupt, OSError) as error:
             state = (
                 f"{len(worklist.entries)} of {len(waiting)} images restored into {cfg.output}; the same command resumes"
@@ -134,7 +132,6 @@ def caption(worklist: "Worklist", cfg: DictConfig) -> None:
     Pictures that cannot be read join the failures. The captioning model is freed afterwards.
     """
     from hydra.utils import instantiate
-    from rich.progress import track
 
     from dit4sr_pl.images.captions import CaptionFiles, drop_sentences
     from dit4sr_pl.preparation.captioner import write_captions
@@ -156,16 +153,6 @@ def caption(worklist: "Worklist", cfg: DictConfig) -> None:
         for entry in worklist.entries
         if entry.prompt or entry in described
     ]
-
-
-def progress_bar() -> "Progress":
-    """Returns a bar that moves with every step; the remaining time follows from the LR pixels that passed the
-    network.
-    """
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    count = TextColumn("{task.description} {task.fields[done]}/{task.fields[count]}")
-    return Progress(count, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
 
 
 def report(failures: list[str], total: int) -> None:

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import shlex
+import signal
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from dit4sr_pl.cli.checks import check_backbone, check_compiler, check_data, che
 from dit4sr_pl.cli.command import choice, command, conf_folder
 from dit4sr_pl.common.devices import ALL, device_count
 from dit4sr_pl.common.hub import locate
+from dit4sr_pl.common.processes import end_with_parent
 from dit4sr_pl.common.run_identity import images_per_step
 from dit4sr_pl.scores.weight_files import check_metrics
 from dit4sr_pl.training.run_folder import (
@@ -68,6 +70,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Trains in a folder that is locked and checked; arguments and results are those of `train`."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        end_with_parent(signal.SIGKILL)  # without the first process it would wait for it
     log.info("%s: training to step %d; loading PyTorch, photos and network", folder, cfg.trainer.max_steps)
     tell_global_batch(cfg)
     import torch
@@ -98,9 +102,13 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
     trainer = make_trainer(cfg, folder, changes, callbacks)
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    except BaseException:
+    except BaseException as error:
         if trainer.is_global_zero:
             changes.undo()
+        if isinstance(error.__context__, KeyboardInterrupt):  # upon which Lightning exits with code 1
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which Lightning ignores from then on
+            advice = "the same command resumes from its newest checkpoint"
+            raise KeyboardInterrupt(f"{folder}: interrupted at step {trainer.global_step}; {advice}") from None
         raise
     if trainer.global_step == start:
         raise ValueError(f"{folder}: no step was trained; check trainer.limit_train_batches and trainer.max_time")

@@ -1,11 +1,8 @@
-import os
 import pickle
 import signal
 import struct
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +15,7 @@ from spandrel.architectures.SwinIR import SwinIR
 
 from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.hashing import file_hash
+from dit4sr_pl.common.processes import run_to_end
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.evaluation.benchmark_sets import read
 from dit4sr_pl.evaluation.methods import LRImage
@@ -27,6 +25,7 @@ from dit4sr_pl.images.files import write_image
 from dit4sr_pl.model import SD3ControlNet, save_part
 from dit4sr_pl.model.trained_part import base_of, part_of
 from dit4sr_pl.restoration.color import moments
+from testing.commands import is_alive, wait_until
 
 METHODS = sorted((conf_folder() / "method").glob("*.yaml"))
 PAPER = {"Real-ESRGAN", "SwinIR", "ResShift", "StableSR", "SeeSR", "DiffBIR", "OSEDiff", "SUPIR", "DreamClear"}
@@ -304,20 +303,30 @@ def test_what_a_command_has_made_is_kept_when_it_leaves_out_an_image(stand_in):
 
 
 @pytest.mark.slow
-def test_a_command_ends_with_the_process_that_started_it(tmp_path):
-    code = "import sys, pathlib; from dit4sr_pl.common.processes import run_to_end\n"
-    code += "run_to_end(['sh', '-c', 'echo $$; sleep 100 & wait'], pathlib.Path('.'), sys.stdout)"
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
-            shell = int(parent.stdout.readline())
-            parent.send_signal(signum)
-            assert parent.wait() == (143 if signum == signal.SIGTERM else -9)
-            deadline = time.monotonic() + 20
-            while Path(f"/proc/{shell}").exists() and "Z" not in Path(f"/proc/{shell}/stat").read_text().split()[2]:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            if signum == signal.SIGKILL:
-                os.killpg(shell, signal.SIGKILL)  # what the command itself started
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGKILL, -9), (signal.SIGINT, -2)])
+def test_a_command_and_all_that_it_started_end_with_the_process_that_started_it(signum, code):
+    """Also what it started in a session of its own, as torchrun does, and what its ended children left."""
+    program = "import signal, sys, pathlib; from dit4sr_pl.common.processes import run_to_end\n"
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "run_to_end(['sh', '-c', sys.argv[1]], pathlib.Path('.'), sys.stdout)"
+    script = "echo $$; sleep 100 & echo $!; setsid sleep 100 & echo $!; (sleep 100 & echo $!); echo; wait"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with subprocess.Popen([sys.executable, "-c", program, script], **pipes) as parent:
+        started = [int(line) for line in iter(parent.stdout.readline, "\n")]
+        parent.send_signal(signum)
+        assert parent.wait() == code and len(started) == 4
+        wait_until(lambda: not any(map(is_alive, started)))
+
+
+@pytest.mark.slow
+def test_a_commands_exit_code_is_that_of_a_shell_and_nothing_stays_behind(tmp_path):
+    with (tmp_path / "log.txt").open("w+") as log:
+        assert run_to_end(["sh", "-c", "sleep 100 & echo $!; exit 3"], tmp_path, log) == 3
+        left = int((tmp_path / "log.txt").read_text())
+        assert not is_alive(left)
+        assert run_to_end(["sh", "-c", "kill -9 $$"], tmp_path, log) == 137
+        assert run_to_end(["./none"], tmp_path, log) == 127
+    assert "./none: cannot be started (No such file or directory)" in (tmp_path / "log.txt").read_text()
 
 
 def test_images_that_the_script_would_crop_and_places_that_are_none_are_told(stand_in):

@@ -9,7 +9,7 @@ from diffusers.optimization import get_scheduler
 from lightning.pytorch.callbacks import Timer
 
 from dit4sr_pl.training.learning_rate import NAMES, LearningRateSchedule, share_done
-from testing.toy_runs import events
+from testing.toy_runs import events, losses
 
 OPTIONS = {
     "constant": {},
@@ -88,8 +88,12 @@ def test_a_run_takes_the_rate_of_its_step_also_when_it_resumes_with_accumulation
     assert rates(tmp_path / "run") == pytest.approx([0, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
     checkpoint = tmp_path / "run" / "checkpoints" / "0000003.ckpt"
     halves = ["data.batch_size=1", "trainer.accumulate_grad_batches=2"]
-    run("other", *linear, *halves, "trainer.max_steps=5", f"ckpt_path={checkpoint}")
+    each = ["+callbacks.losses._target_=dit4sr_pl.training.callbacks.Losses", "+callbacks.losses.folder=${output}"]
+    run("other", *linear, *halves, *each, "trainer.max_steps=5", f"ckpt_path={checkpoint}")
     assert rates(tmp_path / "other") == pytest.approx([0.5e-3, 0.25e-3])
+    rows = (tmp_path / "other" / "losses.csv").read_text().splitlines()[1:]
+    first, second, third, fourth = (float(row.split(",")[1]) for row in rows)
+    assert losses(tmp_path / "other") == pytest.approx([(first + second) / 2, (third + fourth) / 2])
 
 
 @pytest.mark.slow

@@ -17,10 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.files import folder_lock
+from dit4sr_pl.common.processes import children
 from dit4sr_pl.model import load_part
 from dit4sr_pl.model.training_state import is_whole
 from dit4sr_pl.train import train
 from dit4sr_pl.training.run_folder import check_same_run, checkpoints_in, leads
+from testing.commands import is_alive, wait_until
 from testing.commands import run as command
 from testing.events import event
 from testing.toy_runs import events, toy
@@ -101,6 +103,14 @@ def test_sigterm_saves_and_exits_with_143_and_the_same_command_goes_on(photos, t
     assert steps(tmp_path) == left and not (tmp_path / "finished.yaml").exists()
     start(photos, tmp_path, *every)
     assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_ctrl_c_names_the_step_and_can_be_given_again(photos, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt, match="interrupted at step 1; the same command resumes"):
+        start(photos, tmp_path, *event("SIGINT", "on_train_batch_start", 1))
+    assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
 
 
 @pytest.mark.slow
@@ -188,9 +198,11 @@ def test_killed_runs_go_on_to_what_one_undisturbed_run_gives(photos, tmp_path, w
         process.start()
         while process.is_alive() and not (losses.exists() and losses.read_text().count("\n") > enough):
             time.sleep(0.01)
+        workers = children(process.pid)
         if enough < STEPS:
             process.kill()
         process.join()
+        wait_until(lambda workers=workers: not any(map(is_alive, workers)))
         assert process.exitcode == (-signal.SIGKILL if enough < STEPS else 0)
     assert_same_run(tmp_path, whole)
 

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import select
 import signal
 import sys
 import traceback
@@ -23,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dit4sr_pl.cli.texts import for_hydra
 from dit4sr_pl.common.devices import device_count
 from dit4sr_pl.common.processes import end_with_parent
+from dit4sr_pl.common.progress import signs_of_life
 
 PACKAGE = Path(__file__).parents[1]
 USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
@@ -89,10 +92,15 @@ for resolver in (choice, ablation_name, gpus, cpu_precision, run_folder, relativ
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
-def command(config_name: str) -> Callable:
+def command(config_name: str, serves: bool = False) -> Callable:
     """Makes a command of `main(cfg)`, which gets Hydra's config `conf/<config_name>.yaml`.
 
-    A user's mistake ends the process with one line and exit code 1; HYDRA_FULL_ERROR=1 shows its traceback.
+    A user's mistake ends the process with one line and exit code 1; HYDRA_FULL_ERROR=1 shows its traceback. Ctrl-C ends
+    it with 130, and a closed pipe, as of `| head`, without a word with 141.
+
+    Args:
+        config_name: name of the command and of its config.
+        serves: whether the command waits for requests, so that no line tells how long it has been running.
     """
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -103,23 +111,36 @@ def command(config_name: str) -> Callable:
 
             def task(cfg: DictConfig) -> None:
                 quiet_libraries()  # here, because the jobs of a sweep may have processes of their own
-                if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    return run_job(main, cfg, show_traceback)
-                with mistakes():  # here, before Hydra adds a line of its own
-                    main(cfg)
+                with nullcontext() if serves else signs_of_life(config_name):
+                    if HydraConfig.get().mode == RunMode.MULTIRUN:
+                        return run_job(main, cfg, show_traceback)
+                    with mistakes():  # here, before Hydra adds a line of its own
+                        main(cfg)
 
             # Otherwise Hydra prints several lines and exits by itself.
             with env_override({"HYDRA_FULL_ERROR": "1"}), mistakes("output"):
                 given = sys.argv
-                sys.argv = [given[0], *for_hydra(given[1:], config_name)]
+                sys.argv = [given[0], *with_whole_config(for_hydra(given[1:], config_name))]
                 try:
                     hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(task)()
                 finally:
                     sys.argv = given
+                    sys.stdout.flush()  # here, where a closed pipe is no error
 
         return entry_point
 
     return decorate
+
+
+def with_whole_config(arguments: list[str]) -> list[str]:
+    """Returns a command's arguments, in which `--cfg hydra --resolve` shows the section of the whole config.
+
+    Hydra itself removes all other sections, to which this one refers, before it resolves it.
+    """
+    if "--resolve" not in arguments:
+        return arguments
+    package = "" if {"-p", "--package"} & set(arguments) else "\0--package\0hydra"
+    return re.sub(r"(^|\0)(?:--cfg|-c)[=\0]hydra(?=\0|$)", rf"\1--cfg\0all{package}", "\0".join(arguments)).split("\0")
 
 
 def run_job(main: Callable[[DictConfig], None], cfg: DictConfig, show_traceback: bool) -> None:
@@ -185,13 +206,27 @@ def mistakes_in_one_line(folder_key: str | None = None) -> Iterator[None]:
     try:
         yield
     except USER_ERRORS as error:
+        if isinstance(error, BrokenPipeError) and reader_has_left():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more
+            sys.exit(128 + signal.SIGPIPE)
         if folder_key is not None and getattr(error, "filename", None) is not None:
             sys.exit(
                 f"error: {folder_key}={error.filename}: cannot be written ({error.strerror}); choose another folder"
             )
         sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt as interrupt:
-        sys.exit(str(interrupt) or "interrupted")
+        print(interrupt if str(interrupt) else "interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def reader_has_left() -> bool:
+    """Returns whether the program that stdout is piped into has ended, as `head` does."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+    except (OSError, ValueError, AttributeError):  # no file of the system
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from dit4sr_pl.common.processes import START_METHOD
+from dit4sr_pl.common.processes import START_METHOD, end_with_parent
 from dit4sr_pl.common.randomness import permutation
 from dit4sr_pl.data.datasets import (
     TOKEN,
@@ -128,8 +128,9 @@ def drawn(degradation: Degrader, batch: dict) -> Any:
 def leave_signals_to_the_trainer(worker: int) -> None:
     """Makes a worker ignore SIGTERM and the user signals, which schedulers send to every process of a job.
 
-    A worker that dies of one would end the run before it is saved.
+    A worker that dies of one would end the run before it is saved. It ends when the trainer does, however that ends.
     """
+    end_with_parent(signal.SIGKILL)
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""A check for infinite losses that never waits for the step that runs."""
+"""What is done with the loss of every batch, without waiting for the step that runs."""
 
 import math
 
@@ -40,3 +40,22 @@ class FiniteLoss:
                 f"loss is {value} at step {self.step}; lower optimizer.lr or resume from an earlier checkpoint "
                 "(ckpt_path=...)"
             )
+
+
+class StepLoss:
+    """The mean loss of the batches of one optimizer step; only the last batch of a step completes it."""
+
+    def __init__(self):
+        self.step, self.losses = -1, []
+
+    def add(self, loss: Tensor, step: int) -> Tensor:
+        """Returns the mean over the batches of a step so far.
+
+        Args:
+            loss: that of a batch, a single value.
+            step: number of the optimizer step that the batch belongs to.
+        """
+        if step != self.step:
+            self.step, self.losses = step, []
+        self.losses.append(loss.detach())
+        return torch.stack(self.losses).mean() if len(self.losses) > 1 else self.losses[0]

@@ -19,7 +19,7 @@ from dit4sr_pl.model.compilation import compile_blocks
 from dit4sr_pl.model.trained_part import base_of, check_base, check_network_config, fit_part, fit_state
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
-from dit4sr_pl.training.finite_loss import FiniteLoss
+from dit4sr_pl.training.finite_loss import FiniteLoss, StepLoss
 from dit4sr_pl.training.learning_rate import CONSTANT, LearningRateSchedule, share_done
 from dit4sr_pl.training.lightning_state import (
     averages_weights,
@@ -81,7 +81,7 @@ class SuperResolutionModule(LightningModule):
         self.velocity = net.__call__  # `forward` would skip FSDP's hooks
         self.restorer = Restorer(net, backbone, sampler)
         self.step_inputs = StepInputs.of(backbone, self.flow, seed)
-        self.finite_loss = FiniteLoss()
+        self.finite_loss, self.mean_loss = FiniteLoss(), StepLoss()
 
     def __deepcopy__(self, memo: dict) -> "SuperResolutionModule":
         """Returns a copy without the trainer that shares the frozen weights; Lightning's averaging makes one."""
@@ -129,7 +129,8 @@ class SuperResolutionModule(LightningModule):
         # The mean over all devices: they stop together, and logs do not depend on their number.
         mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
         self.finite_loss.add(mean, self.global_step)
-        self.log("train/loss", mean, prog_bar=True)
+        self.batch_loss, self.step_loss = mean, self.mean_loss.add(mean, self.global_step)
+        self.log("train/loss", self.step_loss, prog_bar=True)
         return loss
 
     def latents(self, batch: dict) -> tuple[Tensor, Tensor]:

@@ -47,12 +47,12 @@ class Losses(Callback):
         with atomic_write(self.path) as partial:
             partial.write_text("".join(f"{row}\n" for row in ["batch,loss", *kept]))
 
-    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_) -> None:
         """Appends a row."""
         if trainer.is_global_zero and not self.continued:
             self.remove_repeated_rows()
             self.continued = True
-        loss = trainer.callback_metrics["train/loss"].item()
+        loss = pl_module.batch_loss.item()
         self.batches += 1
         if trainer.is_global_zero:
             try:
