@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.randomness import generator
+from dit4sr_pl.images.files import read_image, write_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, compilation, lr_stream, save_part
 from dit4sr_pl.model.trained_part import base_of, part_of
@@ -130,6 +131,12 @@ def test_pillow_images_in_and_out(pipe, lr):
         pipe([images[0], images[0].transpose(Image.Transpose.ROTATE_90)])
 
 
+def test_a_file_is_restored_as_under_its_name(pipe, lr, tmp_path):
+    write_image(tmp_path / "cat.png", lr[0])
+    expected = pipe(read_image(tmp_path / "cat.png")[None] / 255, names=["cat"], **SETTINGS).images
+    assert torch.equal(pipe(str(tmp_path / "cat.png"), **SETTINGS).images, expected)
+
+
 @pytest.mark.slow
 def test_generators_stand_in_for_the_seed(pipe, lr):
     expected = pipe(lr, seed=3, **SETTINGS).images
@@ -219,11 +226,9 @@ def test_what_it_cannot_run_is_refused_in_one_line(pipe, lr, tiny_backbone, tmp_
     other = SD3Transformer2DModel.from_config(tiny_backbone.transformer.config)
     with pytest.raises(ValueError, match="lr_stream: trained over tiny-sd3, and this base model has other weights"):
         DiT4SRPipeline(**pipe.components | {"transformer": other})
-    for image, message in ((lr * 2, "in 0..1"), (lr[0], r"must be \(B, 3, h, w\)")):
-        with pytest.raises(ValueError, match=message):
-            pipe(image)
     for wrong, message in (
         ({"scale": 0.5}, "scale=0.5"),
+        ({"output_type": "jpeg"}, "output_type=jpeg: choose one of pil, pt, np"),
         ({"prompt": ["a"]}, "one prompt each"),
         ({"color": "red"}, "red"),
     ):

@@ -17,7 +17,6 @@ from diffusers import (
 )
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,7 +28,7 @@ from dit4sr_pl.cli.command import read_conf
 from dit4sr_pl.common.files import ASSETS, atomic_write
 from dit4sr_pl.common.hub import PROMPTS, HubAddress, hub_errors, locate
 from dit4sr_pl.common.randomness import generator as seeded
-from dit4sr_pl.images.files import rgb_pixels
+from dit4sr_pl.images.batch import Images, image_names, to_batch
 from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.compilation import capture_graphs, compile_blocks
@@ -38,6 +37,8 @@ from dit4sr_pl.restoration.sampling import Sampler, restore
 from dit4sr_pl.restoration.worklist import result_size
 
 READING = ("revision", "token", "cache_dir", "local_files_only", "proxies", "variant")  # options of every component
+
+OUTPUT_TYPES = ("pil", "pt", "np")
 
 
 class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
@@ -214,8 +215,8 @@ class DiT4SRPipeline(TextOnDemand, DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: Image.Image | list[Image.Image] | Tensor,
-        prompt: str | list[str] = "",
+        image: Images | list[Images],
+        prompt: str | list[str] | None = "",
         scale: float = 4,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -229,7 +230,8 @@ class DiT4SRPipeline(TextOnDemand, DiffusionPipeline):
         """Restores images of one size.
 
         Args:
-            image: Pillow images, or `(B, 3, h, w)` in 0..1.
+            image: a Pillow image, a path, an array `(h, w, 3)` or `(B, h, w, 3)`, a tensor `(3, h, w)` or
+                `(B, 3, h, w)`, or a list of such. Numbers are floats in 0..1 or uint8; grey images have one channel.
             prompt: captions, one for all or one per image; the sampler's added prompt follows each.
             scale: factor of the sides, 1 or more.
             num_inference_steps: number of steps; None: the model's own.
@@ -237,7 +239,7 @@ class DiT4SRPipeline(TextOnDemand, DiffusionPipeline):
             seed: an image's noise depends on it and on the image's name.
             generator: CPU generators, one for all or one per image, in place of the seed.
             names: one per image; with a file's name without suffix the noise and the result are those of `restore` and
-                `evaluate`. None: the places in the list.
+                `evaluate`. None: these names of paths, else the places in the list.
             output_type: `pil`, `pt` (`(B, 3, H, W)` in 0..1) or `np` (`(B, H, W, 3)`).
             return_dict: whether the result is an `ImagePipelineOutput`, else a tuple.
             sampler_options: other fields of `Sampler`, such as `negative_prompt`, `color`, `tile`.
@@ -246,8 +248,10 @@ class DiT4SRPipeline(TextOnDemand, DiffusionPipeline):
             ValueError: the images have several sizes, or numbers do not fit each other or are out of range.
         """
         lr = to_batch(image)
-        captions = [prompt] * len(lr) if isinstance(prompt, str) else prompt
-        names = [str(place) for place in range(len(lr))] if names is None else names
+        captions = [prompt or ""] * len(lr) if prompt is None or isinstance(prompt, str) else prompt
+        names = image_names(image, len(lr)) if names is None else names
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type}: choose one of {', '.join(OUTPUT_TYPES)}")
         if scale < 1 or len(captions) != len(lr) or len(names) != len(lr):
             raise ValueError(
                 f"scale={scale} must be 1 or more, and {len(lr)} images need one prompt each or one for all; names, if "
@@ -350,23 +354,6 @@ def conf_defaults(**choices: str) -> dict:
     # Without the solver: a folder from elsewhere must not name what is called.
     sampler = {name: value for name, value in cfg.sampler.items() if name not in ("_target_", "solver")}
     return {"sampler": sampler, "dtype": getattr(torch, cfg.model.backbone.dtype)}
-
-
-def to_batch(image: Image.Image | list[Image.Image] | Tensor) -> Tensor:
-    """Returns images as `(B, 3, h, w)` in 0..1.
-
-    Raises:
-        ValueError: a tensor has another shape or range, or images have several sizes.
-    """
-    if isinstance(image, Tensor):
-        if image.ndim != 4 or image.shape[1] != 3 or image.min() < 0 or image.max() > 1:
-            raise ValueError(f"image: a tensor must be (B, 3, h, w) in 0..1, got {tuple(image.shape)}")
-        return image.float()
-    images = image if isinstance(image, list) else [image]
-    pixels = [rgb_pixels(each) for each in images]
-    if len({each.shape for each in pixels}) > 1:
-        raise ValueError(f"images: one size per call, got {', '.join(f'{i.width}x{i.height}' for i in images)}")
-    return torch.stack(pixels) / 255
 
 
 def onload(*parts: nn.Module) -> None:
