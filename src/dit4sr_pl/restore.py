@@ -78,7 +78,7 @@ def restore(worklist: "Worklist", cfg: DictConfig) -> None:
     from dit4sr_pl.restoration.worklist import batches
 
     in_batches = list(batches(worklist.entries, cfg.batch_size))
-    with reading(in_batches, cfg.first_frame) as read:  # its process is forked before there are networks and threads
+    with reading(in_batches, cfg.first_frame) as read:  # its process starts before there is a network
         device, backbone = torch.device(cfg.device), instantiate(cfg.model.backbone)
         options = cfg.offload, cfg.injection_scale, cfg.compile, cfg.cuda_graph
         restorer = Restorer.load(backbone, instantiate(cfg.sampler), cfg.checkpoint, device, *options)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from types import SimpleNamespace
 
@@ -43,6 +44,8 @@ class Recorded:
 
     def __init__(self, folder, names, monkeypatch):
         self.events, self.folder, self.lr = [], folder, torch.zeros(1, 3, 2, 2)
+        self.released = threading.Event()
+        self.released.set()
         self.items = [self.item(name) for name in names]
         monkeypatch.setattr(scoring, "write_picture", self.write)
 
@@ -56,6 +59,7 @@ class Recorded:
             yield from ((image.name, torch.rand(3, 8, 8)) for image in batch)
 
     def write(self, path, picture, level):
+        assert self.released.wait(20)
         write_picture(path, picture, level)
         self.events.append(f"wrote {path.stem}")
 
@@ -80,25 +84,23 @@ def test_an_image_is_written_and_the_next_is_read_while_one_is_restored(tmp_path
     assert sorted(path.stem for path in tmp_path.iterdir()) == list("abcd")
 
 
-def test_a_batch_is_read_while_one_is_restored_and_two_batches_of_results_are_held_at_most(tmp_path, monkeypatch):
+def test_a_batch_is_read_while_one_is_restored_and_a_batch_of_results_waits_at_most(tmp_path, monkeypatch):
     record = Recorded(tmp_path, "abcdefg", monkeypatch)
-    held, most = set(), []
+    record.released.clear()
 
     def method(lr_images):
-        for name, sr in record.method(lr_images, 3):
-            held.add(name)
-            if name in "ad":  # the first of a batch that is restored, with another to come
-                record.wait(*(f"read {later}" for later in ("def" if name == "a" else "g")))
-            most.append(len(held - {event[-1] for event in record.events if event.startswith("wrote")}))
+        for number, (name, sr) in enumerate(record.method(lr_images, 3)):
+            if number in (0, 3):  # the first of a batch, with another to come
+                record.wait(*(f"read {later}" for later in "abcdefg"[number + 3 : number + 6]))
+            if number == 3:
+                record.released.set()  # until now nothing was written
             yield name, sr
+            assert {f"wrote {before}" for before in "abcdefg"[: max(number - 2, 0)]} <= set(record.events)
 
     scoring.restore(record.items, method, iter, batch_size=3)
-    assert [event for event in record.events if event.startswith("restore")] == [
-        "restore abc",
-        "restore def",
-        "restore g",
-    ]
-    assert max(most) <= 6 and len(list(tmp_path.iterdir())) == 7
+    restored = [event for event in record.events if event.startswith("restore")]
+    assert restored == ["restore abc", "restore def", "restore g"]
+    assert len(list(tmp_path.iterdir())) == 7
 
 
 def test_a_failed_write_ends_the_evaluation_and_what_was_written_stays(tmp_path, monkeypatch):
