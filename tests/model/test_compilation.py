@@ -1,6 +1,9 @@
 """Compiled networks against eager ones, and how many graphs they take."""
 
+import contextlib
 import copy
+import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,16 @@ from torch._dynamo.utils import counters
 
 from dit4sr_pl.cli.checks import check_compiler
 from dit4sr_pl.model import DiT4SRTransformer
-from dit4sr_pl.model.compilation import GRAPHS, CUDAGraphs, capture_graphs, compile_blocks, is_compiled
+from dit4sr_pl.model.compilation import (
+    GRAPHS,
+    WARM_UP,
+    CUDAGraphs,
+    capture_graph,
+    capture_graphs,
+    capture_stream,
+    compile_blocks,
+    is_compiled,
+)
 from testing.networks import randomise
 
 
@@ -91,3 +103,25 @@ def test_a_network_on_a_cpu_captures_no_graphs(base):
     assert not is_compiled(net)
     net.forward = CUDAGraphs(net.forward, capture_on_a_cpu)
     assert is_compiled(net)  # batches of tiles are then filled up, since a new size costs a capture
+
+
+def test_a_capture_warms_up_before_the_graph_and_runs_once_in_it(monkeypatch):
+    """PyTorch's classes are replaced by recorders, whose arguments are held against the real signatures."""
+    began, calls, signature = [], [], inspect.signature(torch.cuda.graph)
+
+    class Recorder(contextlib.nullcontext):
+        def __init__(self, *arguments, **options):
+            began.append(signature.bind(*arguments, **options).arguments)
+            super().__init__()
+
+    stream = SimpleNamespace(device=torch.device("cpu"), wait_stream=lambda other: calls.append("wait"))
+    names = {"graph": Recorder, "CUDAGraph": lambda: SimpleNamespace(replay="replay"), "Stream": lambda device: stream}
+    names |= dict.fromkeys(("stream", "device"), contextlib.nullcontext) | {"current_stream": lambda: stream}
+    for name, value in names.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    capture_stream.cache_clear()
+    replay, output = capture_graph(lambda a: calls.append(len(began)) or a + 1, [torch.ones(2)], (0, 1))
+    capture_stream.cache_clear()
+    assert calls == ["wait", *[0] * WARM_UP, "wait", 1] and replay == "replay"
+    assert torch.equal(output, torch.full((2,), 2.0))
+    assert began[0]["pool"] == (0, 1) and began[0]["stream"] is stream

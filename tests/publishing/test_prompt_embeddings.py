@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.backbone.shipped_prompts import HeldPrompts, ShippedPrompts
-from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.hub import PROMPTS
 from dit4sr_pl.images.files import read_image, write_image
@@ -112,6 +111,7 @@ def test_the_file_holds_what_the_encoders_give_and_names_what_it_belongs_to(ship
     "wrong, reason",
     [
         ("encoder", "made with another text_encoder_2"),
+        ("token", "made with another text_encoder"),
         ("t5", "made with a text_encoder_3"),
         ("base", "made for another base model"),
         ("tokens", "made with t5_tokens=8, and this is 9"),
@@ -122,10 +122,9 @@ def test_the_file_holds_what_the_encoders_give_and_names_what_it_belongs_to(ship
 def test_embeddings_of_something_else_are_not_used_and_a_line_says_why(shipped, caplog, wrong, reason):
     sampler, dtype, file = GUIDED, "float32", shipped / "weights" / PROMPTS
     if wrong == "encoder":
-        path = shipped / "model" / "text_encoder_2" / "model.safetensors"
-        weights = load_file(path)
-        name = max(weights, key=lambda name: weights[name].numel())
-        save_file(weights | {name: weights[name] + 0.1}, path, {"format": "pt"})
+        change_weight(shipped / "model" / "text_encoder_2", lambda weight: weight + 0.1)
+    elif wrong == "token":  # one more, as textual inversion adds it
+        change_weight(shipped / "model" / "text_encoder", lambda weight: torch.cat([weight, weight[:1]]))
     elif wrong == "t5":
         index = json.loads((shipped / "model" / "model_index.json").read_text())
         index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
@@ -139,7 +138,15 @@ def test_embeddings_of_something_else_are_not_used_and_a_line_says_why(shipped, 
     backbone = Backbone(str(shipped / "model"), dtype, sampler.t5_tokens)
     backbone.take_shipped_prompts(shipped / "weights" / "lr_stream.safetensors")
     assert f"{PROMPTS}: not used, since it was {reason}; text encoders are read" in caplog.text
-    assert isinstance(backbone.prompts, PromptEncoder)
+    assert "prompts" not in vars(backbone)  # which then reads text encoders
+
+
+def change_weight(folder: Path, change) -> None:
+    """Changes the largest weight of a text encoder."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    name = max(weights, key=lambda name: weights[name].numel())
+    save_file(weights | {name: change(weights[name])}, path, {"format": "pt"})
 
 
 def narrow(header: dict, tensors: dict) -> None:
@@ -207,6 +214,7 @@ def test_convert_writes_them_next_to_what_it_writes(shipped):
     assert line.startswith("error: weights: trained over") and "\n" not in line
 
 
+@pytest.mark.slow
 def test_they_go_to_the_hub_and_come_back_with_the_weights(shipped, tmp_path, monkeypatch):
     with serving(LocalHub(), monkeypatch, tmp_path) as hub:
         monkeypatch.setenv("HF_TOKEN", TOKEN)

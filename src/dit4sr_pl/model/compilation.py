@@ -1,7 +1,7 @@
 """Compiling a network block by block, and replaying its evaluations as CUDA graphs."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -65,17 +65,23 @@ def capture_graph(
     function: Callable[..., Tensor], static: list[Tensor], pool: tuple[int, int]
 ) -> tuple[Callable[[], None], Tensor]:
     """Captures a function of static inputs; arguments and results are those of `CUDAGraphs`' `capture`."""
-    with torch.cuda.device(static[0].device):
-        stream = torch.cuda.Stream()
+    stream = capture_stream(static[0].device)
+    with torch.cuda.device(stream.device):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 function(*static)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # other threads may use the device
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):  # others may use the device
             output = function(*static)
     return graph.replay, output
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Returns the stream of all captures on a device; captures on one stream can share memory."""
+    return torch.cuda.Stream(device)
 
 
 def capture_graphs(net: nn.Module) -> None:
