@@ -1,6 +1,7 @@
 """The diffusers pipeline gives what the restorer behind the command gives."""
 
 import dataclasses
+import shutil
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 from dit4sr_pl.backbone.sd3 import Backbone
+from dit4sr_pl.common.files import ASSETS, is_shipped
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.files import read_image, write_image
 from dit4sr_pl.images.resize import enlarge
@@ -214,6 +216,14 @@ def test_a_network_with_graphs_is_kept_until_a_weight_changes(pipe, monkeypatch)
     assert second is not first and pipe.prepared_network() is second
     monkeypatch.setattr(pipe, "cuda_graph", False)
     assert pipe.prepared_network() is not second and pipe.captured is None
+
+
+def test_a_folder_of_another_pipeline_gets_the_papers_sampler_also_by_an_absolute_path(pipe, tmp_path):
+    shutil.copytree(ASSETS / "tiny-sd3", tmp_path / "sd3")
+    over = DiT4SRPipeline.from_pretrained(tmp_path / "sd3", lr_stream="tiny-dit4sr", dtype=torch.float32)
+    assert (over.config.sampler["steps"], over.config.sampler["guidance_scale"]) == (40, 8.0)
+    assert pipe.config.sampler["steps"] == 20
+    assert not any(map(is_shipped, (ASSETS / "tiny-sd3", ".", "..", "published", "tiny-dit4sr")))
 
 
 def test_what_it_cannot_run_is_refused_in_one_line(pipe, lr, tiny_backbone, tmp_path):

@@ -25,7 +25,7 @@ from dit4sr_pl.backbone.shipped_prompts import ENCODERS, ShippedPrompts
 from dit4sr_pl.backbone.text_on_demand import TEXT_PARTS, TextOnDemand
 from dit4sr_pl.cli.checks import check_compiler
 from dit4sr_pl.cli.command import read_conf
-from dit4sr_pl.common.files import ASSETS, atomic_write
+from dit4sr_pl.common.files import ASSETS, atomic_write, is_shipped
 from dit4sr_pl.common.hub import PROMPTS, HubAddress, hub_errors, locate
 from dit4sr_pl.common.randomness import generator as seeded
 from dit4sr_pl.images.batch import Images, image_names, to_batch
@@ -194,7 +194,7 @@ class DiT4SRPipeline(TextOnDemand, DiffusionPipeline):
             model = LRStreamModel.from_file(weights)
             name, lr_stream = model.config.base["name"] if lr_stream is None else name, model
         if lr_stream is not None:
-            tiny = (ASSETS / name).is_dir()
+            tiny = is_shipped(name)
             backbone, sampler = ("tiny_sd3", "tiny") if tiny else ("sd35_medium", "paper")
             if "torch_dtype" in arguments:  # diffusers' older name of it
                 arguments["dtype"] = arguments.pop("torch_dtype")

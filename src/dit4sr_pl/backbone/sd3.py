@@ -25,7 +25,7 @@ from dit4sr_pl.backbone.autoencoder import LatentCoder
 from dit4sr_pl.backbone.prompt_cache import PromptCache
 from dit4sr_pl.backbone.shipped_prompts import HeldPrompts, ShippedPrompts
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
-from dit4sr_pl.common.files import ASSETS
+from dit4sr_pl.common.files import ASSETS, is_shipped
 from dit4sr_pl.common.hub import HubError, hub_errors, pipeline_folder
 from dit4sr_pl.model.quantized import quantize
 from dit4sr_pl.model.trained_part import fingerprint
@@ -75,8 +75,7 @@ class Backbone:
     @property
     def location(self) -> str:
         """Folder or hub id that diffusers reads."""
-        shipped = ASSETS / self.name
-        return str(shipped) if shipped.is_dir() else self.name
+        return str(ASSETS / self.name) if is_shipped(self.name) else self.name
 
     @cached_property
     def transformer(self) -> SD3Transformer2DModel:

@@ -28,6 +28,11 @@ held: set[int] = set()  # descriptors of this process's locks
 os.register_at_fork(after_in_child=lambda: close_inherited_locks())
 
 
+def is_shipped(name: str | Path) -> bool:
+    """Returns whether a pipeline in this package has this name, which is no path."""
+    return "/" not in str(name) and (ASSETS / name / "model_index.json").is_file()
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a path to write to; the file there becomes `path`, complete and on the disk, when the block ends.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from dit4sr_pl.common.files import ASSETS
+from dit4sr_pl.common.files import is_shipped
 from dit4sr_pl.common.hub import PROMPTS, RELEASED_BASE, HubAddress
 from dit4sr_pl.common.markdown import markdown_table
 from dit4sr_pl.model import TrainedPart
@@ -52,9 +52,9 @@ class Publication:
 
     @property
     def base_is_on_hub(self) -> bool:
-        """Whether the base's name is a hub id, and not a model in this package or a folder."""
+        """Whether the base's name is a hub id, and not a model in this package, which has no slash, or a folder."""
         is_folder = self.base.startswith((".", "/", "~")) or Path(self.base).exists()
-        return "/" in self.base and not is_folder and not (ASSETS / self.base).exists()
+        return "/" in self.base and not is_folder
 
 
 def model_card(publication: Publication) -> ModelCard:
@@ -98,7 +98,7 @@ def metadata(publication: Publication) -> ModelCardData:
 
 def license_of(base: str) -> dict[str, str]:
     """Returns the licence of an LR stream, which starts from projections of its base, as the hub names it."""
-    if (ASSETS / base).is_dir():
+    if is_shipped(base):
         return {"license": "apache-2.0"}  # that of this package
     link = f"https://huggingface.co/{RELEASED_BASE}/blob/main/LICENSE.md"
     return {"license": "other", "license_name": "stabilityai-ai-community", "license_link": link}
