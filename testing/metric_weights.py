@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from pyiqa.archs import liqe_arch
+from pyiqa.archs import inception, liqe_arch
 from pyiqa.archs.clip_model import CLIP, load
 from pyiqa.archs.clipiqa_arch import CLIPIQA
+from pyiqa.archs.fid_arch import FID
 from pyiqa.archs.liqe_arch import LIQE
 from pyiqa.archs.maniqa_arch import MANIQA
 from pyiqa.archs.musiq_arch import MUSIQ
@@ -71,6 +72,14 @@ class MetricWeights:
         torch.save({"params": net.state_dict()}, self.folder / "CLIPIQA+_ViTL14_512-e66488f2.pth")
         return net
 
+    def fid(self) -> torch.nn.Module:
+        """Returns pyiqa's FID; its file holds Inception's own layers, in front of which pyiqa puts its blocks."""
+        path = self.folder / "pt_inception-2015-12-05-6726825d.pth"
+        with self.monkeypatch.context() as without_hub, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            without_hub.setattr(inception, "load_pretrained_network", lambda net, url: keep_scale(net, path))
+            return FID().eval()
+
     def liqe(self, size: str) -> torch.nn.Module:
         path = self.clip(size, "ViT-B-32.pt")
         with self.monkeypatch.context() as small:
@@ -82,3 +91,11 @@ class MetricWeights:
         torch.save({"params": net.state_dict()}, self.folder / "liqe_koniq.pt")
         net.text_features = net.get_text_features(net.joint_texts)
         return net
+
+
+def keep_scale(net: torch.nn.Module, path: Path) -> None:
+    """Makes weights with which features stay as large as the images, and saves them."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    torch.save(net.state_dict(), path)

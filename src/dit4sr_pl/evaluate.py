@@ -4,6 +4,7 @@ python -m dit4sr_pl.evaluate dataset=NAME [method=NAME] [checkpoint=PATH] output
 import functools
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dit4sr_pl.cli.checks import (
 )
 from dit4sr_pl.cli.command import command
 from dit4sr_pl.common.progress import track
-from dit4sr_pl.scores.weight_files import check_metrics
+from dit4sr_pl.scores.weight_files import check_metrics, is_of_set
 
 
 @command("evaluate")
@@ -50,6 +51,7 @@ def evaluate(cfg: DictConfig) -> None:
 
     from dit4sr_pl.evaluation.methods import Finished
     from dit4sr_pl.evaluation.scoring import claim, join, restore, score, tune_malloc, working
+    from dit4sr_pl.evaluation.set_scoring import image_metrics, set_scores
 
     output, (number, count) = Path(cfg.output), read_shard(cfg.shard)
     metrics = {name: instantiate(metric) for name, metric in chosen.items()}
@@ -66,10 +68,11 @@ def evaluate(cfg: DictConfig) -> None:
             metric.to(cfg.device)
         # On a CPU SSIM takes a GiB per image, and nothing becomes faster by batches.
         at_once = 1 if cfg.device == "cpu" else cfg.batch_size
-        score(mine, metrics, output, piece, functools.partial(track, description="scoring"), at_once)
-        missing = join(
-            items, identity["metrics"], output, piece, functools.partial(finish, cfg, dataset, method, identity)
-        )
+        of_images = {name: metrics[name] for name in image_metrics(chosen)}
+        score(mine, of_images, output, piece, functools.partial(track, description="scoring"), at_once)
+        of_sets = functools.partial(set_scores, items, metrics, identity["metrics"], output)
+        write = functools.partial(finish, cfg, dataset, method, identity, of_sets)
+        missing = join(items, image_metrics(identity["metrics"]), output, piece, write)
     if missing:
         print(f"{len(items) - len(missing)} of {len(items)} images scored; the last shard to end writes the result")
 
@@ -102,7 +105,8 @@ def metrics_for(cfg: DictConfig, items: list) -> dict[str, DictConfig]:
         FileNotFoundError: weights are missing.
         ValueError: the user asked for such a metric, none is left, or one needs larger images.
     """
-    needing = [name for name, metric in cfg.metrics.items() if metric.reference and items[0].hr is None]
+    has_reference = lambda metric: items[0].hr is not None or metric.get("folder") is not None  # noqa: E731
+    needing = [name for name, metric in cfg.metrics.items() if metric.reference and not has_reference(metric)]
     if needing:
         overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
         asked = any(re.match(r"[+~]*metrics\b", override) for override in overrides)
@@ -112,6 +116,11 @@ def metrics_for(cfg: DictConfig, items: list) -> dict[str, DictConfig]:
             )
         print(f"no ground truth: without {', '.join(needing)}")
     chosen = {name: metric for name, metric in cfg.metrics.items() if name not in needing}
+    for name, metric in chosen.items():
+        if metric.get("folder") is not None:
+            check_readable(metric.folder, f"metrics.{name}.folder")
+        if is_of_set(metric) and len(items) < 2:
+            raise ValueError(f"metrics={name}: a score of a set, and there is one image; give more images")
     check_metrics(chosen, min(item.side for item in items))
     return chosen
 
@@ -120,6 +129,7 @@ def identity_of(cfg: DictConfig, dataset: str, items: list, metrics: dict, metho
     """Returns the evaluation's identity, as it is kept in `settings.json`."""
     from dit4sr_pl.common.hashing import file_hash, values_hash
     from dit4sr_pl.common.run_identity import evaluation_identity
+    from dit4sr_pl.evaluation.set_scoring import folder_hash
     from dit4sr_pl.scores.results import versions
 
     files = {}
@@ -130,12 +140,14 @@ def identity_of(cfg: DictConfig, dataset: str, items: list, metrics: dict, metho
     for name, metric in metrics.items():
         options = {key: value for key, value in cfg.metrics[name].items() if key != "weights"}
         scored_by[name] = options | {"measured": metric.score is not None}
+        if options.get("folder") is not None:
+            scored_by[name]["folder"] = folder_hash(Path(options["folder"]))
     produced_by = {"label": method.label} | method.identity
     return evaluation_identity(dataset, values_hash(files), scored_by, produced_by, cfg.name, versions())
 
 
-def finish(cfg: DictConfig, dataset: str, method: Any, identity: dict, scores: dict) -> None:
-    """Writes the result and prints its means."""
+def finish(cfg: DictConfig, dataset: str, method: Any, identity: dict, of_sets: Callable, scores: dict) -> None:
+    """Writes the result, with the scores of the set that `of_sets` returns, and prints its means."""
     from dit4sr_pl.common.hashing import values_hash
     from dit4sr_pl.common.run_identity import hashed_part
     from dit4sr_pl.scores.results import Result, run_name, write_result
@@ -153,6 +165,7 @@ def finish(cfg: DictConfig, dataset: str, method: Any, identity: dict, scores: d
         network=method.network_config,
         versions=identity["versions"],
         scores=scores,
+        set_scores=of_sets(),
     )
     write_result(result, output)
     means = ", ".join(f"{metric} {value:.4f}" for metric, value in result.means.items())

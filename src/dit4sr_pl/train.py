@@ -24,7 +24,7 @@ from dit4sr_pl.common.devices import ALL, device_count
 from dit4sr_pl.common.hub import locate
 from dit4sr_pl.common.processes import end_with_parent
 from dit4sr_pl.common.run_identity import images_per_step
-from dit4sr_pl.scores.weight_files import check_metrics
+from dit4sr_pl.scores.weight_files import check_metrics, refuse_set_scores
 from dit4sr_pl.training.run_folder import (
     Start,
     finish,
@@ -281,6 +281,7 @@ def check(cfg: DictConfig) -> None:
         what = f"model.backbone.quantization={cfg.model.backbone.quantization}"
         raise ValueError(f"{what}: trainer=fsdp shards plain weights alone; take trainer=ddp, or no quantization")
     if "scores" in cfg.callbacks:
+        refuse_set_scores(cfg.callbacks.scores.metrics)
         check_metrics(cfg.callbacks.scores.metrics, cfg.data.validation_crop if cfg.data.validation is None else None)
     check_writable(cfg.output, "output")
 

@@ -21,11 +21,13 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from dit4sr_pl.cli.texts import for_hydra
 from dit4sr_pl.common.devices import device_count
 from dit4sr_pl.common.processes import end_with_parent
 from dit4sr_pl.common.progress import signs_of_life
+from dit4sr_pl.common.secrets import hidden, note_used
 
 PACKAGE = Path(__file__).parents[1]
 USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
@@ -88,6 +90,13 @@ def relative_path(path: str, folder: str) -> str:
     return os.path.relpath(path, folder)
 
 
+def environment(name: str, *default: str | None) -> str | None:
+    """Returns the value of an environment variable, as OmegaConf's own `${oc.env:NAME,DEFAULT}`, and notes its name."""
+    note_used(name)
+    return oc.env(name, *default)
+
+
+OmegaConf.register_new_resolver("oc.env", environment, replace=True)
 for resolver in (choice, ablation_name, gpus, cpu_precision, run_folder, relative_path):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
@@ -236,4 +245,4 @@ def one_line(error: BaseException) -> str:
     message = " ".join(str(error).split()) or type(error).__name__
     if message.startswith("Could not override 'model'"):  # commands took it before there was a group of backbones
         return "model is an option of train and plan; give backbone=sd35_medium or backbone=tiny_sd3"
-    return message
+    return hidden(message)

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dit4sr_pl.common.devices import device_count
+from dit4sr_pl.common.secrets import without_secrets
 
 # Settings that never change a result: they concern paths, display, saving and speed.
 NO_EFFECT = (
@@ -112,7 +113,7 @@ def evaluation_identity(
         "dataset": dataset,
         "files": files,
         "metrics": {metric: without_modules(options) for metric, options in metrics.items()},
-        "method": dict(method),
+        "method": without_secrets(dict(method)),
         "name": name,
         "versions": dict(versions),
     }
@@ -152,7 +153,7 @@ def flat_settings(cfg: DictConfig) -> dict[str, Any]:
     Adds `images per step`, the product of batch size, devices, nodes and accumulated batches.
     """
     written = OmegaConf.create(OmegaConf.to_yaml(cfg, resolve=True))
-    settings = without_modules(dict(flatten(OmegaConf.to_container(written))))
+    settings = without_modules(dict(flatten(without_secrets(OmegaConf.to_container(written)))))
     settings["images per step"] = images_per_step(written)
     return settings
 

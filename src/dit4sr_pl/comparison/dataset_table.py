@@ -77,11 +77,17 @@ def make_dataset_table(
     """Returns the table of one dataset; `against` is a label, or a word that is no label for a table without tests."""
     directions = [lower.get(metric) for metric in metrics]
     means = np.stack([row.scores.mean(axis=0) for row in rows])
-    low, high = np.stack([resampling.interval(row.scores) for row in rows], axis=1)
+    whole = np.isin(list(metrics), of_sets(rows))  # one number each, so that there is nothing to resample
+    low, high = np.stack([resampling.interval(np.where(whole, np.nan, row.scores)) for row in rows], axis=1)
     place = labels.index(against) if against in labels else None
-    paired = {} if place is None else compare_rows(rows, place, resampling)
+    paired = {} if place is None else compare_rows(rows, place, resampling, whole)
     ranks = rank(means, directions)
     return DatasetTable(dataset, list(metrics), directions, rows, labels, means, low, high, ranks, place, paired)
+
+
+def of_sets(rows: Sequence[Row]) -> list[str]:
+    """Returns the metrics that score whole sets, such as FID."""
+    return sorted({metric for row in rows for run in row.runs for metric in run.result.set_scores})
 
 
 def rank(means: np.ndarray, lower: Sequence[bool | None]) -> np.ndarray:
@@ -101,30 +107,43 @@ def rank(means: np.ndarray, lower: Sequence[bool | None]) -> np.ndarray:
     return ranks
 
 
-def compare_rows(rows: Sequence[Row], against: int, resampling: Resampling) -> dict[int, Paired]:
-    """Tests every other row against the one at `against`; returns the tests by place."""
+def compare_rows(rows: Sequence[Row], against: int, resampling: Resampling, whole: np.ndarray) -> dict[int, Paired]:
+    """Tests every other row against the one at `against`, except by metrics of whole sets; returns the tests by place.
+
+    Args:
+        rows: the rows.
+        against: place of the row that the others are tested against.
+        resampling: how to test.
+        whole: by metric whether it scores whole sets.
+    """
     others = [place for place in range(len(rows)) if place != against]
-    pairs = [compare_pair(rows[place], rows[against], resampling) for place in others]
+    pairs = [compare_pair(rows[place], rows[against], resampling, whole) for place in others]
     if not pairs:
         return {}
     corrected = holm(np.stack([pair["p"] for pair in pairs]))
     return {place: Paired(**pair, p_holm=p) for place, pair, p in zip(others, pairs, corrected, strict=True)}
 
 
-def compare_pair(row: Row, other: Row, resampling: Resampling) -> dict:
-    """Tests one row against another on their common images; returns fields of `Paired`."""
+def compare_pair(row: Row, other: Row, resampling: Resampling, whole: np.ndarray) -> dict:
+    """Tests one row against another on their common images; returns fields of `Paired`.
+
+    A score of a whole set has a difference only if both have scored the same images.
+    """
     common = [image for image in row.images if image in set(other.images)]
     left_out = sorted(set(row.images) ^ set(other.images))
     if not common:
         nothing = np.full(row.scores.shape[1], np.nan)
         return dict(images=0, left_out=left_out, difference=nothing, low=nothing, high=nothing, p=nothing)
     differences = row.of(common) - other.of(common)
-    low, high = resampling.interval(differences)
+    if left_out:
+        differences = np.where(whole, np.nan, differences)
+    tested = np.where(whole, np.nan, differences)
+    low, high = resampling.interval(tested)
     return dict(
         images=len(common),
         left_out=left_out,
         difference=differences.mean(axis=0),
         low=low,
         high=high,
-        p=resampling.p_values(differences),
+        p=resampling.p_values(tested),
     )

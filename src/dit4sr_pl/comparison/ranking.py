@@ -53,11 +53,11 @@ def agreement(ours: Sequence[np.ndarray], theirs: Sequence[float]) -> str:
 
 def by_seed(table: DatasetTable, places: Sequence[int], metric: str) -> list[np.ndarray]:
     """Returns means of the variants for every seed that all of them have."""
-    rows = [{run.result.seed: run.result.scores for run in table.rows[place].runs} for place in places]
+    rows = [{run.result.seed: run.result for run in table.rows[place].runs} for place in places]
     images = [table.rows[place].images for place in places]
     return [
         np.array(
-            [np.mean([row[seed][image][metric] for image in names]) for row, names in zip(rows, images, strict=True)]
+            [np.mean([row[seed].of(image)[metric] for image in names]) for row, names in zip(rows, images, strict=True)]
         )
         for seed in sorted(set.intersection(*map(set, rows)))
     ]

@@ -187,5 +187,5 @@ def average(runs: Sequence[Run], metrics: Sequence[str]) -> Row:
         raise ValueError(f"{runs[0].folder} and {runs[1].folder}: seeds of {runs[0].label} without a common image")
     images = [image for image in scores[0] if image in everywhere]
     left_out = sorted(set().union(*scores) - everywhere)
-    table = [[[of_seed[image].get(metric, np.nan) for metric in metrics] for image in images] for of_seed in scores]
+    table = [[[run.result.of(image).get(metric, np.nan) for metric in metrics] for image in images] for run in runs]
     return Row(list(runs), images, left_out, np.mean(table, axis=0))

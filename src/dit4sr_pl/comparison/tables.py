@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dit4sr_pl.common.markdown import markdown_table
 from dit4sr_pl.comparison import paper
-from dit4sr_pl.comparison.dataset_table import DIGITS, DatasetTable
+from dit4sr_pl.comparison.dataset_table import DIGITS, DatasetTable, of_sets
 from dit4sr_pl.comparison.ranking import orders
 from dit4sr_pl.comparison.rows import order, row_label, variant_label
 from dit4sr_pl.comparison.statistics import Resampling
@@ -137,6 +137,8 @@ def notes(table: DatasetTable) -> Iterator[str]:
     for metric, lower in zip(table.metrics, table.lower, strict=True):
         if lower is None:
             yield f"{metric}: nothing in conf/metrics/ says whether lower is better; its best is not marked."
+    for metric in of_sets(table.rows):
+        yield f"{metric}: a score of the whole set, without interval and test."
     versions = [run.result.versions for row in table.rows for run in row.runs]
     for package in sorted(set().union(*versions)):
         if len(found := {version.get(package, "none") for version in versions}) > 1:

@@ -177,8 +177,8 @@ def join(
     """Writes all scores in the order of `items` once the last one exists, and returns the names that are missing.
 
     Args:
-        items: all images of the set.
-        metrics: options of every metric by its name.
+        items: all images of the set, whose restored files must exist.
+        metrics: options of every metric of images by its name.
         folder: the evaluation's output folder.
         own: this task's piece.
         write: writes the result.
@@ -186,7 +186,7 @@ def join(
     with locked(folder):
         scores = read_pieces(folder)
         complete = lambda item: all(has(scores, item, name, metrics[name]["measured"]) for name in metrics)  # noqa: E731
-        missing = [item.name for item in items if not complete(item)]
+        missing = [item.name for item in items if not (complete(item) and item.sr.exists())]
         if not missing:
             write({item.name: {name: scores[item.name][name] for name in metrics} for item in items})
             remove_pieces(folder, own, set(metrics))

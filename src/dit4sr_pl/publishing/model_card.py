@@ -67,7 +67,8 @@ def model_card(publication: Publication) -> ModelCard:
     if publication.training:
         sections.append(f"## Training\n\n{table(publication.training)}")
     if publication.results:
-        sections.append(f"## Scores\n\nMeans over images.\n\n{scores(publication.results)}")
+        how = "Means over images; of FID and KID the score of the whole set."
+        sections.append(f"## Scores\n\n{how}\n\n{scores(publication.results)}")
     if publication.pictures:
         shown = "\n".join(f"![{picture.stem}](images/{picture.name})" for picture in publication.pictures)
         sections.append(f"## Restored pictures\n\n{shown}")

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +10,50 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from dit4sr_pl.common.precision import exact_float32
-from dit4sr_pl.scores.pyiqa_loading import create
+from dit4sr_pl.scores.pyiqa_loading import create, folders_score
 from dit4sr_pl.scores.weight_files import Weights
 
 log = logging.getLogger(__name__)
+
+
+class SetScore(torch.nn.Module):
+    """A score of a set of restored images against a set of reference images, through pyiqa: FID or KID.
+
+    Args:
+        name: pyiqa's name of the metric.
+        reference: whether it needs ground truth, unless there is a `folder`.
+        lower_is_better: True for distances.
+        weights: arguments of `Weights`; where they are missing and may be, the score is nan.
+        folder: reference images in place of the ground truth; None: the ground truth.
+        options: pyiqa's own for the call, such as `distance_type`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: bool,
+        lower_is_better: bool,
+        weights: Mapping[str, Any],
+        folder: str | None = None,
+        **options: Any,
+    ):
+        super().__init__()
+        self.name, self.reference, self.lower_is_better, self.folder = name, reference, lower_is_better, folder
+        self.options, needed = options, Weights(**weights)
+        self.score = create(name, needed) if needed.check(name) else None
+        if self.score is None:
+            log.warning("%s: no weights (%s); its score stays empty", name, needed.path(needed.missing()[0]))
+
+    def forward(self, restored: Path, reference: Path) -> float:
+        """Returns the score of a folder of images against another folder.
+
+        Raises:
+            ValueError: there are too few images for it.
+        """
+        if self.score is None:
+            return float("nan")
+        with exact_float32(next(self.score.parameters()).device):
+            return folders_score(self.score, restored, reference, **self.options)
 
 
 class ImageScore(Metric):

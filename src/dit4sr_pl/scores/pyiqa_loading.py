@@ -4,15 +4,18 @@ import contextlib
 import functools
 import io
 import logging
+import math
 import os
 import tempfile
 import warnings
 from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,11 +66,36 @@ def create(name: str, weights: Weights | None = None, **arguments: Any) -> torch
     return metric
 
 
+def folders_score(metric: torch.nn.Module, restored: Path, reference: Path, **options: Any) -> float:
+    """Returns pyiqa's score of a folder of images against another folder; KID's subsets are the same in every call.
+
+    Raises:
+        ValueError: there are too few images for it.
+    """
+    before = np.random.get_state()
+    np.random.seed(0)  # pyiqa draws from NumPy's global generator
+    try:
+        with quietly(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # SciPy's, of its square root of a matrix
+            score = float(metric(str(restored), str(reference), num_workers=0, verbose=False, **options))
+    except ValueError as error:  # an imaginary part of the root
+        score, reason = math.nan, str(error)
+    else:
+        reason = "it is not a number"
+    finally:
+        np.random.set_state(before)
+    if not math.isfinite(score):
+        numbers = [len(list(folder.iterdir())) for folder in (restored, reference)]
+        raise ValueError(f"no distance between sets of {numbers[0]} and {numbers[1]} images ({reason}); give more")
+    return score
+
+
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Hides pyiqa's output: paths of weight files, and a warning about the file format that it reads CLIP in."""
+    """Hides pyiqa's output, and warnings about its own use of PyTorch and torchvision."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", ".*(parameter 'pretrained'|weight enum)", UserWarning)  # torchvision's
         yield
 
 

@@ -46,6 +46,7 @@ class Result:
         network: the network's config, see `network_config`; empty for other systems.
         versions: versions of the packages that scores depend on.
         scores: scores by image and metric; `nan` where a metric was not measured.
+        set_scores: scores of the whole set by metric, such as FID.
     """
 
     run: str
@@ -59,17 +60,23 @@ class Result:
     versions: dict[str, str]
     scores: dict[str, dict[str, float]]
     network: dict = field(default_factory=dict)
+    set_scores: dict[str, float] = field(default_factory=dict)
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the metrics."""
-        return list(next(iter(self.scores.values())))
+        """Names of the metrics, those of the whole set last."""
+        return [*next(iter(self.scores.values())), *self.set_scores]
 
     @property
     def means(self) -> dict[str, float]:
-        """Means over all images; `nan` if an image was not measured."""
-        columns = {metric: [scores[metric] for scores in self.scores.values()] for metric in self.metrics}
-        return {metric: math.fsum(values) / len(values) for metric, values in columns.items()}
+        """Means over all images, `nan` if an image was not measured; then the scores of the whole set."""
+        metrics = next(iter(self.scores.values()))
+        columns = {metric: [scores[metric] for scores in self.scores.values()] for metric in metrics}
+        return {metric: math.fsum(values) / len(values) for metric, values in columns.items()} | self.set_scores
+
+    def of(self, image: str) -> dict[str, float]:
+        """Returns the scores of an image, and those of its set."""
+        return self.scores[image] | self.set_scores
 
 
 FIELDS = ("run", "method", "variant", "dataset", "seed", "pictures", "identity_hash", "weights_hash")
@@ -85,6 +92,7 @@ def write_result(result: Result, folder: Path) -> None:
         "versions": json.dumps(result.versions),
         "images": len(result.scores),
         "scores_hash": values_hash(result.scores),
+        "set_scores": json.dumps(list(result.set_scores)),
     } | result.means
     table = pa.Table.from_pylist([row])
     with atomic_write(folder / f"{ROW}.parquet") as partial:
@@ -141,7 +149,7 @@ def read_scores(path: Path) -> dict[str, dict[str, float]]:
         raise ValueError(f"{path}: not UTF-8 text; score it again") from None
     with io.StringIO(text, newline="") as file:
         rows = csv.DictReader(file)
-        if not rows.fieldnames or rows.fieldnames[0] != "image" or len(rows.fieldnames) < 2:
+        if not rows.fieldnames or rows.fieldnames[0] != "image":
             raise ValueError(f"{path}: not a table of scores (its columns must be `image`, then metrics)")
         for row in rows:
             image = row.pop("image")
@@ -171,6 +179,7 @@ def read_result(folder: Path) -> Result:
         described = {name: row[name if name in row else FORMER_NAMES[name]] for name in FIELDS}
         described["versions"] = json.loads(row["versions"])
         described["network"] = json.loads(row.get("network", "{}"))  # results of 0.1 do not have it
+        described["set_scores"] = {name: float(row[name]) for name in json.loads(row.get("set_scores", "[]"))}
     except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
         if getattr(error, "errno", None) is not None:  # pyarrow's own OSErrors, of damaged files, have no number
             raise

@@ -87,6 +87,19 @@ def check_metrics(metrics: Mapping[str, Mapping], side: int | None = None) -> No
             weights.check(name)
 
 
+def is_of_set(metric: Mapping) -> bool:
+    """Returns whether a metric's config or options are of a score of a whole set of images, such as FID."""
+    return str(metric["_target_"]).endswith("SetScore")
+
+
+def refuse_set_scores(metrics: Mapping[str, Mapping]) -> None:
+    """Raises ValueError if a metric scores whole sets; validations of a training score images."""
+    if names := [name for name, metric in metrics.items() if is_of_set(metric)]:
+        raise ValueError(
+            f"metrics={','.join(names)}: a score of a whole set, which evaluate measures; leave it out of a training"
+        )
+
+
 def check_digest(path: Path, sha256: str | None) -> None:
     """Raises ValueError unless a file's SHA-256 begins with `sha256`."""
     stat = path.stat()

@@ -1,6 +1,6 @@
 """The folder of a training run. One process at a time writes to it, and all its starts share their settings.
 
-    config.yaml               the resolved config of the last start
+    config.yaml               the resolved config of the last start, without secrets
     code.yaml, code.diff      the commit, the uncommitted changes, the versions of packages when training began
     code-NNNNNNN.yaml, .diff  the same, when it resumed from step NNNNNNN
     train.log                 the log of all starts
@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dit4sr_pl.common.devices import device_count
 from dit4sr_pl.common.files import atomic_write, folder_lock
 from dit4sr_pl.common.run_identity import differences, resume_identity
+from dit4sr_pl.common.secrets import hidden, without_secrets
 from dit4sr_pl.training import former_run
 from dit4sr_pl.training.former_run import CHECKPOINTS, check_not_read, files_of_run, holds_run, is_set_aside
 from dit4sr_pl.training.provenance import record_code, recorded_job, scheduler_job
@@ -103,11 +104,20 @@ def read_config(path: Path) -> DictConfig:
     )
 
 
+class Formatter(logging.Formatter):
+    """Python's formatter, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns a record as text."""
+        return hidden(super().format(record))
+
+
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
     """Appends the logs of this project and of Lightning and Python's warnings to a file; shows all but Lightning's."""
     file, shown = logging.FileHandler(path), logging.StreamHandler()
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s"))
+    shown.setFormatter(Formatter())
     shown.addFilter(lambda record: record.exc_info is None)  # the command shows errors in one line
     places = [("dit4sr_pl", file), ("dit4sr_pl", shown), ("py.warnings", file), ("py.warnings", shown)]
     places += [("lightning.pytorch", file)]
@@ -150,7 +160,7 @@ class Start:
         former_run.set_aside(self.former)
         (folder / FINISHED).unlink(missing_ok=True)
         with atomic_write(folder / CONFIG) as partial:
-            OmegaConf.save(self.cfg, partial, resolve=True)
+            OmegaConf.save(without_secrets(OmegaConf.to_container(self.cfg, resolve=True)), partial)
         record_code(folder, self.step)
         for path in checkpoints_in(folder):
             if int(path.stem) > self.step:

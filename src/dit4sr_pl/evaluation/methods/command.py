@@ -11,6 +11,7 @@ from torch import Tensor
 from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.common.hashing import file_hash, values_hash
 from dit4sr_pl.common.processes import run_to_end
+from dit4sr_pl.common.secrets import hidden
 from dit4sr_pl.evaluation.benchmark_sets import SCALE, read
 from dit4sr_pl.evaluation.methods import LRImage
 from dit4sr_pl.images.files import check_image, write_image
@@ -140,7 +141,7 @@ class Command:
         """Runs the command; returns a message with the last line of its log if it fails, else []."""
         log = self.work / "log.txt"
         with log.open("w", encoding="utf-8") as file:
-            print(*self.command, file=file, flush=True)
+            print(*map(hidden, self.command), file=file, flush=True)
             code = run_to_end(self.command, self.checkout, file)
         if not code:
             return []

@@ -3,6 +3,7 @@
 from lightning import Callback, LightningModule, Trainer
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
+from dit4sr_pl.common.secrets import without_secrets
 from dit4sr_pl.training.callbacks.validation_scores import tensorboards
 from dit4sr_pl.training.lightning_state import add_summary
 
@@ -26,5 +27,6 @@ class HyperParameters(Callback):
         config = dict(pl_module.net.network_config())
         variant = config.pop("variant", {})  # a baseline has no variant
         row = {name: value for name, value in {**config, **variant, **self.columns}.items() if value is not None}
+        row = without_secrets(row)
         for writer in tensorboards(trainer):
             add_summary(writer, hparams_pb(row, trial_id=""))  # an empty id makes a row of its own for every run
