@@ -3,14 +3,12 @@
 import dataclasses
 import io
 import os
+import re
 import socket
 import subprocess
 import sys
 from urllib.request import urlopen
 
-import gradio as gr
-import imagecodecs
-import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -20,13 +18,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from skimage import data
 
-from dit4sr_pl.app import answer, check, describer, restored
+from dit4sr_pl.app import check
 from dit4sr_pl.backbone.sd3 import Backbone
+from dit4sr_pl.cli.command import read_conf
 from dit4sr_pl.images.files import read_image
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.restoration.pictures import PictureRestorer
 from dit4sr_pl.restoration.restorer import Restorer
-from dit4sr_pl.restoration.worklist import Entry
 from testing.toy_llava import save_toy_llava
 from testing.toy_runs import SAMPLER
 
@@ -39,8 +36,8 @@ def restorer() -> Restorer:
 
 @pytest.fixture
 def photo(tmp_path):
-    Image.fromarray(data.astronaut()[80:128, 200:264]).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
+    Image.fromarray(data.astronaut()[80:128, 200:264]).save(tmp_path / "wow! a$b{c}.png")
+    return tmp_path / "wow! a$b{c}.png"
 
 
 @pytest.fixture
@@ -51,6 +48,8 @@ def address(tmp_path):
     toy = [f"captioner.name={tmp_path / 'llava'}", "captioner.max_tokens=6", "captioner.dtype=float32"]
     command = [sys.executable, "-m", "dit4sr_pl.app", f"port={port}", "sampler.steps=2", "captioner=llava", *toy]
     environment = os.environ | {"GRADIO_TEMP_DIR": str(tmp_path / "uploads")}
+    proxies = ("http_proxy", "https_proxy", "all_proxy")  # that no connection of the page to itself goes through
+    environment |= {name: "socks5://127.0.0.1:9" for proxy in proxies for name in (proxy, proxy.upper())}
     with (tmp_path / "stderr").open("w") as stderr:
         app = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=tmp_path, env=environment)
     try:
@@ -58,7 +57,8 @@ def address(tmp_path):
         yield f"http://127.0.0.1:{port}"
     finally:
         app.terminate()
-        app.communicate(timeout=20)
+        app.communicate(timeout=30)
+    assert app.returncode == 143 and list((tmp_path / "uploads").iterdir()) == []
 
 
 def fill(window: Chrome, label: str, value: int) -> None:
@@ -101,62 +101,29 @@ def test_the_page_shows_what_the_restorer_restores_and_says_what_is_wrong(addres
     elsewhere = [name for name in browser.execute_script(loaded) if not name.startswith(address)]
     assert elsewhere == []
 
+    fill(browser, "steps", 100)
+    browser.find_element(By.XPATH, "//button[normalize-space()='Restore']").click()
+    wait.until(lambda window: "restoring" in window.find_element(By.TAG_NAME, "body").text)
+    browser.find_element(By.XPATH, "//button[normalize-space()='Stop']").click()
+    wait.until(lambda window: "restoring" not in window.find_element(By.TAG_NAME, "body").text)
+    fill(browser, "steps", 101)
+    browser.find_element(By.XPATH, "//button[normalize-space()='Restore']").click()
+    shown = lambda window: window.find_element(By.CSS_SELECTOR, "[data-testid=toast-body]").text  # noqa: E731
+    assert "steps=101: must be a whole number from 1 to 100" in wait.until(shown)
+    browser.find_element(By.CSS_SELECTOR, "[data-testid=toast-close]").click()
+    fill(browser, "steps", 2)
+
     browser.find_element(By.CSS_SELECTOR, "button[aria-label='Remove this file'], button[aria-label='Clear']").click()
     wait.until(lambda window: window.find_elements(By.CSS_SELECTOR, "input[type=file]"))
     restore_there(browser, broken)
-    toast = wait.until(lambda window: window.find_element(By.CSS_SELECTOR, "[data-testid=toast-body]").text)
+    toast = wait.until(shown)
     assert "broken.png: not a readable image" in toast and "/" not in toast
 
     lr = read_image(photo)[None] / 255
     levels = lambda images: (images[0] * 255).round().byte().permute(1, 2, 0)  # noqa: E731
     assert torch.equal(before, levels(enlarge(lr, (192, 256))))
-    assert torch.equal(after, levels(restorer(lr, (192, 256), [""], ["photo"], seed=7)))
+    assert torch.equal(after, levels(restorer(lr, (192, 256), [""], ["wow! a$b{c}"], seed=7)))
     assert (tmp_path / "stderr").read_text() == ""
-
-
-def test_large_results_and_wrong_settings_are_refused(photo, restorer):
-    cfg = OmegaConf.create({"max_pixels": 10000, "max_steps": 100})
-    for scale, steps, message in (
-        (4, 2, "256x192 pixels: at most 10000"),
-        (1, 0, "steps=0"),
-        (1, 10**6, "steps=1000000: must be a whole number from 1 to 100"),
-        (9, 2, "scale=9: must be a number from 1 to 8"),
-        (0.5, 2, "scale=0.5"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            restored(restorer, cfg, photo, scale, "", 0, {"steps": steps}, show=lambda done: None)
-
-
-@pytest.mark.slow
-def test_a_file_on_the_page_is_the_file_that_restore_writes(restorer, tmp_path):
-    levels = np.random.default_rng(0).integers(0, 65536, (9, 7, 4), dtype=np.uint16)
-    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(levels))
-    cfg = OmegaConf.create({"max_pixels": 10**6, "max_steps": 100})
-    restore_file = answer(restorer, cfg, str(tmp_path))
-    _, after = restore_file(str(tmp_path / "a.png"), 2, "", 2, 1.0, "adain", 3, progress=lambda *_, **__: None)
-    chosen = Restorer(restorer.net, restorer.backbone, dataclasses.replace(restorer.sampler, steps=2))
-    pictures = PictureRestorer(chosen, 2, "bicubic", 3)
-    entry = Entry(tmp_path / "a.png", tmp_path / "out" / "a.png", "a", (9, 7), True)
-    assert [outcome.failure for outcome in pictures.run([[entry]], lambda pixels: None)] == [None]
-    assert after.name == "a.png" and after.read_bytes() == entry.target.read_bytes()
-    assert imagecodecs.png_decode(after.read_bytes()).shape == (18, 14, 4)
-
-
-def test_prompts_on_the_page_are_the_samplers_and_a_button_describes_the_image(restorer, photo, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr("dit4sr_pl.app.restored", lambda *arguments: asked.append(arguments) or 1 / 0)
-    cfg = OmegaConf.create({"max_pixels": 10**6, "max_steps": 100})
-    for prompts in ((), ("sharp", "")):
-        with pytest.raises(ZeroDivisionError):
-            answer(restorer, cfg, str(tmp_path))(str(photo), 2, "a cat", 2, 1.0, "none", 3, *prompts)
-    plain, given = (arguments[6] for arguments in asked)
-    assert given == plain | {"added_prompt": "sharp", "negative_prompt": ""} and "added_prompt" not in plain
-    describe = describer(lambda images: [f"An image of {tuple(images[0].shape)}."])
-    assert describe(str(photo)) == "An image of (3, 48, 64)."
-    (tmp_path / "broken.png").write_bytes(photo.read_bytes()[:-200])
-    for file, message in ((None, "give an image"), (str(tmp_path / "broken.png"), "^'?broken.png: not a readable")):
-        with pytest.raises(gr.Error, match=message):
-            describe(file)
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):
@@ -165,11 +132,24 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
         check(OmegaConf.create({}))
 
 
-def test_a_port_in_use_is_named():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        backbone = {"name": "x", "dtype": "float32", "quantization": None, "embeddings": None}
-        cfg = {"scale": 4, "sampler": {"steps": 1}, "max_steps": 1, "model": {"backbone": backbone}}
-        cfg |= {"host": "127.0.0.1", "port": port, "compile": False}
-        with pytest.raises(ValueError, match=f"port={port}: Address already in use"):
-            check(OmegaConf.create(cfg))
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("sampler.steps=101", "steps=101: must be a whole number from 1 to 100, the page's max_steps"),
+        ("sampler.guidance_scale=31", "guidance_scale=31: must be a number from 0 to 30, the page's max_guidance"),
+        ("seed=1.5", "seed=1.5: must be a whole number"),
+        ("max_stored=none", "max_stored=none: must be a size such as 50mb"),
+        ("max_seconds=0", "max_seconds=0: must be a number above 0"),
+        ("queue=0", "queue=0: must be a whole number"),
+        (f"sampler.negative_prompt={'x' * 2001}", "sampler.negative_prompt: 2001 characters; at most 2000 are read"),
+    ],
+)
+def test_a_setting_that_visitors_could_not_send_is_refused_at_the_start(setting, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(read_conf("app", setting))
+
+
+def test_hosts_may_be_given_as_urls_have_them():
+    for host in ("::1", "[::1]", "127.0.0.1", "page.example"):
+        cfg = read_conf("app", f"host={host}", f"hosts=[{host},other.example]")
+        assert (cfg.host, list(cfg.hosts)) == (host, [host, "other.example"])

@@ -16,10 +16,11 @@ PATHS += ("data.photos", "data.captions", "metric_weights.folder", "captioner.na
 PATHS += (r"data\.(sets|pairs)\.[\w-]+\.(folder|captions|manifest|lr|hr)", r"dataset\.(folder|lr|hr|captions)")
 PATHS += (r"data\.validation\.(folder|lr|hr|captions)", r"method\.(checkout|python|work|outputs)")
 PATHS += (r"metrics\.\w+\.folder", r"method\.weights\.\w+", r"hydra\.run\.dir", r"hydra\.sweep\.dir")
-TEXTS = ("prompt", "name", "against", "captioner.instruction", "sampler.added_prompt", "sampler.negative_prompt")
+TEXTS = ("prompt", "name", "against", "host", "captioner.instruction")
+TEXTS += ("sampler.added_prompt", "sampler.negative_prompt")
 TEXTS += (r"data\.pairs\.[\w-]+\.[lh]r_suffix", r"dataset\.([lh]r_suffix|name)", "method.label")
 PATH_LISTS = ("data.folders", "data.validation_folders", "data.latents", "runs")
-TEXT_LISTS = ("prompts", "captions.dropped_words")
+TEXT_LISTS = ("prompts", "captions.dropped_words", "hosts")
 ALWAYS_GIVEN = ("input", "output")  # `null` is a name for these
 # Commands that read these settings themselves. Others reach libraries, which interpolate what they are given.
 READ_ONCE = {

@@ -49,16 +49,22 @@ def prctl(option: int, value: int) -> None:
 
 
 @contextmanager
-def sigterm_exits() -> Iterator[None]:
-    """Makes SIGTERM end this process by SystemExit with code 143, so that `finally` blocks run."""
+def signals_exit(*signals: signal.Signals) -> Iterator[None]:
+    """Makes each of these signals end this process by SystemExit with code 128 + its number, so that `finally` blocks
+    run. A signal that is ignored, as `nohup` does with SIGHUP, stays so.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = {each: signal.getsignal(each) for each in signals}
+    for each, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(each, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def run_to_end(command: Sequence[str], folder: Path, log: IO) -> int:
@@ -73,7 +79,7 @@ def run_to_end(command: Sequence[str], folder: Path, log: IO) -> int:
         log: file of its output.
     """
     alive, ends = os.pipe()
-    with sigterm_exits():
+    with signals_exit(signal.SIGTERM):
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, str(alive), *command],
             cwd=folder,

@@ -13,7 +13,9 @@ from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.compilation import capture_graphs, compile_blocks
 from dit4sr_pl.model.trained_part import fit_part, with_injection_scale
+from dit4sr_pl.restoration.fitting import Size
 from dit4sr_pl.restoration.sampling import Sampler, restore
+from dit4sr_pl.restoration.tiling import tile_starts
 
 
 class Restorer:
@@ -80,6 +82,18 @@ class Restorer:
     def evaluations(self) -> int:
         """Number of network evaluations per call."""
         return len(self.sampler.schedule(self.backbone.scheduler)[1])
+
+    def tile_evaluations(self, lr: Size, size: Size) -> int:
+        """Returns how often the network runs on a tile to restore one image; with guidance, twice per tile and step.
+
+        Args:
+            lr: height and width of the LR image.
+            size: height and width of the result.
+        """
+        sampler, factor, patch = self.sampler, self.backbone.coder.factor, self.net.patch_size
+        _, (height, width) = sampler.fitted(lr, size, factor, patch)
+        rows, columns = tile_starts((height // factor, width // factor), sampler.tile, sampler.overlap, patch)
+        return self.evaluations * (1 if sampler.guidance_scale == 1 else 2) * len(rows) * len(columns)
 
     def __call__(
         self,

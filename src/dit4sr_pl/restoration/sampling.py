@@ -15,7 +15,7 @@ from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.model.compilation import is_compiled
 from dit4sr_pl.restoration.color import ALIGNMENTS
-from dit4sr_pl.restoration.fitting import FITS, enlarge_through, resize, working_sizes
+from dit4sr_pl.restoration.fitting import FITS, Size, enlarge_through, resize, working_sizes
 from dit4sr_pl.restoration.tiling import TileBatcher, tiled
 
 STARTS = ("noise", "lr")
@@ -105,6 +105,20 @@ class Sampler:
         solver.set_begin_index(first)
         return solver, range(first, len(solver.timesteps))
 
+    def fitted(self, lr: Size, size: Size, factor: int, patch: int) -> tuple[list[Size], Size]:
+        """Returns the sizes that an LR image passes through (`working_sizes`), and the size that the network gets: the
+        last one of them, extended to its grid.
+
+        Args:
+            lr: height and width of the LR image.
+            size: height and width of the result.
+            factor: pixels per latent.
+            patch: latents per token along one side.
+        """
+        sizes = working_sizes(lr, size, factor, self.fit, self.process_size)
+        height, width = (extended(side, self.smallest * factor, patch * factor) for side in sizes[-1])
+        return sizes, (height, width)
+
     def tile_batcher(self, net: DiT4SRTransformer) -> TileBatcher:
         """Returns a batcher for the number of tiles that fit into `tile_memory`.
 
@@ -157,10 +171,8 @@ def restore(
         ValueError: a single tile does not fit into the device's memory.
     """
     device = device or lr.device
-    sizes = working_sizes(tuple(lr.shape[-2:]), size, coder.factor, sampler.fit, sampler.process_size)
+    sizes, extent = sampler.fitted(tuple(lr.shape[-2:]), size, coder.factor, net.patch_size)
     height, width = sizes[-1]
-    least, multiple = sampler.smallest * coder.factor, net.patch_size * coder.factor
-    extent = extended(height, least, multiple), extended(width, least, multiple)
     enlarged = (enlarge_through(each, sizes, extent) for each in lr.to(device).split(1))
     lr_latent = torch.cat([coder.encode_tiled(each, sampler.vae_tile) for each in enlarged])
     noise = draw_noise(lr_latent.shape[1:], generators).to(device)

@@ -86,7 +86,7 @@ def tiled(
         patch: the transformer's patch size.
         batcher: how many tiles, of one image or several, go through at once.
     """
-    rows, columns = (starts(length, tile, overlap, patch) for length in noisy.shape[-2:])
+    rows, columns = tile_starts(tuple(noisy.shape[-2:]), tile, overlap, patch)
     height, width = (min(tile, length) for length in noisy.shape[-2:])
     places = [(image, top, left) for image in range(len(noisy)) for top in rows for left in columns]
     weights = gaussian(height, noisy).unsqueeze(1) * gaussian(width, noisy)
@@ -107,6 +107,12 @@ def tiled(
             total[window(place)] += weights * velocity
             norm[window(place)] += weights
     return total.div_(norm)
+
+
+def tile_starts(size: tuple[int, int], tile: int, overlap: int, patch: int) -> tuple[list[int], list[int]]:
+    """Returns the rows and the columns at which tiles start in latents of this height and width, see `tiled`."""
+    rows, columns = (starts(length, tile, overlap, patch) for length in size)
+    return rows, columns
 
 
 def starts(length: int, tile: int, overlap: int, patch: int) -> list[int]:
