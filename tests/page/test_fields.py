@@ -220,9 +220,9 @@ def test_the_folder_has_a_total_and_empty_files_count(tmp_path):
     folder = PageFolder(tmp_path, 10 * 2**16)
     for name in "abcdefgh":
         (tmp_path / name).touch()
-    folder.make_room(2 * 2**16)
+    folder.make_room(2 * 2**16, lambda session: session == "visitor")
     with pytest.raises(ValueError, match="no room for more images now"):
-        folder.make_room(2 * 2**16 + 1)
+        folder.make_room(2 * 2**16 + 1, lambda session: session == "visitor")
     assert len(list(tmp_path.iterdir())) == 8
 
 
@@ -234,9 +234,10 @@ def test_uploads_that_broke_off_go_and_old_files_go_where_there_is_no_room_unles
         file.write_bytes(b"x")
         os.utime(file, (time.time() - age,) * 2)
     folder.hold("visitor", kept / "x.png")
-    folder.make_room(0)
+    folder.hold("gone", sent)
+    folder.make_room(0, lambda session: session == "visitor")
     assert sent.exists() and writing.exists() and not cut.exists()
-    folder.make_room(2**16)
+    folder.make_room(2**16, lambda session: session == "visitor")
     assert not sent.parent.exists() and (kept / "x.png").exists()
     result = folder.new_result("visitor")
     (result / "a.png").touch()

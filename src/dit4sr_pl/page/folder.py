@@ -4,8 +4,9 @@ import fcntl
 import os
 import shutil
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,7 +17,7 @@ KEPT = 600  # seconds that files are kept for somebody who has no page open, if 
 
 
 class PageFolder:
-    """A folder of uploads and results.
+    """A folder of uploads and results; its methods may be called by several threads.
 
     Args:
         path: the folder.
@@ -24,7 +25,7 @@ class PageFolder:
     """
 
     def __init__(self, path: Path, most: int):
-        self.path, self.most = path, most
+        self.path, self.most, self.lock = path, most, threading.RLock()
         self.uploads: dict[str, dict[Path, int]] = {}  # by session: uploads with the time at which they were written
         self.results: dict[str, Path] = {}  # by session: the folder of the result that its page shows
 
@@ -32,15 +33,21 @@ class PageFolder:
         """Returns the bytes of all files, each of at least 64 KiB."""
         return sum(max(LEAST, status.st_size) for _, status in self._files())
 
-    def make_room(self, size: int) -> None:
+    def make_room(self, size: int, is_there: Callable[[str], bool]) -> None:
         """Makes room for `size` more bytes; what nobody has a page open for goes first, if it is ten minutes old.
+
+        Args:
+            size: the bytes.
+            is_there: whether a session is still connected.
 
         Raises:
             ValueError: there is no room.
         """
+        with self.lock:
+            self._forget(is_there)
+            held = {file for files in self.uploads.values() for file in files}
+            held |= {file for folder in self.results.values() for file in folder.glob("*")}
         used, now = self.used(), time.time()
-        held = {file for files in self.uploads.values() for file in files}
-        held |= {file for folder in self.results.values() for file in folder.glob("*")}
         files = [(file.parent != self.path, status.st_mtime, file, status.st_size) for file, status in self._files()]
         for complete, written, file, length in sorted(files):  # Gradio gives an upload a folder when it is complete
             age = now - written
@@ -53,27 +60,36 @@ class PageFolder:
 
     def hold(self, session: str, file: str | Path) -> None:
         """Notes that an upload belongs to a session, until `leave`."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self.lock:
             self.uploads.setdefault(session, {})[Path(file)] = Path(file).stat().st_mtime_ns
 
     def new_result(self, session: str) -> Path:
         """Returns a new folder for the session's result, in the place of its last one."""
-        if session in self.results:
-            remove(self.results.pop(session))
-        self.results[session] = Path(tempfile.mkdtemp(prefix="result-", dir=self.path))
-        return self.results[session]
+        folder = Path(tempfile.mkdtemp(prefix="result-", dir=self.path))
+        with self.lock:
+            last, self.results[session] = self.results.get(session), folder
+        if last is not None:
+            remove(last)
+        return folder
 
     def leave(self, session: str, results: bool) -> None:
         """Removes the uploads of a session, and its results if `results`; an upload that somebody else has sent again
         meanwhile stays.
         """
-        for file, written in self.uploads.pop(session, {}).items():
-            with suppress(FileNotFoundError):
-                if file.stat().st_mtime_ns == written and not any(file in files for files in self.uploads.values()):
-                    remove(file)
-        folder = self.results.pop(session, None)
+        with self.lock:
+            for file, written in self.uploads.pop(session, {}).items():
+                with suppress(FileNotFoundError):
+                    if file.stat().st_mtime_ns == written and not any(file in files for files in self.uploads.values()):
+                        remove(file)
+            folder = self.results.pop(session, None)
         if folder is not None and results:
             remove(folder)
+
+    def _forget(self, is_there: Callable[[str], bool]) -> None:
+        """Forgets what belonged to sessions that ended without `leave`, as when a program cancels what it waits for."""
+        for held in (self.uploads, self.results):
+            for session in [session for session in held if not is_there(session)]:
+                del held[session]
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for parent, _, names in os.walk(self.path):

@@ -138,7 +138,7 @@ class RequestFilter:
         if int(length) > self.max_file_size + MULTIPART_BYTES:
             raise Refused(413, f"larger than {self.max_file_size} bytes, the page's max_file_size")
         try:
-            await asyncio.to_thread(self.folder.make_room, int(length))
+            await asyncio.to_thread(self.folder.make_room, int(length), self.visitors.is_there)
         except ValueError as error:
             raise Refused(507, str(error)) from None
         await self.app(scope, receive, send)
