@@ -113,6 +113,8 @@ class Page:
             if self.captioner is not None:
                 works.append(describe.click(self.describe_file, file, caption, **options))
             stop.click(None, cancels=works)
+            # With an event for it, browsers keep a connection by which `Visitors` sees that the page is open.
+            blocks.unload(lambda: None)
         return blocks
 
     def restore_file(
