@@ -41,7 +41,7 @@ def main() -> None:
         for i in range(5):
             write_image(folder / "photos" / f"{i}.png", torch.rand(3, 80, 80, generator=generator("cpu", i)))
         commands = f"commands: {{0: '{command}'}}, seed: 0, step: {STOPPED_AT}, wait: 60"
-        once = f"+callbacks.once={{_target_: testing.slurm_cluster.Once, {commands}}}"
+        once = f"+callbacks.monitor={{_target_: testing.slurm_cluster.Once, {commands}}}"
         slurm = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=null"]
         whole = sweep(folder, environment, "whole")
         stopped = sweep(folder, environment, "stopped", *slurm, once)

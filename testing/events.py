@@ -42,7 +42,7 @@ def fill(save: Callable, checkpoint: dict) -> None:
 
 def event(what: str, hook: str, steps: int) -> list[str]:
     """Returns the overrides that add an `Event` to a run."""
-    return [f"+callbacks.event={{_target_: testing.events.Event, what: {what}, hook: {hook}, steps: {steps}}}"]
+    return [f"+callbacks.monitor={{_target_: testing.events.Event, what: {what}, hook: {hook}, steps: {steps}}}"]
 
 
 class FillDisk(Callback):

@@ -17,6 +17,7 @@ from dit4sr_pl.common.run_identity import (
     resume_identity,
 )
 
+ADDED_BY_USERS = ["+trainer.enable_progress_bar=false", "+callbacks.monitor={_target_: my.Watcher}"]
 IDENTITIES = {"resume": resume_identity, "result": result_identity}
 
 
@@ -37,10 +38,9 @@ def cfg(default) -> DictConfig:
 
 @pytest.fixture(scope="module")
 def keys(default) -> set[str]:
-    """The settings of all trainers, with one that users add with `+`."""
-    others = [
-        composed(f"trainer={trainer}", "+trainer.enable_progress_bar=false") for trainer in ("gpu", "ddp", "fsdp")
-    ]
+    """The settings of all trainers, with some that users add with `+`."""
+    others = [composed(f"trainer={trainer}", *ADDED_BY_USERS) for trainer in ("gpu", "ddp", "fsdp")]
+    others.append(composed("experiment=resume_check", "+debug=profiler"))
     return {key for config in (default, *others) for key in flat_settings(config)}
 
 
@@ -84,6 +84,29 @@ def test_a_longer_or_differently_validated_run_resumes_and_has_another_result(cf
     other = changed(cfg, trainer__max_steps=7, data__validation_limit=1)
     assert resume_identity(other) == resume_identity(cfg)
     assert differences(result_identity(other), result_identity(cfg)) == ["data.validation_limit", "trainer.max_steps"]
+
+
+@pytest.mark.parametrize("key", ["gradient_clip_algorithm", "limit_train_batches", "overfit_batches", "sync_batchnorm"])
+def test_a_setting_of_the_trainer_that_is_on_no_list_makes_another_run(cfg, key):
+    other = cfg.copy()
+    OmegaConf.update(other, f"trainer.{key}", 3, force_add=True)
+    assert differences(resume_identity(other), resume_identity(cfg)) == [f"trainer.{key}"]
+
+
+@pytest.mark.parametrize(
+    "name, target, same",
+    [
+        ("swa", "lightning.pytorch.callbacks.StochasticWeightAveraging", False),
+        ("mine", "my.FreezesLayers", False),
+        ("monitor", "my.Watcher", True),
+        ("stop", "lightning.pytorch.callbacks.EarlyStopping", True),
+        ("rate", "lightning.pytorch.callbacks.LearningRateMonitor", True),
+    ],
+)
+def test_a_callback_makes_another_run_unless_it_only_watches(cfg, name, target, same):
+    other = cfg.copy()
+    OmegaConf.update(other, f"callbacks.{name}", {"_target_": target, "option": 1}, force_add=True)
+    assert (resume_identity(other) == resume_identity(cfg)) is same
 
 
 @pytest.mark.parametrize("identity", IDENTITIES.values(), ids=IDENTITIES)

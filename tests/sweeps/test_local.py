@@ -25,7 +25,7 @@ BAD, STOPPED = 1, 2
 def options(photos: Path, stopped: int | None) -> list[str]:
     stopped = "null" if stopped is None else stopped
     given = f"{{_target_: testing.events.Threads, folder: ${{output}}, seed: ${{seed}}, stopped: {stopped}}}"
-    return [*small(photos), *LOSSES, "metrics=[psnr]", f"+callbacks.threads={given}"]
+    return [*small(photos), *LOSSES, "metrics=[psnr]", f"+callbacks.monitor={given}"]
 
 
 def prepare(folder: Path) -> Path:

@@ -37,7 +37,7 @@ STOPS = {
 COMES_BACK, KILLED, REFUSED = (0, 1, 2, 3), 4, 5
 STEPS = 5
 LOSSES = ["+callbacks.losses._target_=dit4sr_pl.training.callbacks.Losses", "+callbacks.losses.folder=${output}"]
-ONCE = "+callbacks.once={_target_: testing.slurm_cluster.Once, commands: {%s}, seed: ${seed}, step: 2, wait: 30}"
+ONCE = "+callbacks.monitor={_target_: testing.slurm_cluster.Once, commands: {%s}, seed: ${seed}, step: 2, wait: 30}"
 
 
 def options(photos: Path) -> list[str]:
@@ -87,7 +87,7 @@ def undisturbed(photos, tmp_path_factory) -> Callable[[int], Path]:
         output = folder / str(seed)
         if not output.exists():
             with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-                train(compose("train", [*options(photos), "~callbacks.once", f"seed={seed}", f"output={output}"]))
+                train(compose("train", [*options(photos), "~callbacks.monitor", f"seed={seed}", f"output={output}"]))
         return output
 
     return run
@@ -154,7 +154,7 @@ def test_outputs_are_one_experiment(slurm, stopped):
 
 
 def test_the_same_command_goes_on_with_what_was_killed(slurm, stopped, undisturbed):
-    again = slurm.sweep(f"seed={KILLED}", "~callbacks.once")
+    again = slurm.sweep(f"seed={KILLED}", "~callbacks.monitor")
     assert again.returncode == 0, again.stderr
     assert_same_run(slurm.seed(KILLED), undisturbed(KILLED))
 

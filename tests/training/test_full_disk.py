@@ -48,7 +48,7 @@ def test_a_disk_that_is_full_for_three_steps_costs_their_records_and_nothing_els
     monkeypatch.setattr(event_log, "PAUSE", 0)  # it tries again at every step
     start(photos, tmp_path / "whole")
     fill = f"{{_target_: testing.events.FillDisk, folder: {disk}, full_at: 2, free_at: 5}}"
-    start(photos, disk / "run", f"+callbacks.event={fill}")
+    start(photos, disk / "run", f"+callbacks.monitor={fill}")
     assert finished_steps(disk / "run", 6) == 6
     assert [int(path.stem) for path in checkpoints_in(disk / "run")] == [6, 2, 1]
     assert "0000003.ckpt: not saved (No space left on device)" in caplog.text

@@ -9,6 +9,7 @@ because training and evaluation, which do not import each other, both use it.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,7 +26,6 @@ NO_EFFECT = (
     "root",
     "global_batch",
     "logger",
-    "callbacks",
     "metric_weights",
     "ablation_name",
     "sharded",
@@ -34,12 +34,23 @@ NO_EFFECT += ("data.num_workers", "data.photos_in_memory", "data.latents_in_memo
 NO_EFFECT += ("model.network.gradient_checkpointing", "model._target_")  # `_target_` says whether training is sharded
 NO_EFFECT += ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches", "trainer.strategy")
 NO_EFFECT += ("trainer.accelerator", "trainer.plugins", "trainer.enable_progress_bar", "trainer.log_every_n_steps")
+NO_EFFECT += ("trainer.enable_model_summary", "trainer.profiler")
+NO_EFFECT += tuple(
+    f"callbacks.{name}" for name in ("checkpoint", "scores", "degradation", "hyper_parameters", "progress", "losses")
+)
+NO_EFFECT += ("callbacks.monitor",)  # a user's own callback that only watches
 NO_EFFECT += ("model.backbone.gpu_memory",)
 # Copies of settings that have a key of their own.
 NO_EFFECT += ("model.optimizer", "model.schedule", "model.seed", "model.sampler", "data.seed", "data.degradation")
 
+# Classes of callbacks that only watch, or end a run as `trainer.max_steps` does, whatever their key is.
+WATCHING = ("LearningRateMonitor", "DeviceStatsMonitor", "ThroughputMonitor", "RichProgressBar", "TQDMProgressBar")
+WATCHING += ("ModelSummary", "RichModelSummary", "ModelCheckpoint", "OnExceptionCheckpoint", "EarlyStopping", "Timer")
+
 # Settings that may change when a run is resumed, although its scores depend on them; docs/resume.md says why.
-MAY_CHANGE = ("trainer", "sampler", "metrics")
+MAY_CHANGE = ("sampler", "metrics", "trainer.max_steps", "trainer.max_time", "trainer.max_epochs")
+MAY_CHANGE += ("trainer.val_check_interval", "trainer.limit_val_batches", "trainer.check_val_every_n_epoch")
+MAY_CHANGE += ("trainer.num_sanity_val_steps",)
 MAY_CHANGE += ("data.validation", "data.validation_folders", "data.validation_crop", "data.validation_limit")
 
 # Exceptions to the two lists above: settings that belong to both identities.
@@ -88,7 +99,13 @@ def result_identity(cfg: DictConfig) -> dict[str, Any]:
 def bound_settings(cfg: DictConfig, free: tuple[str, ...]) -> dict[str, Any]:
     """Returns the settings outside of the `free` sections, without added ones that do as before; see `ADDED`."""
     settings = {key: value for key, value in flat_settings(cfg).items() if key not in ADDED or value != ADDED[key]}
+    free += tuple(key.removesuffix("._target_") for key, value in settings.items() if watches(key, value))
     return {key: value for key, value in settings.items() if within(key, MUST_MATCH) or not within(key, free)}
+
+
+def watches(key: str, value: object) -> bool:
+    """Returns whether a setting is the class of a callback that does not change the training."""
+    return bool(re.fullmatch(r"callbacks\.[^.]+\._target_", key)) and value in WATCHING
 
 
 def evaluation_identity(
@@ -137,9 +154,27 @@ def upgraded(before: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, A
     return {**before, "metrics": metrics, "method": method}
 
 
+def complete_parts(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Gives both of two evaluations' identities the fingerprints of the backbone's parts that only one of them has.
+
+    Parts that were not recorded, or are not downloaded yet, are not compared.
+    """
+    bases = [identity["method"].get("base") for identity in (ours, theirs)]
+    if all(isinstance(base, dict) for base in bases):
+        parts = [dict(base.get("parts", {})) for base in bases]
+        for base, own, other in zip(bases, parts, reversed(parts), strict=True):
+            base["parts"] = other | own
+
+
 def hashed_part(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what the hash of an evaluation's identity covers: all of it except versions and the row's name."""
-    return {key: value for key, value in identity.items() if key not in ("versions", "name")}
+    """Returns what the hash of an evaluation's identity covers: all but versions, the row's name, and fingerprints of
+    the backbone's parts, which evaluations of before 0.2 do not have."""
+    hashed = {key: value for key, value in identity.items() if key not in ("versions", "name")}
+    method = hashed.get("method", {})
+    if isinstance(base := method.get("base"), dict):
+        base = {key: value for key, value in base.items() if key != "parts"}
+        hashed["method"] = dict(method) | {"base": base}
+    return hashed
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
