@@ -100,8 +100,32 @@ def test_a_run_takes_the_rate_of_its_step_also_when_it_resumes_with_accumulation
 def test_a_checkpoint_of_another_rate_is_continued_with_what_the_config_says(run, tmp_path):
     run("first", *QUICK, "trainer.max_steps=2", "optimizer.lr=1.0e-3")
     options = ["optimizer.lr=1.0e-6", "optimizer.weight_decay=0.5", "optimizer.betas=[0.5,0.9]"]
-    run("second", *QUICK, "trainer.max_steps=3", *options, f"ckpt_path={tmp_path}/first/checkpoints/0000002.ckpt")
+    checkpoint = f"ckpt_path={tmp_path}/first/checkpoints/0000002.ckpt"
+    run("second", *QUICK, "trainer.max_steps=3", *options, checkpoint)
     (group,) = torch.load(tmp_path / "second/checkpoints/0000003.ckpt", weights_only=True)["optimizer_states"][0][
         "param_groups"
     ]
     assert (group["lr"], group["weight_decay"], tuple(group["betas"])) == (1e-6, 0.5, (0.5, 0.9))
+    with pytest.raises(ValueError, match="has the state of AdamW, and this run has the optimizer SGD; take the same"):
+        sgd = ["optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~optimizer.eps", "optimizer.fused=false"]
+        run("third", *QUICK, "trainer.max_steps=3", *sgd, checkpoint)
+
+
+@pytest.mark.slow
+def test_average_patience_and_time_are_those_of_the_config_and_not_of_the_checkpoint(run, tmp_path):
+    stop = "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/psnr, patience: %d}"
+    options = ["trainer.limit_val_batches=0", "callbacks.checkpoint.every_n_train_steps=1", "optimizer.lr=1.0e-2"]
+    run("first", *options, stop % 3, "trainer.max_steps=2", "+trainer.max_time=00:01:00:00")
+    paths = [tmp_path / name for name in ("first/checkpoints/0000002.ckpt", "second/checkpoints/0000003.ckpt")]
+    clock = {"time_elapsed": {"train": 3600.0}}
+    checkpoint = torch.load(paths[0], weights_only=True)
+    assert "Timer" in checkpoint["callbacks"]
+    torch.save(checkpoint | {"callbacks": checkpoint["callbacks"] | {"Timer": clock}}, paths[0])
+    changed = [stop % 7, "callbacks.ema.decay=0.5", "seed=3", "+trainer.max_time=00:01:00:00"]
+    run("second", *options, *changed, "trainer.max_steps=3", f"ckpt_path={paths[0]}")
+    before, after = (torch.load(path, weights_only=True) for path in paths)
+    (patience,) = [state["patience"] for key, state in after["callbacks"].items() if key.startswith("EarlyStopping")]
+    assert patience == 7
+    assert after["callbacks"]["Timer"]["time_elapsed"]["train"] < 3600
+    for name, average in after["state_dict"].items():
+        torch.testing.assert_close(average, (before["state_dict"][name] + after["current_model_state"][name]) / 2)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,6 +135,24 @@ def test_batches_counted_anew_make_whole_steps_with_another_accumulation(tmp_pat
     assert resumed.steps == ([3, 4, 4, 5] if after == 2 else [4, 5])
     assert diary.batches == list(range(3 * after + 1, 5 * after + 1))
     assert [batch for batch, follows in zip(diary.batches, resumed.follows, strict=True) if follows] == diary.validated
+
+
+def test_a_limit_on_batches_of_another_run_does_not_hold(tmp_path):
+    """The checkpoint lies at the second batch of its epoch of three; without a limit there are no epochs."""
+    for before, after in (({"limit_train_batches": 3}, {}), ({}, {"limit_train_batches": 3})):
+        fit(tmp_path, 5, CountsAnew(), **before)
+        resumed, diary = CountsAnew(), Diary()
+        fit(tmp_path, 8, resumed, diary, ckpt_path=tmp_path / "last.ckpt", **after)
+        assert resumed.steps == [6, 7, 8] and diary.batches == [6, 7, 8]
+
+
+def test_options_of_float16s_scaler_are_those_of_the_run():
+    then, now = (torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=n) for n in (10, 20))
+    checkpoint = {"callbacks": {}, "MixedPrecision": then.state_dict() | {"scale": 64.0, "_growth_tracker": 7}}
+    trainer = SimpleNamespace(callbacks=[], precision_plugin=MixedPrecision("16-mixed", "cpu", now))
+    lightning_state.keep_options(trainer, checkpoint)
+    now.load_state_dict(checkpoint["MixedPrecision"])
+    assert (now.get_scale(), now.get_growth_interval(), now.state_dict()["_growth_tracker"]) == (64.0, 20, 7)
 
 
 def test_a_run_that_stops_validates_whatever_the_interval(tmp_path):

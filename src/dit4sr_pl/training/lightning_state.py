@@ -3,10 +3,12 @@
 tests/training/test_lightning_state.py fails when one of them changes.
 """
 
+import inspect
 from typing import Any
 
+import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import Timer, WeightAveraging
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -50,10 +52,10 @@ def count_batches_anew(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     total = checkpoint["global_step"] * trainer.accumulate_grad_batches
-    if progress["total"]["ready"] == total:
-        return
     limit = trainer.limit_train_batches  # an int is the number of batches after which Lightning counts from 0 again
     current = (total - 1) % limit + 1 if isinstance(limit, int) and limit else total
+    if (progress["total"]["ready"], progress["current"]["ready"]) == (total, current):
+        return
     for counts, ready in ((progress["total"], total), (progress["current"], current)):
         before = counts["ready"]
         counts.update({name: count - before + ready for name, count in counts.items()})
@@ -66,6 +68,46 @@ def drop_unread_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """
     keys = {callback.state_key for callback in trainer.callbacks}
     checkpoint["callbacks"] = {key: state for key, state in checkpoint["callbacks"].items() if key in keys}
+
+
+def keep_options(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Puts the options of this run into the states of a checkpoint that is about to be loaded.
+
+    Lightning 2.6.6 and PyTorch 2.14.1 save some options together with what was learnt, such as the patience of
+    `EarlyStopping` or the growth of float16's scaler, and would take those of then. An option is what a constructor's
+    argument and an attribute are named after. The folder of a `ModelCheckpoint` stays: it tells whose files its list
+    of the best ones names.
+    """
+    for callback in trainer.callbacks:
+        state = checkpoint["callbacks"].get(callback.state_key)
+        if isinstance(state, dict):
+            arguments = inspect.signature(type(callback).__init__).parameters.keys() - {"dirpath"}
+            options = arguments & vars(callback).keys() & state.keys()
+            state |= {name: getattr(callback, name) for name in options}
+    plugin = trainer.precision_plugin
+    scaler, saved = getattr(plugin, "scaler", None), checkpoint.get(type(plugin).__qualname__)
+    if scaler is not None and saved:
+        now = scaler.state_dict()
+        saved |= {name: now[name] for name in now.keys() - {"scale", "_growth_tracker"}}
+
+
+def forget_time(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Removes the time that another run took, which `trainer.max_time` would count, from its checkpoint.
+
+    Lightning 2.6.6: the state of `Timer`.
+    """
+    for callback in trainer.callbacks:
+        if isinstance(callback, Timer):
+            checkpoint["callbacks"].pop(callback.state_key, None)
+
+
+def from_all_devices(trainer: Trainer, value: Any) -> list[Any]:
+    """Returns the values of all devices, in the order of their ranks. PyTorch 2.14.1: `all_gather_object`."""
+    if trainer.world_size == 1:
+        return [value]
+    gathered: list = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
 
 
 def limit_validation(trainer: Trainer, limit: float) -> None:

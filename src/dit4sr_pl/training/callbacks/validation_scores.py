@@ -15,7 +15,7 @@ from dit4sr_pl.images.files import write_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.scores.metrics import ImageScore
 from dit4sr_pl.scores.results import PICTURES
-from dit4sr_pl.training.lightning_state import limit_validation, validation_follows
+from dit4sr_pl.training.lightning_state import from_all_devices, limit_validation, validation_follows
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,8 @@ class ValidationScores(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the means over the images of all devices, and the strips."""
-        rows = sorted(from_all_devices(trainer, self.rows).items())
+        gathered = from_all_devices(trainer, self.rows)
+        rows = sorted((name, row) for each in gathered for name, row in each.items())
         self.restored = {name: restored for name, (restored, _, _) in rows}
         self.bicubic = {name: bicubic for name, (_, bicubic, _) in rows}
         for writer in tensorboards(trainer):
@@ -132,15 +133,6 @@ def mean_scores(images: dict[str, Scores]) -> Scores:
     """Returns the mean of each metric over images."""
     columns = {metric: [scores[metric] for scores in images.values()] for metric in next(iter(images.values()), {})}
     return {metric: math.fsum(values) / len(values) for metric, values in columns.items()}
-
-
-def from_all_devices(trainer: Trainer, rows: dict) -> dict:
-    """Returns the rows of all devices."""
-    if trainer.world_size == 1:
-        return rows
-    gathered: list = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, rows)
-    return {name: row for each in gathered for name, row in each.items()}
 
 
 def validation_strip(lr: Tensor, *images: Tensor) -> Tensor:
