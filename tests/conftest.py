@@ -1,6 +1,7 @@
 """Fixtures of all tests. They import what they need when they are asked for: with several processes, the one that
 hands out the tests reads this file, too, and the others wait for it."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
     from dit4sr_pl.backbone.sd3 import Backbone
+    from testing.other_user import SomebodyElse
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +43,17 @@ def run(photos, tmp_path) -> Callable[..., dict[str, float]]:
     from testing.toy_runs import train_toy
 
     return lambda name, *overrides: train_toy(photos, tmp_path / name, *overrides)
+
+
+@pytest.fixture
+def somebody_else() -> Iterator["SomebodyElse"]:
+    """A folder, and a block in which this process is another user; it takes root."""
+    from testing.other_user import another_user
+
+    if os.geteuid():
+        pytest.skip("becoming another user takes root")
+    with another_user() as somebody:
+        yield somebody
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Training on latents: those that `prepare stage=latents` writes, and the folders of the authors' scripts."""
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from dit4sr_pl.cli.checks import read_shard
 from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.randomness import derive_seed, generator
 from dit4sr_pl.data.datasets import Draw
-from dit4sr_pl.data.latents import CropSizes, LatentPairs
+from dit4sr_pl.data.latents import CropSizes, LatentPairs, check_autoencoder
 from dit4sr_pl.data.module import SuperResolutionData
 from dit4sr_pl.degradation import Degradation
 from dit4sr_pl.images.files import read_image, write_image
@@ -110,6 +111,33 @@ def test_a_second_call_encodes_what_is_missing_and_other_sizes_are_named(write, 
     assert again.read_bytes() == content and all(path.stat().st_mtime_ns == before[path] for path in others)
     write_image(tmp_path / "wide.png", torch.rand(3, 64, 96))
     assert "wide.png: 96x64 pixels; crops must be 64x64" in write(tmp_path / "latents", tmp_path)
+
+
+def test_latents_of_another_seed_or_autoencoder_are_not_mixed_with_these(write, latents, crops, tmp_path):
+    other = shutil.copytree(latents, tmp_path / "latents")
+    record = json.loads((other / "latents.json").read_text())
+    assert record["crop_size"] == 64 and record["degradation._target_"] == "Degradation" and record["vae"]
+    (other / "latents.json").write_text(json.dumps(record | {"seed": 9}))
+    assert f"latents={other}: encoded with seed=9 (now 0); give another folder" in write(other)
+    (other / "latents.json").write_text(json.dumps(record | {"vae": "another"}))
+    with pytest.raises(ValueError, match="latents of another autoencoder than the vae of sd3"):
+        check_autoencoder([latents, other], record["vae"], "sd3")
+    check_autoencoder([latents, tmp_path], record["vae"], "sd3")  # the authors' folders have no record
+    (other / "latents.json").write_text("{")
+    with pytest.raises(ValueError, match="latents.json: damaged"):
+        check_autoencoder([other], record["vae"], "sd3")
+
+
+def test_latents_that_are_cut_off_or_encoded_again_are_found_before_the_first_step(latents, tmp_path):
+    other = shutil.copytree(latents, tmp_path / "latents")
+    pairs = LatentPairs([other], None, 64, seed=0, empty_prompt_probability=0.2)
+    before, path = pairs.check(), other / "latent_lr/set/a_1.pt"
+    assert before == LatentPairs([latents], None, 64, seed=0, empty_prompt_probability=0.2).check()
+    torch.save(torch.load(path, weights_only=True) + 1, path)
+    assert pairs.check()["latents"] != before["latents"]  # its size is the same
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"a_1.pt: not read .*remove it and run prepare stage=latents"):
+        pairs.check()
 
 
 def test_samples_are_latents_and_captions_by_name(latents, crops):

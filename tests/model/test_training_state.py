@@ -1,6 +1,7 @@
 """Damaged checkpoints are told apart from unreadable ones, wherever they are read."""
 
 import errno
+import shutil
 import zipfile
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from dit4sr_pl.model import load_part
 from dit4sr_pl.model.training_state import is_whole, read_checkpoint
+from dit4sr_pl.training.run_folder import newest_checkpoint
 
 CONFIG = {"network": "sd3_controlnet", "num_layers": 1}
 
@@ -75,3 +77,14 @@ def test_what_cannot_be_read_is_not_called_damaged(path, number, monkeypatch):
     monkeypatch.setattr(zipfile.ZipFile, "testzip", refuse)
     with pytest.raises(OSError, match="not now"):
         is_whole(path)
+
+
+def test_another_users_checkpoints_stop_a_resume_and_are_not_called_damaged(path, somebody_else):
+    checkpoints = somebody_else.folder / "checkpoints"
+    checkpoints.mkdir()
+    for step in (1, 2):
+        shutil.copy(path, checkpoints / f"000000{step}.ckpt")
+        (checkpoints / f"000000{step}.ckpt").chmod(0o600)
+    with somebody_else(), pytest.raises(PermissionError, match="0000002.ckpt"):
+        newest_checkpoint(somebody_else.folder, 9)
+    assert newest_checkpoint(somebody_else.folder, 9).stem == "0000002"

@@ -223,6 +223,10 @@ def mistakes_in_one_line(folder_key: str | None = None) -> Iterator[None]:
                 f"error: {folder_key}={error.filename}: cannot be written ({error.strerror}); choose another folder"
             )
         sys.exit(f"error: {one_line(error)}")
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        sys.exit(f"error: {one_line(error)}; the system ends workers if memory is short: lower data.num_workers")
     except KeyboardInterrupt as interrupt:
         print(interrupt if str(interrupt) else "interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -242,7 +246,10 @@ def one_line(error: BaseException) -> str:
     """Returns the message of the error that was raised first: Hydra wraps errors of the objects that it makes."""
     while error.__cause__ is not None:
         error = error.__cause__
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = str(error)
+    if re.match(r"Caught \w+ in DataLoader worker process", message):  # its whole traceback; the last line is the error
+        message = re.sub(r"^[\w.]+: ", "", message.strip().splitlines()[-1])
+    message = " ".join(message.split()) or type(error).__name__
     if message.startswith("Could not override 'model'"):  # commands took it before there was a group of backbones
         return "model is an option of train and plan; give backbone=sd35_medium or backbone=tiny_sd3"
     return hidden(message)

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from dit4sr_pl.common.names import check_name, folded
 from dit4sr_pl.common.randomness import derive_seed, generator
-from dit4sr_pl.data.photo_sets import SCALE, Folders, Mixture, Photo, open_sets
-from dit4sr_pl.images.files import UnreadableNow, image_size, read_image
+from dit4sr_pl.data.photo_sets import SCALE, Folders, Mixture, Photo, fingerprint, open_sets, side_by_side
+from dit4sr_pl.images.files import UnreadableNow, check_image, image_size, read_image
 
 log = logging.getLogger(__name__)
 
@@ -137,10 +137,13 @@ class TrainingCrops(Dataset):
         """Returns all prompts of samples, the empty one included."""
         return {"", *(photo.prompt for photo in self.photos)}
 
-    def check(self) -> None:
-        """Checks the photos and captions of all sets; errors are those of `PhotoSet.check`."""
-        for photo_set in self.sets:
-            photo_set.check()
+    def check(self) -> dict[str, str]:
+        """Checks the photos and captions of all sets; result and errors are those of `PhotoSet.check`."""
+        return {what: found for photo_set in self.sets for what, found in photo_set.check().items()}
+
+    def listing(self) -> str:
+        """Returns what must be the same on all devices: number and hash of the photos' names, in their order."""
+        return fingerprint((photo.file,) for photo in self.photos)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         photo, image, lr = self._read(self.mixture.photo(draw.index, draw.epoch))
@@ -220,9 +223,14 @@ class ValidationImages(Dataset):
         return len(self.photos)
 
     def check(self) -> None:
-        """Checks the images and captions of all folders; errors are those of `PhotoSet.check`."""
+        """Checks the images and captions of all folders; decodes the images, which every validation does.
+
+        Raises:
+            ValueError: an image is damaged, or see `PhotoSet.check`.
+        """
         for photo_set in self.sets:
             photo_set.check()
+        side_by_side(lambda photo: check_image(photo.path), self.photos)
 
     def captions(self) -> list[str]:
         """Returns the captions of all images."""
@@ -289,6 +297,11 @@ class ValidationPairs(Dataset):
     def captions(self) -> list[str]:
         """Returns the captions of all images."""
         return [item.caption for item in self.items]
+
+    def check(self) -> None:
+        """Decodes the images, which every validation does; raises ValueError if one is damaged."""
+        side_by_side(lambda item: check_image(item.hr), self.items)
+        side_by_side(lambda item: item.lr and check_image(item.lr), self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]

@@ -5,9 +5,12 @@ prompt_embeds/NAME.pt, pooled_prompt_embeds/NAME.pt         optional: prompt emb
 prompt_embeds/NULL_prompt_embeds.pt, pooled_prompt_embeds/NULL_pooled_prompt_embeds.pt    those of the empty prompt
 """
 
+import json
 import logging
 import pickle
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from dit4sr_pl.common.hashing import values_hash, weights_hash
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.data.datasets import TOKEN, Draw
+from dit4sr_pl.data.photo_sets import fingerprint, side_by_side
 from dit4sr_pl.images.captions import open_captions
 
+RECORD = "latents.json"  # what `prepare stage=latents` encoded with
 PIXELS = 8  # pixels per latent along one side
 HR, LR, EMBEDS, POOLED = "latent_hr", "latent_lr", "prompt_embeds", "pooled_prompt_embeds"
 
@@ -115,15 +121,41 @@ class LatentPairs(Dataset):
         """Returns all prompts that need embeddings, the empty one included; none if the folders have embeddings."""
         return set() if self.embedded else {"", *(self.caption(name) for _, name in self.items)}
 
-    def check(self) -> None:
-        """Reads all captions, and logs how many latents there are.
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of the latents, sorted."""
+        return sorted({folder for folder, _ in self.items})
+
+    def listing(self) -> str:
+        """Returns what must be the same on all devices: number and hash of the names, in their order."""
+        return fingerprint((name,) for _, name in self.items)
+
+    def check(self) -> dict[str, str]:
+        """Reads all captions and the end of every file, and logs how many latents there are.
+
+        Returns:
+            What identifies latents and captions: their number and a hash of names with the files' ends, which have
+            the checksums of their contents, or with texts.
 
         Raises:
-            ValueError: a caption cannot be read.
+            ValueError: a caption cannot be read, or a file is cut off.
         """
-        without = 0 if self.embedded else sum(not self.caption(name) for _, name in self.items)
+        kinds = (HR, LR, EMBEDS, POOLED) if self.embedded else (HR, LR)
+        files = {
+            path: path.relative_to(folder).as_posix()
+            for folder in self.folders
+            for kind in kinds
+            for path in sorted((folder / kind).rglob("*.pt"))
+        }
+        ends = side_by_side(end_of_archive, files)
+        captions = [] if self.embedded else side_by_side(self.caption, [name for _, name in self.items])
+        without = sum(not caption for caption in captions)
         level = logging.WARNING if without else logging.INFO
         log.log(level, "%d latents, %d of them without a caption", len(self), without)
+        return {
+            "latents": fingerprint(zip(files.values(), ends, strict=True)),
+            "captions": fingerprint((c,) for c in captions),
+        }
 
 
 def names_in(folder: Path, embedded: bool) -> list[str]:
@@ -191,6 +223,54 @@ def read_file(path: Path, several: bool) -> Tensor:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: not read ({reason}); remove it and run prepare stage=latents again") from None
     return tensor
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Returns what the latents in a folder were encoded with; {}: they are the authors' or of before 0.2.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+    except ValueError:
+        pass
+    raise ValueError(f"{path}: damaged; remove it if you know what these latents were encoded with")
+
+
+def check_autoencoder(folders: Sequence[Path], vae: str | None, name: str) -> None:
+    """Raises ValueError if latents were encoded with another autoencoder; what is not known is not compared.
+
+    Args:
+        folders: folders of latents.
+        vae: fingerprint of the backbone's autoencoder.
+        name: the backbone's name, for the message.
+    """
+    for folder in folders:
+        if vae is not None and read_record(folder).get("vae", vae) != vae:
+            raise ValueError(
+                f"{folder}: latents of another autoencoder than the vae of {name}; encode them again into another "
+                "folder, or give the backbone that they were encoded with"
+            )
+
+
+def end_of_archive(path: Path) -> str:
+    """Returns the hash of the end of a file that PyTorch wrote: the list of its contents with their checksums.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is cut off, or something else.
+    """
+    with path.open("rb") as file:
+        if zipfile.is_zipfile(file):
+            with suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+                return values_hash({entry.filename: [entry.file_size, entry.CRC] for entry in archive.infolist()})
+    return weights_hash({"latents": read_file(path, several=True)})  # PyTorch's format of before 1.6, or an error
 
 
 class CropSizes(Sampler[list[Draw]]):

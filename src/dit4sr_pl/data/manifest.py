@@ -61,26 +61,47 @@ def read_manifest(path: Path | str, limit: int | None = None) -> Manifest:
     )
 
 
-def check_sizes(folder: Path | str, files: Sequence[str], sizes: Sequence[int]) -> None:
-    """Checks that all `files` below `folder` have these sizes in bytes; no file is opened.
+def check_sizes(folder: Path | str, files: Sequence[str], sizes: Sequence[int] | None) -> list[int]:
+    """Returns the sizes in bytes of all `files` below `folder`; no file is opened.
 
     The sizes are read side by side, since every answer of a network file system takes long.
 
+    Args:
+        folder: the folder.
+        files: paths below it.
+        sizes: the sizes that they must have; None: any.
+
     Raises:
-        ValueError: sizes differ; the message names the first few files.
+        ValueError: sizes are others, or files may not be read; the message names the first few.
     """
     with ThreadPoolExecutor(16) as pool:
         slices = (files[start : start + 500] for start in range(0, len(files), 500))
-        found = itertools.chain(*pool.map(lambda names: [file_size(f"{folder}/{name}") for name in names], slices))
-        changed = [
-            f"{file} ({'missing' if now is None else f'{now} bytes, were {before}'})"
+        read = pool.map(lambda names: [readable_size(f"{folder}/{name}") for name in names], slices)
+        found = list(itertools.chain(*read))
+    wrong, advice = "cannot be read", "bring them back, or remove what cannot be read"
+    named = [f"{file} ({now})" for file, now in zip(files, found, strict=True) if isinstance(now, str)]
+    if sizes is not None:
+        wrong, advice = "differ from its manifest", f"restore them or run {COMMAND} again"
+        named = [
+            f"{file} ({now if isinstance(now, str) else f'{now} bytes, were {before}'})"
             for file, before, now in zip(files, sizes, found, strict=True)
             if now != before
         ]
-    if changed:
-        first = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-        count = f"{len(changed)} of {len(files)} photos"
-        raise ValueError(f"{folder}: {count} differ from its manifest: {first}; restore them or run {COMMAND} again")
+    if named:
+        first = ", ".join(named[:3]) + (", ..." if len(named) > 3 else "")
+        raise ValueError(f"{folder}: {len(named)} of {len(files)} photos {wrong}: {first}; {advice}")
+    return found
+
+
+def readable_size(path: str) -> int | str:
+    """Returns a file's size in bytes, or why it cannot be read."""
+    try:
+        size = os.stat(path).st_size
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return error.strerror
+    return size if os.access(path, os.R_OK, effective_ids=True) else "may not be read"
 
 
 def file_size(path: Path | str) -> int | None:

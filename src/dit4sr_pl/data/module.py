@@ -221,6 +221,7 @@ class SuperResolutionData(LightningDataModule):
         elif validation is not None:
             self.validation = ValidationPairs(validation, seed, validation_limit)
         self.degradation, self.seed = degradation, seed
+        self.sources: dict[str, str] = {}  # what identifies the training images and captions, once they are checked
         self.step_inputs: InputMaker | None = None  # adds to a training batch, in the workers; a module may set it
         self.batch_size, self.num_workers = batch_size, num_workers
         self.latent_crops = latent_crops
@@ -240,9 +241,12 @@ class SuperResolutionData(LightningDataModule):
         return "validation_sharpened" if sharpened else "validation"
 
     def prepare_data(self) -> None:
-        """Checks photos and captions, see `PhotoSet.check`. Lightning calls it in one process per machine."""
-        self.training.check()
-        if isinstance(self.validation, ValidationImages):
+        """Checks photos and captions, see `PhotoSet.check`, and decodes the validation images.
+
+        Lightning calls it in one process per machine.
+        """
+        self.sources = self.training.check()
+        if self.validation is not None and (self.trainer is None or self.trainer.limit_val_batches != 0):
             self.validation.check()
 
     def train_dataloader(self) -> DataLoader:

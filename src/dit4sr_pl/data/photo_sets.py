@@ -4,14 +4,15 @@ import bisect
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from dit4sr_pl.common.hashing import values_hash
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.data.manifest import MANIFEST, check_sizes, list_photos, read_manifest
 from dit4sr_pl.images.captions import CaptionFiles, CaptionTable, open_captions
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 SCALE = 4  # HR pixels per LR pixel along one side
 
+T, R = TypeVar("T"), TypeVar("R")
 Folders = str | Path | Sequence[str | Path]
 
 
@@ -100,20 +102,24 @@ class PhotoSet:
             raise ValueError(f"{path}: no readable photo in this manifest")
         return listed
 
-    def check(self) -> None:
-        """Compares every file's size with the manifest's, and logs damaged photos and the number of captions.
+    def check(self) -> dict[str, str]:
+        """Reads every file's size and all captions; logs damaged photos and the number of captions. No photo is opened.
 
-        Without a manifest no photo is accessed. All captions are read.
+        Returns:
+            What identifies the photos and the captions: their number and a hash of names with sizes, or with texts.
 
         Raises:
-            ValueError: a file is missing or has another size, or a caption cannot be read.
+            ValueError: a photo is missing, may not be read or has another size than in the manifest, or a caption
+                cannot be read.
         """
-        if self.sizes is not None:
-            check_sizes(self.folder, [photo.file for photo in self.photos], self.sizes)
-        if self.damaged:
-            first = ", ".join(self.damaged[:3]) + (", ..." if len(self.damaged) > 3 else "")
-            log.warning("%s: %d damaged photos are left out (%s)", self.name, len(self.damaged), first)
-        check_captions(self.photos)
+        files = [photo.file for photo in self.photos]
+        sizes = check_sizes(self.folder, files, self.sizes)
+        empty = [file for file, size in zip(files, sizes, strict=True) if not size]
+        for what, names in (("damaged photos are left out", self.damaged), ("photos are empty, and skipped", empty)):
+            if names:
+                first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                log.warning("%s: %d %s (%s)", self.name, len(names), what, first)
+        captions = read_captions(self.photos)
         captioned = self.captions.names()
         without = [photo.name for photo in self.photos if photo.name not in captioned]
         count, total = len(self.photos) - len(without), len(self.photos)
@@ -121,26 +127,46 @@ class PhotoSet:
             log.warning("%s: %d of %d photos have a caption (none for %s)", self.name, count, total, without[0])
         else:
             log.info("%s: %d of %d photos have a caption", self.name, count, total)
+        return {
+            f"photos of {self.name}": fingerprint(zip(files, sizes, strict=True)),
+            f"captions of {self.name}": fingerprint(zip(files, captions, strict=True)),
+        }
 
 
-def check_captions(photos: Sequence[Photo]) -> None:
-    """Reads the captions of all photos, side by side.
+def fingerprint(rows: Iterable[tuple[str, ...]]) -> str:
+    """Returns the number of rows and a hash of them in their order, as a person may read it."""
+    rows = list(rows)
+    return f"{len(rows)} ({values_hash({'rows': rows})[:12]})"
+
+
+def read_captions(photos: Sequence[Photo]) -> list[str]:
+    """Returns the captions of all photos, read side by side.
 
     Raises:
         ValueError: captions cannot be read; the message names the first few files.
     """
+    return side_by_side(lambda photo: photo.prompt, photos)
 
-    def failure(photo: Photo) -> str | None:
+
+def side_by_side(read: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Returns the results of a function that reads files, which threads call.
+
+    Raises:
+        ValueError: files cannot be read; the message has the first few errors.
+    """
+
+    def attempt(item: T) -> R | Exception:
         try:
-            return photo.prompt and None
+            return read(item)
         except (ValueError, OSError) as error:
-            return str(error)
+            return error
 
     with ThreadPoolExecutor(16) as pool:
-        failures = [message for message in pool.map(failure, photos) if message]
-    if failures:
+        results = list(pool.map(attempt, items))
+    if failures := [str(each) for each in results if isinstance(each, Exception)]:
         more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
         raise ValueError("; ".join(failures[:3]) + more)
+    return results
 
 
 class PairSet(PhotoSet):
@@ -181,10 +207,11 @@ class PairSet(PhotoSet):
     def _files(self, path: None, limit: int | None) -> tuple[list[str], None, list[str]]:
         return [path.relative_to(self.folder).as_posix() for path in self.hr.values()][:limit], None, []
 
-    def check(self) -> None:
+    def check(self) -> dict[str, str]:
         """Checks in the files' headers that every photo is 4 times as large as its LR image; then as `PhotoSet`."""
         check_pair_sizes(self.lr, self.hr, SCALE)
-        super().check()
+        given = [(photo.name, photo.lr.stat().st_size) for photo in self.photos]
+        return super().check() | {f"LR images of {self.name}": fingerprint(given)}
 
 
 def open_sets(

@@ -29,6 +29,9 @@ NOT_NOW = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, er
 NOT_NOW += (errno.ENOTCONN, errno.EHOSTDOWN, errno.ECONNRESET, errno.EINTR)
 
 
+ABSENT = (errno.ENOENT, errno.EACCES, errno.EPERM)  # nothing is known about the file's contents either
+
+
 class UnreadableNow(ValueError):
     """An error of reading that says nothing about the file."""
 
@@ -161,7 +164,7 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
     """Yields Pillow's image of a file, not decoded yet.
 
     Raises:
-        UnreadableNow: the system could not read the file, which does not mean that it is damaged.
+        UnreadableNow: the file is not there, or the system cannot read it, which does not mean that it is damaged.
         ValueError: the file is damaged or no image, or the block failed; the message names the file and the reason.
     """
     try:
@@ -175,7 +178,9 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
         reason = known.get(type(error)) or str(error) or type(error).__name__
         if isinstance(error, OSError) and error.errno in NOT_NOW:
             raise UnreadableNow(f"{path}: cannot be read now ({error.strerror})") from None
-        raise ValueError(f"{path}: not a readable image ({reason})") from None
+        absent = isinstance(error, OSError) and error.errno in ABSENT
+        reason = "may not be read" if absent and error.errno != errno.ENOENT else reason
+        raise (UnreadableNow if absent else ValueError)(f"{path}: not a readable image ({reason})") from None
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
