@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dit4sr_pl.cli.command import conf_folder
@@ -80,6 +81,11 @@ def write_toy_photos(folder: Path) -> Path:
         picture = enlarge(torch.rand(1, 3, 20, 20, generator=generator("cpu", i)), (80, 80))
         write_image(folder / f"{i}.png", picture[0])
     return folder
+
+
+def noisy(path: Path) -> None:
+    """Adds noise to the weights in a file."""
+    save_file({name: weight + 0.3 * torch.randn_like(weight) for name, weight in load_file(path).items()}, path)
 
 
 def events(folder: Path) -> EventAccumulator:

@@ -154,7 +154,7 @@ def check_result(folder: Path, hashes: set[str]) -> Problems:
 
 def check_embeddings(folder: Path) -> Problems:
     """Yields what is wrong with a cache of embeddings: its index, and every prompt's embeddings."""
-    from dit4sr_pl.backbone.prompt_cache import INDEX, embeddings_hash, open_file, prompt_key, read_index
+    from dit4sr_pl.backbone.prompt_cache import INDEX, Origin, embeddings_hash, open_file, prompt_key, read_index
     from dit4sr_pl.preparation.embeddings import list_cache_files
 
     found, origins = {}, set()
@@ -172,7 +172,7 @@ def check_embeddings(folder: Path) -> Problems:
     if len(origins) > 1:
         yield f"{folder}: embeddings of several backbones: {sorted(origins)}"
     try:
-        indexed = read_index(folder / INDEX, *origins.pop()) if origins else {}
+        indexed, _ = read_index(folder / INDEX, Origin(*origins.pop())) if origins else ({}, {})
         if absent := sorted(key for key in indexed.keys() | found.keys() if indexed.get(key) != found.get(key)):
             yield f"{folder / INDEX}: not of the files next to it ({len(absent)} prompts); run prepare stage=embeddings"
     except (ValueError, OSError) as error:

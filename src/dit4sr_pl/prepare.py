@@ -21,6 +21,7 @@ from dit4sr_pl.cli.checks import (
 from dit4sr_pl.cli.command import command
 from dit4sr_pl.common.files import folder_lock
 from dit4sr_pl.common.progress import track, work
+from dit4sr_pl.common.run_identity import flatten, without_modules
 from dit4sr_pl.scores.weight_files import Weights, download
 
 
@@ -84,7 +85,7 @@ def latents(cfg: DictConfig, shard: tuple[int, int]) -> None:
     from hydra.utils import instantiate
 
     from dit4sr_pl.data.photo_sets import open_sets
-    from dit4sr_pl.preparation.latents import write_latents
+    from dit4sr_pl.preparation.latents import claim, write_latents
 
     number, count = shard
     photos = [photo for photo_set in open_sets(cfg.data.folders, cfg.data.sets) for photo in photo_set.photos]
@@ -93,7 +94,10 @@ def latents(cfg: DictConfig, shard: tuple[int, int]) -> None:
     backbone.to(device)
     bar = functools.partial(track, description="latents")
     options = cfg.data.crop_size, cfg.seed, device, bar
+    settings = dict(flatten({"degradation": OmegaConf.to_container(cfg.degradation, resolve=True)}))
+    settings = without_modules(settings) | {"seed": cfg.seed, "crop_size": cfg.data.crop_size}
     with folder_lock(Path(cfg.latents), shard):
+        claim(Path(cfg.latents), settings | {"vae": backbone.parts["vae"]} if "vae" in backbone.parts else settings)
         failed = write_latents(ours, Path(cfg.latents), backbone.coder, instantiate(cfg.degradation), *options)
     print(f"latents of {len(ours) - len(failed)} crops in {cfg.latents}")
     if failed:
@@ -105,6 +109,7 @@ def embeddings(cfg: DictConfig, shard: tuple[int, int]) -> None:
     import torch
     from hydra.utils import instantiate
 
+    from dit4sr_pl.backbone.sd3 import text_parts
     from dit4sr_pl.preparation.embeddings import write_embeddings
 
     backbone, device = instantiate(cfg.model.backbone), torch.device(cfg.device)
@@ -118,6 +123,7 @@ def embeddings(cfg: DictConfig, shard: tuple[int, int]) -> None:
         round(cfg.file_megabytes * 1e6),
         shard,
         functools.partial(track, description="embeddings"),
+        text_parts(backbone.parts),
     )
     print(f"{added} prompts added to {cfg.embeddings}")
 

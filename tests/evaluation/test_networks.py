@@ -1,5 +1,7 @@
 """Evaluations of networks that have the same weights and other switches, or another factor of LR Injection."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,7 @@ from dit4sr_pl.restoration.sampling import Sampler
 from dit4sr_pl.scores.results import read_result
 from testing import ROOT
 from testing.made_up_scores import draw_scores, made_up
-from testing.toy_runs import TOY_SD3
+from testing.toy_runs import TOY_SD3, noisy
 
 MADE = ROOT / "tests" / "made_at_6d90829"
 
@@ -57,6 +59,19 @@ def test_the_factor_of_lr_injection_is_an_option_and_belongs_to_the_identity(tra
     with pytest.raises(ValueError, match=r"holds other scores \(method\)"):
         evaluation(trained / "own.safetensors", tmp_path / "given")
     assert evaluation(trained / "scaled.safetensors", tmp_path / "scaled", "injection_scale=40.0") == scaled
+
+
+@pytest.mark.slow
+def test_another_autoencoder_is_another_evaluation_unless_none_is_recorded(trained, tmp_path):
+    model, output = shutil.copytree(TOY_SD3, tmp_path / "sd3"), tmp_path / "out"
+    own = evaluation(trained / "own.safetensors", output, f"model.backbone.name={model}")
+    noisy(model / "vae" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match=r"holds other scores \(method\): method.base.parts.vae was"):
+        evaluation(trained / "own.safetensors", output, f"model.backbone.name={model}")
+    settings = json.loads((output / "settings.json").read_text())
+    del settings["method"]["base"]["parts"]  # as before 0.2
+    (output / "settings.json").write_text(json.dumps(settings))
+    assert evaluation(trained / "own.safetensors", output, f"model.backbone.name={model}") == own
 
 
 def test_captions_reach_the_network_filtered_and_belong_to_the_identity(trained, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dit4sr_pl.backbone import prompt_cache
-from dit4sr_pl.backbone.prompt_cache import PromptCache, prompt_key
+from dit4sr_pl.backbone.prompt_cache import Origin, PromptCache, prompt_key
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.cli.command import quiet_libraries
 from dit4sr_pl.common.files import folder_lock
@@ -102,7 +102,7 @@ def test_a_file_that_another_task_adds_meanwhile_is_indexed_too(tmp_path, monkey
         return list_cache_files(folder)
 
     monkeypatch.setattr(embeddings, "list_cache_files", listing)
-    embeddings.write_index(tmp_path, {"backbone": "toy", "t5_tokens": 2})
+    embeddings.write_index(tmp_path, Origin("toy", 2))
     assert prompt_key("b") in json.loads((tmp_path / "index.json").read_text())["files"]
 
 
@@ -161,6 +161,30 @@ def test_a_changed_byte_of_an_embedding_is_noticed_when_it_is_read(tmp_path):
     cache([first], CPU)
     with pytest.raises(ValueError, match="the hash of its embeddings is another.; delete it and run prepare"):
         cache([last], CPU)
+
+
+def test_embeddings_of_other_encoders_are_refused_and_those_of_unknown_ones_are_taken(tmp_path):
+    write(tmp_path, ["a"], encoders={"text_encoder": "1", "tokenizer": "2"})
+    for encoders in ({}, {"tokenizer": "2"}, {"text_encoder": "1", "text_encoder_3": "9"}):
+        cache = PromptCache(tmp_path, "toy", 2, torch.float32, encoders)
+        assert cache.encoders == {"text_encoder": "1", "tokenizer": "2"}
+    with pytest.raises(ValueError, match=r"index.json: embeddings made with another text_encoder than toy has now"):
+        PromptCache(tmp_path, "toy", 2, torch.float32, {"text_encoder": "3"})
+    with pytest.raises(ValueError, match=r"safetensors: embeddings made with another tokenizer than toy has now"):
+        write(tmp_path, ["b"], encoders={"tokenizer": "3"})
+    write(tmp_path / "before", ["a"])
+    assert PromptCache(tmp_path / "before", "toy", 2, torch.float32, {"text_encoder": "3"}).encoders == {}
+
+
+def test_a_truncated_file_is_found_before_its_prompts_are_read(tmp_path):
+    write(tmp_path, ["a", "b"], 1)
+    cache = read(tmp_path)
+    assert cache.check(["a", "b"]) == read(tmp_path).check(["b", "a"]) != cache.check(["a"])
+    path = tmp_path / f"{prompt_key('b')}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    cache.check(["a"])
+    with pytest.raises(ValueError, match=f"{path.name}: missing, truncated, damaged or no file of embeddings"):
+        cache.check(["a", "b"])
 
 
 def test_embeddings_of_before_without_hashes_are_read(tmp_path):

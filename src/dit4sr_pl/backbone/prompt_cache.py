@@ -2,10 +2,11 @@
 
 A cache is a folder of safetensors files and their index:
 
-    index.json               {"backbone": name, "t5_tokens": n, "files": {key: file name}}
+    index.json               {"backbone": name, "t5_tokens": n, "encoders": {part: fingerprint},
+                              "files": {key: file name}}
     <key>.safetensors        per prompt <key>.embeds (T, D_text) and <key>.pooled (D_pooled), bfloat16;
-                             its header holds backbone, t5_tokens and, by key, the prompts' texts and hashes of
-                             their embeddings
+                             its header holds backbone, t5_tokens, encoders and, by key, the prompts' texts and
+                             hashes of their embeddings
 
 A prompt's key is the hash of its text. A file is named by its first key and is complete once it has its name. The
 index is made from the headers of the files.
@@ -13,17 +14,33 @@ index is made from the headers of the files.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dit4sr_pl.common.hashing import weights_hash
+from dit4sr_pl.common.hashing import values_hash, weights_hash
 
 INDEX = "index.json"
 ADVICE = "delete it and run prepare stage=embeddings"
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+class Origin(NamedTuple):
+    """What embeddings were made with: a backbone's name, the number of T5 tokens, fingerprints of the encoders."""
+
+    backbone: str
+    t5_tokens: int
+    encoders: Mapping[str, str] = NOTHING
+
+    def header(self) -> dict:
+        """Returns the entries of files and index."""
+        encoders = {"encoders": dict(self.encoders)} if self.encoders else {}
+        return {"backbone": self.backbone, "t5_tokens": self.t5_tokens} | encoders
 
 
 class PromptCache:
@@ -34,18 +51,29 @@ class PromptCache:
         backbone: name of the run's backbone; the cache must have been made with the same.
         t5_tokens: number of the run's T5 tokens; the cache must have been made with the same.
         dtype: dtype of the returned tensors.
+        encoders: fingerprints of the backbone's text encoders and tokenizers that are on this machine, by part.
+
+    Attributes:
+        encoders: fingerprints of those that the cache was made with; none in one of before 0.2.
 
     Raises:
         FileNotFoundError: there is no cache.
         ValueError: the cache was made with another backbone or number of T5 tokens.
     """
 
-    def __init__(self, folder: str | Path, backbone: str, t5_tokens: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        folder: str | Path,
+        backbone: str,
+        t5_tokens: int,
+        dtype: torch.dtype,
+        encoders: Mapping[str, str] = NOTHING,
+    ):
         self.folder, self.dtype = Path(folder), dtype
         path = self.folder / INDEX
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; run prepare stage=embeddings embeddings={folder}")
-        self.files = read_index(path, backbone, t5_tokens)
+        self.files, self.encoders = read_index(path, Origin(backbone, t5_tokens, encoders))
         self.opened: dict[str, tuple[safe_open, dict]] = {}
         self.checked: set[str] = set()  # keys whose embeddings have the hash in their file's header
 
@@ -59,6 +87,20 @@ class PromptCache:
         """
         embeds, pooled = zip(*map(self.read, prompts), strict=True)
         return torch.stack(embeds).to(device, self.dtype), torch.stack(pooled).to(device, self.dtype)
+
+    def check(self, prompts: Iterable[str]) -> str | None:
+        """Opens every file of these prompts, which must be in the cache.
+
+        Returns:
+            The hash of their embeddings, by the hashes in the files; None: a file of before 0.2 has none.
+
+        Raises:
+            ValueError: a file is missing, truncated or of another kind.
+        """
+        keys = sorted(prompt_key(prompt) for prompt in prompts)
+        headers = {name: open_file(self.folder / name)[1] for name in {self.files[key] for key in keys}}
+        hashes = {key: headers[self.files[key]].get("hashes", {}).get(key) for key in keys}
+        return None if None in hashes.values() else values_hash(hashes)
 
     def missing(self, prompts: Iterable[str]) -> list[str]:
         """Returns the prompts that the cache does not hold, sorted."""
@@ -90,16 +132,20 @@ class PromptCache:
         return self.opened[path.name]
 
 
-def read_index(path: Path, backbone: str, t5_tokens: int) -> dict[str, str]:
-    """Returns the file names of an index by key; raises ValueError if it is none, or of another backbone."""
+def read_index(path: Path, origin: Origin) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns an index' file names by key, and the fingerprints of the encoders that made the embeddings.
+
+    Raises:
+        ValueError: it is no index, or of another backbone.
+    """
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        header = {key: index[key] for key in ("backbone", "t5_tokens")}
+        header = {key: index[key] for key in ("backbone", "t5_tokens")} | {"encoders": dict(index.get("encoders", {}))}
         files = {str(key): checked_name(name) for key, name in index["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not an index of embeddings ({error}); run prepare stage=embeddings") from None
-    check_origin(path, header, backbone, t5_tokens)
-    return files
+    check_origin(path, header, origin)
+    return files, header["encoders"]
 
 
 def checked_name(name: object) -> str:
@@ -131,7 +177,7 @@ def open_file(path: Path, advice: str = ADVICE) -> tuple[safe_open, dict]:
     try:
         file = safe_open(path, "pt")
         header = json.loads((file.metadata() or {})["embeddings"])
-        entries = header, header["prompts"], header.get("hashes", {})
+        entries = header, header["prompts"], header.get("hashes", {}), header.get("encoders", {})
         if not all(isinstance(entry, dict) for entry in entries) or not {"backbone", "t5_tokens"} <= header.keys():
             raise ValueError("its header is another")
         return file, header
@@ -145,16 +191,22 @@ def damaged(path: Path, reason: object, advice: str = ADVICE) -> ValueError:
     return ValueError(f"{reason}; {advice}")
 
 
-def check_origin(path: Path, header: dict, backbone: str, t5_tokens: int) -> None:
-    """Raises ValueError unless a header names this backbone and this number of T5 tokens."""
+def check_origin(path: Path, header: dict, origin: Origin) -> None:
+    """Raises ValueError unless a header names this origin; parts without a fingerprint are not compared."""
     theirs = {"model.backbone.name": header["backbone"], "model.backbone.t5_tokens": header["t5_tokens"]}
-    ours = {"model.backbone.name": backbone, "model.backbone.t5_tokens": t5_tokens}
+    ours = {"model.backbone.name": origin.backbone, "model.backbone.t5_tokens": origin.t5_tokens}
     for name in ours:
         if theirs[name] != ours[name]:
             raise ValueError(
                 f"{path}: embeddings made with {name}={theirs[name]}; this run has {ours[name]}. Set it to the same, "
                 "or prepare embeddings for it in another folder"
             )
+    now = origin.encoders
+    if changed := [part for part, made in header.get("encoders", {}).items() if now.get(part, made) != made]:
+        raise ValueError(
+            f"{path}: embeddings made with another {' and '.join(changed)} than {origin.backbone} has now; bring the "
+            "former one back, or prepare embeddings in another folder"
+        )
 
 
 def check_same_text(folder: Path, stored: str, prompt: str) -> None:

@@ -22,6 +22,7 @@ from diffusers import (
 from torch import nn
 
 from dit4sr_pl.backbone.autoencoder import LatentCoder
+from dit4sr_pl.backbone.fingerprints import TEXT_PARTS, part_fingerprints
 from dit4sr_pl.backbone.prompt_cache import PromptCache
 from dit4sr_pl.backbone.shipped_prompts import HeldPrompts, ShippedPrompts
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
@@ -71,6 +72,7 @@ class Backbone:
         self.gpu_memory = gpu_memory
         self.quantization = quantization
         self.device, self.offload = torch.device("cpu"), False
+        self.known: dict[str, str] = {}  # see `parts`
 
     @property
     def location(self) -> str:
@@ -117,7 +119,8 @@ class Backbone:
     def prompts(self) -> PromptEncoder | PromptCache | HeldPrompts:
         """Encodes prompts, or reads their embeddings if the backbone was given some."""
         if self.embeddings is not None:
-            return PromptCache(self.embeddings, self.name, self.t5_tokens, self.dtype)
+            encoders = text_parts(part_fingerprints(self.location))
+            return PromptCache(self.embeddings, self.name, self.t5_tokens, self.dtype, encoders)
         return self.encoder
 
     def take_shipped_prompts(self, weights: Path) -> None:
@@ -138,6 +141,14 @@ class Backbone:
             log.warning("%s: not used, since it was %s; text encoders are read", shipped.path, why)
         else:
             self.prompts = HeldPrompts(shipped.held, lambda: self.encoder)
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Fingerprints of the parts besides the transformer; with cached embeddings, of the encoders that made them."""
+        self.known |= part_fingerprints(self.location, self.known)  # further parts may have been downloaded meanwhile
+        if self.embeddings is None:
+            return dict(self.known)
+        return {part: each for part, each in self.known.items() if part not in TEXT_PARTS} | self.prompts.encoders
 
     def read(self, kind: type, **arguments):
         """Reads one component.
@@ -196,6 +207,11 @@ class Backbone:
 
     def __deepcopy__(self, memo: dict) -> "Backbone":
         return self  # Lightning's weight averaging copies the module around it; frozen weights exist once
+
+
+def text_parts(parts: dict[str, str]) -> dict[str, str]:
+    """Returns the fingerprints of text encoders and tokenizers among those of all parts."""
+    return {part: fingerprint for part, fingerprint in parts.items() if part in TEXT_PARTS}
 
 
 def encoders_of(pipeline: StableDiffusion3Pipeline) -> list[nn.Module]:

@@ -20,7 +20,7 @@ import torch
 
 from dit4sr_pl.common.files import LOCK, atomic_write, exclusive_lock, folder_lock, is_held
 from dit4sr_pl.common.read_ahead import in_batches, read_ahead
-from dit4sr_pl.common.run_identity import differences, upgraded
+from dit4sr_pl.common.run_identity import complete_parts, differences, flatten, upgraded
 from dit4sr_pl.evaluation.benchmark_sets import Item
 from dit4sr_pl.evaluation.methods import LRImage, Method
 from dit4sr_pl.images.files import image_size, is_complete_png
@@ -54,18 +54,26 @@ def claim(folder: Path, identity: dict, restores: bool) -> dict:
     before = json.loads(path.read_text()) if path.exists() else None
     if before is not None:
         before = upgraded(before, identity)
+        complete_parts(before, identity)
         identity["metrics"] = before["metrics"] | identity["metrics"]
         kept = before | {"metrics": identity["metrics"] | measured(before["metrics"])}
-        other = differences(kept, identity)
+        other, detail = differences(kept, identity), difference_of_methods(kept, identity)
     else:
         unknown = (folder / SCORES).exists() or (restores and (folder / PICTURES).exists())
-        other = ["settings unknown"] if unknown else []
+        other, detail = ["settings unknown"] if unknown else [], ""
     if other:
-        raise ValueError(f"output={folder}: holds other scores ({', '.join(other)}); choose another folder")
+        raise ValueError(f"output={folder}: holds other scores ({', '.join(other)}){detail}; choose another folder")
     if before != identity:
         with atomic_write(path) as partial:
             partial.write_text(json.dumps(identity, indent=1))
     return identity
+
+
+def difference_of_methods(theirs: dict, ours: dict) -> str:
+    """Returns the first setting in which the methods of two identities differ, as a text; empty: none."""
+    before, now = (dict(flatten(identity["method"])) for identity in (theirs, ours))
+    names = [name for name in differences(before, now) if name != "label"]
+    return f": method.{names[0]} was {before.get(names[0])} and is {now.get(names[0])}" if names else ""
 
 
 def measured(metrics: dict[str, dict]) -> dict[str, dict]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
@@ -29,12 +30,13 @@ class TrainedPart:
 
     Args:
         network_config: kind of the network (`network`) and the switches that it was made with.
-        base: `name` and `fingerprint` of the base that the weights were trained over.
+        base: `name` and `fingerprint` of the base that the weights were trained over, and the fingerprints of the
+            backbone's other parts (`parts`), unless the file is of before 0.2.
         state: weights by name.
     """
 
     network_config: dict
-    base: dict[str, str]
+    base: dict[str, Any]
     state: dict[str, Tensor]
 
 

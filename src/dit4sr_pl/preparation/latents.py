@@ -1,11 +1,13 @@
 """Latents of fixed crops and of LR images made from them, so that training needs neither degradation nor autoencoder.
 
+    latents.json                            what they were encoded with
     latent_hr/NAME.pt, latent_lr/NAME.pt    scaled latents (1, C, h, w), float32, as `torch.save` writes them
 
 This is the layout of the authors' data scripts. `data/latents.py` reads it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,25 @@ from torch import Tensor
 from dit4sr_pl.backbone.autoencoder import LatentCoder
 from dit4sr_pl.common.files import atomic_write, has_contents
 from dit4sr_pl.common.randomness import derive_seed, generator
-from dit4sr_pl.data.latents import HR, LR, latent_file
+from dit4sr_pl.data.latents import HR, LR, RECORD, latent_file, read_record
 from dit4sr_pl.data.photo_sets import Photo
 from dit4sr_pl.images.files import read_image
 from dit4sr_pl.images.resize import enlarge
+
+
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Records in a new folder of latents what they are encoded with, or compares it with the record.
+
+    Raises:
+        ValueError: the folder has latents that were encoded with something else.
+    """
+    before = read_record(folder)
+    if changed := [name for name in settings if before.get(name, settings[name]) != settings[name]]:
+        texts = [f"{name}={before[name]} (now {settings[name]})" for name in changed[:3]]
+        raise ValueError(f"latents={folder}: encoded with {', '.join(texts)}; give another folder")
+    if not before and not (folder / HR).exists():
+        with atomic_write(folder / RECORD) as partial:
+            partial.write_text(json.dumps(dict(settings), indent=1), encoding="utf-8")
 
 
 def write_latents(

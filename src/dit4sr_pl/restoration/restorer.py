@@ -7,6 +7,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
+from dit4sr_pl.backbone.fingerprints import check_parts
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part
@@ -65,6 +66,7 @@ class Restorer:
         part = load_part(path)
         net = build_network(backbone.transformer, with_injection_scale(part.network_config, injection_scale, path))
         fit_part(net, part, path)
+        check_parts(backbone.name, backbone.parts, part.base.get("parts", {}), path)
         backbone.take_shipped_prompts(Path(path))
         backbone.to(device, offload)
         net.to(device)

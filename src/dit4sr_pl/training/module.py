@@ -9,8 +9,10 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dit4sr_pl.backbone.fingerprints import check_parts
 from dit4sr_pl.backbone.flow import LOGIT_NORMAL, RectifiedFlow, TimestepDensity, interpolate
 from dit4sr_pl.backbone.sd3 import Backbone
+from dit4sr_pl.common.hashing import weights_hash
 from dit4sr_pl.data.module import SuperResolutionData
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import TrainedPart, load_part
@@ -25,6 +27,7 @@ from dit4sr_pl.training.lightning_state import (
     averages_weights,
     count_batches_anew,
     drop_unread_states,
+    keep_options,
     let_trainer_unscale,
     weights_before_averaging,
 )
@@ -71,8 +74,11 @@ class SuperResolutionModule(LightningModule):
         self.optimizer, self.schedule = optimizer, schedule
         self.seed = seed
         net = network(backbone.transformer)
+        self.began_with = None  # hash of the weights of `checkpoint`
         if checkpoint is not None:
-            start_from_checkpoint(net, checkpoint, may_differ=("injection_scale",))
+            part = start_from_checkpoint(net, checkpoint, may_differ=("injection_scale",))
+            check_parts(backbone.name, backbone.parts, part.base.get("parts", {}), checkpoint)
+            self.began_with = weights_hash(part.state)
         self.base = base_of(net, backbone.name)  # read before weights are sharded
         self.add_module(net.trained_name, net.trained.float())  # float32 also under autocast
         object.__setattr__(self, "net", net)  # a plain attribute, not a submodule
@@ -164,7 +170,33 @@ class SuperResolutionModule(LightningModule):
         loss."""
         self.finite_loss.check()
         checkpoint["settings"] = self.net.network_config()
-        checkpoint["base"] = self.base
+        checkpoint["base"] = self.trained_over
+        checkpoint["optimizer"] = self.optimizer_name
+
+    @property
+    def trained_over(self) -> dict:
+        """Name and fingerprint of the base, and fingerprints of the backbone's other parts, as files record them."""
+        return self.base | {"parts": self.backbone.parts}
+
+    @property
+    def optimizer_name(self) -> str:
+        """Name of the optimizer's class."""
+        return getattr(self.optimizer, "func", self.optimizer).__name__
+
+    def adapt(self, checkpoint: dict) -> None:
+        """Makes a checkpoint that is about to be loaded one of this run: what the config says holds, whatever was then.
+
+        Raises:
+            ValueError: it has the state of another optimizer.
+        """
+        if (theirs := checkpoint.get("optimizer", self.optimizer_name)) != self.optimizer_name:
+            raise ValueError(
+                f"{self.trainer.ckpt_path}: has the state of {theirs}, and this run has the optimizer "
+                f"{self.optimizer_name}; take the same, or begin with the weights alone (model.checkpoint=FILE)"
+            )
+        count_batches_anew(self.trainer, checkpoint)
+        drop_unread_states(self.trainer, checkpoint)
+        keep_options(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Prepares a checkpoint for loading: checks that it fits, drops the states of callbacks that this run does not
@@ -173,8 +205,7 @@ class SuperResolutionModule(LightningModule):
         Raises:
             ValueError: the checkpoint does not fit the network or its base; the message names the file.
         """
-        count_batches_anew(self.trainer, checkpoint)
-        drop_unread_states(self.trainer, checkpoint)
+        self.adapt(checkpoint)
         trained = weights_before_averaging(checkpoint)
         if trained is not None and not averages_weights(self.trainer):
             checkpoint["state_dict"] = trained
@@ -190,8 +221,8 @@ class SuperResolutionModule(LightningModule):
         return optimizer
 
 
-def start_from_checkpoint(net: nn.Module, checkpoint: str, may_differ: tuple[str, ...] = ()) -> None:
-    """Loads the weights of a trained part into a network, which keeps its own config.
+def start_from_checkpoint(net: nn.Module, checkpoint: str, may_differ: tuple[str, ...] = ()) -> TrainedPart:
+    """Loads the weights of a trained part into a network, which keeps its own config, and returns the part.
 
     Args:
         net: the network.
@@ -205,3 +236,4 @@ def start_from_checkpoint(net: nn.Module, checkpoint: str, may_differ: tuple[str
     check_base(net.base, part.base, checkpoint)
     check_network_config(net, part.network_config, checkpoint, may_differ)
     fit_state(net.trained, part.state, checkpoint)
+    return part

@@ -7,7 +7,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from dit4sr_pl.training.lightning_state import count_batches_anew, drop_unread_states, weights_before_averaging
+from dit4sr_pl.training.lightning_state import weights_before_averaging
 from dit4sr_pl.training.module import SuperResolutionModule, start_from_checkpoint
 
 
@@ -31,8 +31,7 @@ class ShardedModule(SuperResolutionModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Replaces averaged weights, which the strategy has loaded by now, with the trained ones."""
-        count_batches_anew(self.trainer, checkpoint)
-        drop_unread_states(self.trainer, checkpoint)
+        self.adapt(checkpoint)
         if (trained := weights_before_averaging(checkpoint)) is not None:
             set_model_state_dict(self, trained, options=StateDictOptions(full_state_dict=True))
 

@@ -59,6 +59,7 @@ class DiT4SR:
         base = {"name": backbone.name, "dtype": str(backbone.dtype), "t5_tokens": backbone.t5_tokens}
         if backbone.quantization is not None:
             base["quantization"] = backbone.quantization
+        base["parts"] = backbone.parts
         solver, _ = sampler.schedule(backbone.scheduler)
         sampled = asdict(sampler) | {"solver": [type(solver).__name__, dict(solver.config)]}
         del sampled["tile_memory"]  # it changes no result and may be lowered when memory is short

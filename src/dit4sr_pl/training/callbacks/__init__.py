@@ -7,6 +7,7 @@ from dit4sr_pl.training.callbacks.first_step import FirstStep
 from dit4sr_pl.training.callbacks.hyper_parameters import HyperParameters
 from dit4sr_pl.training.callbacks.losses import Losses
 from dit4sr_pl.training.callbacks.progress import Progress
+from dit4sr_pl.training.callbacks.sources import Sources
 from dit4sr_pl.training.callbacks.validation_scores import ValidationScores
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "HyperParameters",
     "Losses",
     "Progress",
+    "Sources",
     "ValidationScores",
     "AtomicCheckpointIO",
 ]
