@@ -10,6 +10,7 @@ import shlex
 import signal
 import zipfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ from dit4sr_pl.common.hub import locate
 from dit4sr_pl.common.processes import end_with_parent
 from dit4sr_pl.common.run_identity import images_per_step
 from dit4sr_pl.scores.weight_files import check_metrics, refuse_set_scores
+from dit4sr_pl.training.former_run import CHECKPOINTS
+from dit4sr_pl.training.leader import Decision, agree, forget, start_torch
 from dit4sr_pl.training.run_folder import (
     Start,
     finish,
@@ -59,49 +62,61 @@ def train(cfg: DictConfig) -> dict[str, float]:
         Scores of the last validation and the last loss by their logged names; {}: the run was already finished.
     """
     check(cfg)
-    with open_run(cfg) as folder:
-        limits = cfg.trainer.max_steps, cfg.trainer.get("max_time")
-        if not cfg.overwrite and cfg.ckpt_path is None and (steps := finished_steps(folder, *limits)):
-            way = "a larger trainer.max_steps" if steps >= limits[0] else "another trainer.max_time or a ckpt_path"
-            log.info("%s: finished at step %d; give %s to train longer", folder, steps, way)
-            return {}
-        return fit(cfg, folder)
+    with ExitStack() as stack:
+        stack.callback(forget)
+        decision = agree(cfg.trainer, functools.partial(decide, cfg, stack))
+        return {} if decision.finished else fit(cfg, Path(cfg.output), decision)
 
 
-def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
-    """Trains in a folder that is locked and checked; arguments and results are those of `train`."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        end_with_parent(signal.SIGKILL)  # without the first process it would wait for it
+def decide(cfg: DictConfig, stack: ExitStack) -> Decision:
+    """Locks and checks the run's folder, until the stack is closed, and decides where to start; see `agree`."""
+    folder = stack.enter_context(open_run(cfg))
+    limits = cfg.trainer.max_steps, cfg.trainer.get("max_time")
+    if not cfg.overwrite and cfg.ckpt_path is None and (steps := finished_steps(folder, *limits)):
+        way = "a larger trainer.max_steps" if steps >= limits[0] else "another trainer.max_time or a ckpt_path"
+        log.info("%s: finished at step %d; give %s to train longer", folder, steps, way)
+        return Decision(finished=steps)
     log.info("%s: training to step %d; loading PyTorch, photos and network", folder, cfg.trainer.max_steps)
     tell_global_batch(cfg)
-    import torch
+    start_torch()
+    recomputed = gradient_checkpointing(cfg)
+    checkpoint = cfg.ckpt_path
+    if checkpoint is None and not cfg.overwrite:
+        checkpoint = newest_checkpoint(folder, cfg.trainer.max_steps)
+    if checkpoint is None:
+        return Decision(gradient_checkpointing=recomputed)
+    step = step_of(checkpoint, cfg.trainer.max_steps)
+    return Decision(0, str(checkpoint), step, Path(checkpoint).stat().st_size, recomputed)
 
-    # Optimizer moments that decay into denormals make a CPU ten times slower. It must be set before threads start.
-    torch.set_flush_denormal(True)
+
+def fit(cfg: DictConfig, folder: Path, decision: Decision) -> dict[str, float]:
+    """Trains in a folder that is locked and checked; the result is that of `train`."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        end_with_parent(signal.SIGKILL)  # without the first process it would wait for it
+    start_torch()
+    import torch
     from hydra.utils import instantiate
     from lightning import seed_everything
 
+    from dit4sr_pl.data.latents import check_autoencoder
     from dit4sr_pl.model import save_part
     from dit4sr_pl.model.trained_part import part_of
     from dit4sr_pl.scores.results import write_result
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hides its list of devices and its tips
-    checkpoint = cfg.ckpt_path
-    if checkpoint is None and not cfg.overwrite:
-        checkpoint = newest_checkpoint(folder, cfg.trainer.max_steps)
-    start = step_of(checkpoint, cfg.trainer.max_steps) if checkpoint else 0
-    network = {"gradient_checkpointing": gradient_checkpointing(cfg)}
+    decision.wait_for_checkpoint()
+    network = {"gradient_checkpointing": decision.gradient_checkpointing}
     seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     callbacks = instantiate(cfg.callbacks)
     data = instantiate(cfg.data)
     module = instantiate(cfg.model, network=network)
-    if cfg.model.backbone.embeddings is not None:
-        check_prompts(cfg, module, data)
-    changes = Start(cfg, folder, start)
-    trainer = make_trainer(cfg, folder, changes, callbacks)
+    embeddings = None if cfg.model.backbone.embeddings is None else check_prompts(cfg, module, data)
+    if cfg.data.get("latents") is not None:
+        check_autoencoder(data.training.folders, module.backbone.parts.get("vae"), module.backbone.name)
+    changes = Start(cfg, folder, decision.step)
+    trainer = make_trainer(cfg, changes, callbacks, embeddings)
     try:
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, data, ckpt_path=decision.checkpoint, weights_only=True)
     except BaseException as error:
         if trainer.is_global_zero:
             changes.undo()
@@ -110,9 +125,9 @@ def fit(cfg: DictConfig, folder: Path) -> dict[str, float]:
             advice = "the same command resumes from its newest checkpoint"
             raise KeyboardInterrupt(f"{folder}: interrupted at step {trainer.global_step}; {advice}") from None
         raise
-    if trainer.global_step == start:
+    if trainer.global_step == decision.step:
         raise ValueError(f"{folder}: no step was trained; check trainer.limit_train_batches and trainer.max_time")
-    part = part_of(module.net, module.base)
+    part = part_of(module.net, module.trained_over)
     if trainer.is_global_zero:
         save_part(part, folder / f"{module.net.trained_name}.safetensors")
         if "scores" in callbacks and callbacks.scores.restored:
@@ -133,33 +148,51 @@ def tell_global_batch(cfg: DictConfig) -> None:
     log.warning("a step has %s images, not the experiment's global batch of %d; %s", images, cfg.global_batch, advice)
 
 
-def make_trainer(cfg: DictConfig, folder: Path, changes: Start, callbacks: Mapping) -> "Trainer":
-    """Returns the trainer, which changes the run's folder when the first step is trained."""
+def make_trainer(cfg: DictConfig, changes: Start, callbacks: Mapping, embeddings: str | None) -> "Trainer":
+    """Returns the trainer, which changes the run's folder when the first step is trained.
+
+    Args:
+        cfg: the run's config.
+        changes: the changes to its folder.
+        callbacks: further callbacks by name.
+        embeddings: see `Sources`.
+    """
     from hydra.utils import instantiate
 
-    from dit4sr_pl.training.callbacks import FirstStep
+    from dit4sr_pl.training.callbacks import FirstStep, Sources
 
+    folder = changes.folder
     first_step = FirstStep(changes.begin, functools.partial(settle, folder))
+    sources = Sources(folder / CHECKPOINTS, embeddings)
     return instantiate(
         cfg.trainer,
         val_check_interval=validation_interval(cfg.trainer),
-        callbacks=[first_step, *callbacks.values()],
+        callbacks=[first_step, sources, *callbacks.values()],
         logger=instantiate(cfg.logger, purge_step=changes.step),  # TensorBoard hides repeated steps
         default_root_dir=folder / ".none",  # on SLURM Lightning would prefer an hpc_ckpt file in this folder
     )
 
 
-def check_prompts(cfg: DictConfig, module: "SuperResolutionModule", data: "SuperResolutionData") -> None:
-    """Raises ValueError unless the cached embeddings hold all prompts of training and of its validation."""
-    needed = data.training.prompts()
+def check_prompts(cfg: DictConfig, module: "SuperResolutionModule", data: "SuperResolutionData") -> str | None:
+    """Checks the cached embeddings of all prompts of training and of its validation.
+
+    Returns:
+        The hash of those of training, see `PromptCache.check`.
+
+    Raises:
+        ValueError: the cache lacks some of them, or one of its files is damaged.
+    """
+    needed = trained = data.training.prompts()
     if data.validation is not None and cfg.trainer.limit_val_batches != 0:
-        needed |= module.restorer.sampler.prompts(data.validation_captions())
+        needed = needed | module.restorer.sampler.prompts(data.validation_captions())
     if missing := module.backbone.prompts.missing(needed):
         more = f" and {len(missing) - 1} more of this run's {len(needed)}" if len(missing) > 1 else ""
         raise ValueError(
             f"{cfg.model.backbone.embeddings}: holds no embeddings of the prompt {missing[0]!r}{more}; run prepare "
             f"stage=embeddings: {embeddings_command(cfg)}"
         )
+    module.backbone.prompts.check(needed)
+    return module.backbone.prompts.check(trained)
 
 
 def embeddings_command(cfg: DictConfig) -> str:

@@ -5,8 +5,9 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,13 +49,13 @@ class Runs:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             train(compose("train", [*toy(self.photos, self.folder / name), *overrides]))
 
-    def on_two(self, runs: dict[str, list[str]]) -> None:
-        """Runs all of them, one after another, in one pair of processes."""
+    def on_two(self, runs: dict[str, list[str]], **environment: str) -> list[str]:
+        """Runs all of them, one after another, in one pair of processes, and returns what each of these prints."""
         arguments = json.dumps([[*toy(self.photos, self.folder / name), *runs[name], *CPU] for name in runs])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+        group = environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
         logs = [self.folder / f"device{rank}.log" for rank in range(2)]
         command = [sys.executable, "-m", "testing.two_devices", arguments]
         with ExitStack() as stack:
@@ -69,7 +70,9 @@ class Runs:
                 processes.append(stack.enter_context(subprocess.Popen(command, env=place, **output)))
                 stack.callback(processes[-1].kill)  # on the way out this comes before the wait for its end
             codes = [process.wait(timeout=600) for process in processes]
-        assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
+        printed = [log.read_text() for log in logs]
+        assert codes == [0, 0], "\n".join(text[-4000:] for text in printed)
+        return printed
 
     def losses(self, name: str) -> list[float]:
         return losses(self.folder / name)
@@ -98,8 +101,8 @@ def runs(photos, tmp_path_factory) -> Runs:
     on_two["full_bf16"] = ["trainer=fsdp", *QUICK, *BFLOAT16]
     for strategy in STRATEGIES:
         share = [
-            "+callbacks.share._target_=testing.two_devices.WeightShare",
-            f"+callbacks.share.output={runs.folder}/2x4_{strategy}",
+            "+callbacks.monitor._target_=testing.two_devices.WeightShare",
+            f"+callbacks.monitor.output={runs.folder}/2x4_{strategy}",
         ]
         on_two[f"2x4_{strategy}"] = [f"trainer={strategy}", *descent, *share]
         on_two[f"half_{strategy}"] = [f"trainer={strategy}", *FOUR_STEPS, "trainer.max_steps=2"]
@@ -179,3 +182,28 @@ def test_the_command_starts_the_second_process_and_writes_once(photos, tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(losses(tmp_path / "run")) == 2 and len(list((tmp_path / "run").glob("events*"))) == 1
     load_part(tmp_path / "run" / "lr_stream.safetensors")
+
+
+def test_the_first_device_decides_where_all_start_also_for_one_that_sees_the_files_later(photos, tmp_path):
+    runs = Runs(photos, tmp_path)
+    runs.on_one("run", *FOUR_STEPS, "data.batch_size=4", "trainer.max_steps=2")
+    (tmp_path / "again").symlink_to("run")
+    (tmp_path / "other").symlink_to("run")
+    arguments = ["trainer=ddp", *FOUR_STEPS]
+    both = runs.on_two({"run": arguments, "again": arguments, "other": [*arguments, "seed=5"]}, LATE_DEVICE="1")
+    assert "resuming from step 2" in (tmp_path / "run" / "train.log").read_text()
+    assert len(runs.losses("run")) == 4
+    for printed in both:
+        resumed, finished, refused = [line for line in printed.splitlines() if line.startswith(("scores", "refused"))]
+        assert "train/loss" in resumed and finished == "scores {}"
+        assert "holds a run with other settings: seed=5 (the run has 0)" in refused
+
+
+def test_devices_that_see_other_photos_stop_before_the_first_step(monkeypatch):
+    from dit4sr_pl.training.callbacks import sources
+
+    trainer = SimpleNamespace(world_size=2, global_step=3, datamodule=None)
+    for others, agree in (((3, ""), True), ((3, "5 (ab)"), False), ((0, ""), False)):
+        monkeypatch.setattr(sources, "from_all_devices", lambda trainer, own, others=others: [own, others])
+        with nullcontext() if agree else pytest.raises(ValueError, match=r"do not agree \(device 0: step 3"):
+            sources.Sources(Path(), None).on_train_start(trainer, None)

@@ -15,7 +15,7 @@ from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.train import train
 from dit4sr_pl.training import provenance
 from dit4sr_pl.training.former_run import FORMER, files_of_run
-from dit4sr_pl.training.run_folder import check_same_run, checkpoints_in, finished_steps, settle
+from dit4sr_pl.training.run_folder import Start, check_same_run, checkpoints_in, finished_steps, settle
 from testing.events import event
 from testing.toy_runs import toy
 
@@ -86,7 +86,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_run_that_it_was_given_to(phot
 def test_an_error_before_the_first_step_ends_leaves_the_former_run(photos, run):
     before = contents(run)
     with pytest.raises(SystemExit):
-        event_ = ["+callbacks.event={_target_: testing.events.Exit, hook: on_train_batch_start, steps: 0}"]
+        event_ = ["+callbacks.monitor={_target_: testing.events.Exit, hook: on_train_batch_start, steps: 0}"]
         start(photos, run, "overwrite=true", "seed=5", *event_)
     assert contents(run) == before
 
@@ -94,7 +94,7 @@ def test_an_error_before_the_first_step_ends_leaves_the_former_run(photos, run):
 @pytest.mark.slow
 def test_an_error_before_the_first_checkpoint_brings_the_former_run_back(photos, run):
     before = contents(run)
-    stop = ["+callbacks.event={_target_: testing.events.Exit, hook: on_train_batch_start, steps: 1}"]
+    stop = ["+callbacks.monitor={_target_: testing.events.Exit, hook: on_train_batch_start, steps: 1}"]
     never = ["callbacks.checkpoint.every_n_train_steps=null", "trainer.limit_val_batches=0", "trainer.max_steps=9"]
     with pytest.raises(SystemExit):
         start(photos, run, "overwrite=true", "seed=5", *stop, *never)
@@ -234,7 +234,11 @@ def test_broken_packages_and_odd_files_of_a_checkout_do_not_stop_a_run(tmp_path,
     assert "the code of this run is not recorded (ZeroDivisionError" in caplog.text
 
 
-def test_a_resumed_run_keeps_the_record_of_its_first_steps(tmp_path):
-    provenance.record_code(tmp_path)
-    provenance.record_code(tmp_path, 40)
-    assert {"code.yaml", "code-0000040.yaml"} <= {path.name for path in tmp_path.iterdir()}
+def test_every_start_keeps_its_record_of_the_code_and_none_is_of_steps_that_are_trained_again(tmp_path):
+    for step in (0, 40, 80):
+        provenance.record_code(tmp_path, step)
+    assert {"code.yaml", "code-0000040.yaml", "code-0000080.yaml"} <= {path.name for path in tmp_path.iterdir()}
+    Start(OmegaConf.create({"overwrite": False, "output": str(tmp_path)}), tmp_path, 60).begin()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"code.yaml", "code-0000040.yaml", "code-0000060.yaml", "code-0000080.yaml.aside"} <= names
+    assert "code-0000080.yaml" not in names

@@ -21,7 +21,7 @@ from dit4sr_pl.common.processes import children
 from dit4sr_pl.model import load_part
 from dit4sr_pl.model.training_state import is_whole
 from dit4sr_pl.train import train
-from dit4sr_pl.training.run_folder import check_same_run, checkpoints_in, leads
+from dit4sr_pl.training.run_folder import check_same_run, checkpoints_in
 from testing.commands import is_alive, wait_until
 from testing.commands import run as command
 from testing.events import event
@@ -297,14 +297,6 @@ def test_a_folder_holds_runs_of_one_kind(tmp_path, theirs, overrides, named):
     with pytest.raises(ValueError, match="holds a run with other settings.*overwrite=true") as refused:
         check_same_run(ours, tmp_path)
     assert named in str(refused.value)
-
-
-@pytest.mark.parametrize("rank", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
-def test_of_a_run_on_several_devices_rank_0_holds_the_folder(monkeypatch, rank):
-    two, one = (OmegaConf.create({"devices": n, "num_nodes": 1, "accelerator": "cpu"}) for n in (2, 1))
-    assert leads(two) and leads(one)
-    monkeypatch.setenv(rank, "1")
-    assert not leads(two) and leads(one)
 
 
 def rows(folder: Path) -> list[tuple[int, float]]:

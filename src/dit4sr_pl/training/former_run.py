@@ -18,7 +18,7 @@ FORMER = ".former_run"
 CHECKPOINTS, PICTURES = "checkpoints", "images"
 NAMES = ("config.yaml", "finished.yaml", "losses.csv", "scores.csv", "results.csv", "results.parquet", "hparams.yaml")
 NAMES += ("lr_stream.safetensors", "controlnet.safetensors")
-PATTERNS = re.compile(r"code(-\d{7,})?\.(yaml|diff)|events\.out\.tfevents\..*")
+PATTERNS = re.compile(r"code(-\d{7,})?\.(yaml|diff)(\.aside)?|events\.out\.tfevents\..*")
 CHECKPOINT_FILES = re.compile(r"\d{7,}\.ckpt(\.aside)?|last\.ckpt")
 READ = ("ckpt_path", "model.checkpoint", "model.backbone", "data", "metric_weights")  # settings that may be paths
 

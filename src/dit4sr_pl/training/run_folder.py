@@ -14,14 +14,13 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dit4sr_pl.common.devices import device_count
 from dit4sr_pl.common.files import atomic_write, folder_lock
 from dit4sr_pl.common.run_identity import differences, resume_identity
 from dit4sr_pl.common.secrets import hidden, without_secrets
@@ -33,21 +32,20 @@ log = logging.getLogger(__name__)
 
 CONFIG, LOG, FINISHED = "config.yaml", "train.log", "finished.yaml"
 EVENTS = "events.out.tfevents.*"
+RECORD = re.compile(r"code-(\d{7,})\.(?:yaml|diff)")
 
 
 @contextmanager
 def open_run(cfg: DictConfig) -> Iterator[Path]:
-    """Locks the run's folder, appends the log to its `train.log`, and yields the folder.
+    """Locks the run's folder, appends the log to its `train.log`, and yields the folder; the first process calls it.
 
     Raises:
         ValueError: another process writes there; the folder holds a run with other settings; or `overwrite=true` would
             replace what the command reads.
     """
     folder = Path(cfg.output)
-    leader = leads(cfg.trainer)
-    with folder_lock(folder) if leader else nullcontext(), logged(folder / LOG) if leader else nullcontext():
-        if leader:
-            settle(folder)
+    with folder_lock(folder), logged(folder / LOG):
+        settle(folder)
         if cfg.overwrite:
             check_not_read(files_of_run(folder), cfg)
         else:
@@ -63,16 +61,6 @@ def settle(folder: Path) -> None:
         former_run.remove(folder)
     elif former_run.put_back(folder):
         log.warning("%s: the new run stopped before its first checkpoint; the former run is back", folder)
-
-
-def leads(trainer: DictConfig) -> bool:
-    """Returns whether this process writes the run's files: on several devices only rank 0 does.
-
-    A run on one device has one process, whatever rank the environment names: a second process is a second run.
-    """
-    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
-    one = device_count(trainer.devices, trainer.accelerator) == trainer.num_nodes == 1
-    return one or all(rank == "0" for rank in ranks)
 
 
 def check_same_run(cfg: DictConfig, folder: Path) -> None:
@@ -154,7 +142,7 @@ class Start:
     def begin(self) -> None:
         """Records config and code; the run counts as unfinished from now on.
 
-        Checkpoints after the step that training resumes from are renamed to `.aside`.
+        Checkpoints and records of code after the step that training resumes from are renamed to `.aside`.
         """
         self.begun, folder = True, self.folder
         former_run.set_aside(self.former)
@@ -162,9 +150,14 @@ class Start:
         with atomic_write(folder / CONFIG) as partial:
             OmegaConf.save(without_secrets(OmegaConf.to_container(self.cfg, resolve=True)), partial)
         record_code(folder, self.step)
-        for path in checkpoints_in(folder):
-            if int(path.stem) > self.step:
-                path.replace(path.with_suffix(".ckpt.aside"))
+        later = [path for path in checkpoints_in(folder) if int(path.stem) > self.step]
+        records = [
+            path
+            for path in folder.glob("code-*")
+            if (match := RECORD.fullmatch(path.name)) and int(match[1]) > self.step
+        ]
+        for path in later + records:
+            path.replace(path.with_name(f"{path.name}.aside"))
 
     def undo(self) -> None:
         """Leaves the folder as it was after an error or a signal, unless the new run has a checkpoint."""
