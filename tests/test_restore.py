@@ -22,6 +22,7 @@ from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.files import find_images, read_image
 from dit4sr_pl.images.picture import write_picture
 from dit4sr_pl.images.resize import enlarge
+from dit4sr_pl.restoration import made_with
 from dit4sr_pl.restoration.restorer import Restorer
 from testing.small_photos import write_photo, write_photos
 from testing.stand_ins import Bicubic, command, run_restore
@@ -104,6 +105,36 @@ def test_what_is_done_stays_without_a_model_until_overwrite(folder, tmp_path, mo
     assert (tmp_path / "out/3.png").read_bytes() == b"mine"
     assert command(monkeypatch, restorer, *arguments, "overwrite=true") is None
     assert (tmp_path / "out/3.png").read_bytes() != b"mine"
+
+
+def test_a_result_of_other_settings_is_not_taken_for_done(photo, tmp_path, monkeypatch):
+    arguments, result = [f"input={photo}", f"output={tmp_path / 'out'}"], tmp_path / "out/photo.png"
+    assert command(monkeypatch, Bicubic(), *arguments) is None
+    before = result.read_bytes()
+    for other, named in (
+        ("scale=2", "scale=4 (now 2)"),
+        ("seed=5", "seed=0 (now 5)"),
+        ("sampler.steps=3", "sampler.steps="),
+    ):
+        message = command(monkeypatch, Bicubic(), *arguments, other)
+        assert "restored before with other settings: " in message and f"photo.png with {named}" in message
+    assert result.read_bytes() == before
+    assert command(monkeypatch, Bicubic(), *arguments, "sampler.tile_memory=9", "batch_size=2") is None  # no effect
+    assert command(monkeypatch, Bicubic(), *arguments, "scale=2", "overwrite=true") is None
+    assert command(monkeypatch, Bicubic(), *arguments, "scale=2") is None and result.read_bytes() != before
+    os.removexattr(result, made_with.ATTRIBUTE)
+    assert command(monkeypatch, Bicubic(), *arguments) is None  # as results of before 0.2
+
+
+def test_a_file_system_that_keeps_no_attributes_is_told_of_once(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "setxattr", refuse)
+    recorder = made_with.Recorder({"scale": 4})
+    for name in ("a.png", "b.png"):
+        recorder.add(tmp_path / name)
+    assert len(caplog.messages) == 1 and "a.png: its settings are not recorded" in caplog.text
 
 
 @pytest.mark.parametrize("left", [0, 20, -1])

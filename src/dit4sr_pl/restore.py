@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dit4sr_pl.restoration.worklist import Worklist
 
 ALPHA = ("bicubic", "network")
+LONG_TEXT = 80  # characters; a longer text, such as a prompt, is recorded by its hash
 
 
 @command("restore")
@@ -44,11 +45,13 @@ def main(cfg: DictConfig) -> None:
 
 def restore_folder(cfg: DictConfig) -> None:
     """Restores this shard's pictures into a locked folder and reports how many."""
+    from dit4sr_pl.restoration.made_with import check_same_settings
     from dit4sr_pl.restoration.worklist import make_worklist
 
     options = {key: cfg[key] for key in ("prompt", "overwrite", "keep_suffix", "first_frame", "samples")}
     options["dropped_words"] = cfg.captions.dropped_words
     worklist = make_worklist(Path(cfg.input), Path(cfg.output), shard=read_shard(cfg.shard), **options)
+    check_same_settings(Path(cfg.output), worklist.results, settings_of(cfg))
     total, done = worklist.total, worklist.done
     if worklist.entries:
         cfg.device = choose_device(cfg.device, cfg.model.backbone)
@@ -65,6 +68,22 @@ def restore_folder(cfg: DictConfig) -> None:
             + f"; {done} were there" * (done > 0)
         )
     report(worklist.failures, total)
+
+
+def settings_of(cfg: DictConfig) -> dict[str, Any]:
+    """Returns the settings that every result depends on; long texts by their hash."""
+    from dit4sr_pl.common.hashing import values_hash
+    from dit4sr_pl.common.run_identity import flatten, without_modules
+    from dit4sr_pl.restoration.made_with import identity_of_checkpoint
+
+    keys = ("scale", "seed", "alpha", "injection_scale", "first_frame", "prompt", "sampler")
+    every = OmegaConf.to_container(cfg, resolve=True)
+    backbone = {key: every["model"]["backbone"][key] for key in ("name", "dtype", "quantization")}
+    chosen = {key: every[key] for key in keys} | {"backbone": backbone}
+    settings = without_modules(dict(flatten(chosen))) | {"checkpoint": identity_of_checkpoint(cfg.checkpoint)}
+    del settings["sampler.tile_memory"]  # it changes no result
+    short = {key: values_hash({key: text}) for key, text in settings.items() if len(str(text)) > LONG_TEXT}
+    return settings | short
 
 
 def restore(worklist: "Worklist", cfg: DictConfig) -> None:
@@ -93,10 +112,13 @@ def restore_entries(worklist: "Worklist", cfg: DictConfig, run: Callable, evalua
         KeyboardInterrupt: the user stopped it; the message says how many are restored.
         OSError: nothing more can be written; so does this one.
     """
+    from dit4sr_pl.restoration.made_with import Recorder
+
     waiting, worklist.entries = worklist.entries, []
     pixels = {
         entry: entry.size[0] * entry.size[1] * (2 if entry.alpha and cfg.alpha == "network" else 1) for entry in waiting
     }
+    recorder = Recorder(settings_of(cfg))
     with work("restoring", sum(pixels.values()), len(waiting)) as show:  # in LR pixels that pass the network
         moved = finished = 0
 
@@ -112,6 +134,7 @@ def restore_entries(worklist: "Worklist", cfg: DictConfig, run: Callable, evalua
                 show(moved, items=len(worklist.entries) + 1)
                 if failure is None:
                     worklist.entries.append(entry)
+                    recorder.add(entry.target)
                 else:
                     worklist.failures.append(failure)
                 for note in notes:

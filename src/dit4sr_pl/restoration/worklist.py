@@ -41,11 +41,16 @@ class Entry:
 
 @dataclass
 class Worklist:
-    """Pictures to restore, the number that is restored already, and a message for each that cannot be restored."""
+    """Pictures to restore, the results that are there already, and a message for each that cannot be restored."""
 
     entries: list[Entry] = field(default_factory=list)
-    done: int = 0
+    results: list[Path] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+
+    @property
+    def done(self) -> int:
+        """Number of the results that are there already."""
+        return len(self.results)
 
     @property
     def total(self) -> int:
@@ -97,7 +102,7 @@ def make_worklist(
             if os.path.realpath(target) in inputs:
                 raise ValueError(f"{file}: its result {target} would replace an input; choose another output")
             if not overwrite and is_complete_png(target):
-                worklist.done += 1
+                worklist.results.append(target)
                 continue
             caption = prompt or drop_sentences(texts[name], dropped_words)
             header, text = read_header(file, first_frame), (folders[0] / result).with_suffix(".txt")
