@@ -177,7 +177,7 @@ def test_embeddings_of_other_encoders_are_refused_and_those_of_unknown_ones_are_
 
 
 def test_a_truncated_file_is_found_before_its_prompts_are_read(tmp_path):
-    write(tmp_path, ["a", "b"], 1)
+    write(tmp_path, ["a", "b"], file_bytes=1)
     cache = read(tmp_path)
     assert cache.check(["a", "b"]) == read(tmp_path).check(["b", "a"]) != cache.check(["a"])
     path = tmp_path / f"{prompt_key('b')}.safetensors"

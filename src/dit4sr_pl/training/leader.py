@@ -105,9 +105,11 @@ def exchanged(trainer: DictConfig, attempt: Callable[[], str]) -> str:
     """Returns the text of the first process, in every process that runs so far."""
     start_torch()
     from hydra.utils import instantiate
+    from lightning import LightningModule
 
     strategy = instantiate(trainer, logger=False, callbacks=None, enable_checkpointing=False).strategy
     if strategy.cluster_environment.creates_processes_externally:  # by torchrun or SLURM: all of them are here
+        strategy.connect(LightningModule())  # FSDP's asks for one
         strategy.setup_environment()
         return strategy.broadcast(attempt() if strategy.is_global_zero else None)
     first = leads(trainer)
