@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dit4sr_pl import train
-from dit4sr_pl.cli.command import command, with_whole_config
+from dit4sr_pl.cli.command import command, one_line, with_whole_config
 from testing.commands import call
 
 
@@ -68,3 +68,10 @@ def test_a_section_is_shown_of_the_whole_config_only_if_it_is_resolved():
     assert with_whole_config(["--cfg=hydra", "--resolve", "-p", "hydra.run"]) == [
         *("--cfg", "all", "--resolve", "-p", "hydra.run")
     ]
+
+
+def test_an_error_of_the_system_names_its_file_and_what_to_do():
+    denied = PermissionError(13, "Permission denied", "/x/a.png")
+    assert one_line(denied) == "/x/a.png: Permission denied; give this user access, or choose another path"
+    assert one_line(OSError(28, "No space left on device")).startswith("No space left on device; free some space")
+    assert one_line(FileNotFoundError("a: no such file; give b")) == "a: no such file; give b"

@@ -74,7 +74,7 @@ class RectifiedFlow:
         density: TimestepDensity = LOGIT_NORMAL,
     ):
         if weighting not in WEIGHTINGS:
-            raise ValueError(f"loss weighting {weighting!r}; choose one of {', '.join(WEIGHTINGS)}")
+            raise ValueError(f"model.weighting={weighting!r}; choose one of {', '.join(WEIGHTINGS)}")
         table = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
         self.timesteps, self.sigmas = table.timesteps, table.sigmas
         self.weighting, self.density = weighting, density

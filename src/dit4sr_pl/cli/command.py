@@ -1,5 +1,6 @@
 """The decorator of all commands: finds configs, runs Hydra, reports a user's mistake in one line. No PyTorch here."""
 
+import errno
 import logging
 import os
 import re
@@ -31,6 +32,8 @@ from dit4sr_pl.common.secrets import hidden, note_used
 
 PACKAGE = Path(__file__).parents[1]
 USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
+REMEDIES = {errno.ENOSPC: "free some space, and repeat the command", errno.EROFS: "choose another folder"}
+REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM), "give this user access, or choose another path")
 # Hydra copies this singleton for every config group that `--help` lists, which takes more than a second in all.
 ConfigStore.__deepcopy__ = lambda self, memo: self
 
@@ -246,10 +249,13 @@ def one_line(error: BaseException) -> str:
     """Returns the message of the error that was raised first: Hydra wraps errors of the objects that it makes."""
     while error.__cause__ is not None:
         error = error.__cause__
-    message = str(error)
-    if re.match(r"Caught \w+ in DataLoader worker process", message):  # its whole traceback; the last line is the error
-        message = re.sub(r"^[\w.]+: ", "", message.strip().splitlines()[-1])
-    message = " ".join(message.split()) or type(error).__name__
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # Python's own begins with the number
+        place = "" if error.filename is None else f"{error.filename}: "
+        text = f"{place}{error.strerror}" + (f"; {REMEDIES[error.errno]}" if error.errno in REMEDIES else "")
+    if re.match(r"Caught \w+ in DataLoader worker process", text):  # its whole traceback; the last line is the error
+        text = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
+    message = " ".join(text.split()) or type(error).__name__
     if message.startswith("Could not override 'model'"):  # commands took it before there was a group of backbones
         return "model is an option of train and plan; give backbone=sd35_medium or backbone=tiny_sd3"
     return hidden(message)

@@ -20,7 +20,7 @@ def check_name(name: object, source: object) -> str:
         ValueError: it is absolute, leads upward, is not UTF-8, or a part of it is too long.
     """
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{source}: {name!r} is not the name of a file")
+        raise ValueError(f"{source}: {name!r} is not the name of a file; give a text")
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or "\0" in name:
         raise ValueError(f"{source}: {name!r} does not stay within its folder; give paths below it, without `..`")

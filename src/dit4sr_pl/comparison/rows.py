@@ -184,7 +184,9 @@ def average(runs: Sequence[Run], metrics: Sequence[str]) -> Row:
     scores = [run.result.scores for run in runs]
     everywhere = set(scores[0]).intersection(*scores)
     if not everywhere:
-        raise ValueError(f"{runs[0].folder} and {runs[1].folder}: seeds of {runs[0].label} without a common image")
+        raise ValueError(
+            f"{runs[0].folder} and {runs[1].folder}: seeds of {runs[0].label} without a common image; leave one out"
+        )
     images = [image for image in scores[0] if image in everywhere]
     left_out = sorted(set().union(*scores) - everywhere)
     table = [[[run.result.of(image).get(metric, np.nan) for metric in metrics] for image in images] for run in runs]

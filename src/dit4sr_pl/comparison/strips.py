@@ -28,7 +28,10 @@ def open_all(runs: Sequence[Run], name: str) -> list[Image.Image]:
     for run, picture in zip(runs, pictures, strict=True):
         if picture.size != pictures[0].size:
             sizes = " but ".join("{}x{}".format(*each.size) for each in (picture, pictures[0]))
-            raise ValueError(f"{pictures_of(run, name)}: {sizes} in {pictures_of(runs[0], name)}; no strip without it")
+            raise ValueError(
+                f"{pictures_of(run, name)}: {sizes} in {pictures_of(runs[0], name)}; "
+                "no strip without pictures of one size, give strip.images=[NAMES] of others"
+            )
     return pictures
 
 
@@ -96,7 +99,9 @@ def cut(picture: Image.Image, corner: Corner, crop: int) -> Image.Image:
     """Returns the crop of a picture; raises ValueError for a corner outside of it."""
     (x, y), (width, height) = corner, picture.size
     if x >= width or y >= height:
-        raise ValueError(f"strip.at={list(corner)}: outside of a picture of {width}x{height}")
+        raise ValueError(
+            f"strip.at={list(corner)}: outside of a picture of {width}x{height}; give a corner within it, or null"
+        )
     return picture.crop((x, y, min(x + crop, width), min(y + crop, height)))
 
 

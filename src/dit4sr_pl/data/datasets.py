@@ -177,7 +177,9 @@ class TrainingCrops(Dataset):
                 if not self.reported[candidate]:
                     self.reported[candidate] = True
                     log.warning("%s; skipped, the next image takes its place", error)
-        raise ValueError(f"{self.photos[0].path.parent}: none of the {len(self.photos)} images is readable")
+        raise ValueError(
+            f"{self.photos[0].path.parent}: none of the {len(self.photos)} images is readable; give another folder"
+        )
 
     def _crop(self, image: torch.Tensor, lr: torch.Tensor | None, draws: torch.Generator) -> dict[str, torch.Tensor]:
         """Returns a crop of a photo and, with pairs, the same place of its LR image, whose pixels it begins with."""

@@ -102,7 +102,9 @@ class LatentPairs(Dataset):
         path = latent_file(*self.items[index], kind=kind)
         latent = read_latent(path)
         if latent.shape != self.shape:
-            raise ValueError(f"{path}: latents of shape {tuple(latent.shape)}, the first ones have {tuple(self.shape)}")
+            raise ValueError(
+                f"{path}: latents of shape {tuple(latent.shape)}, the first ones have {tuple(self.shape)}; remove it"
+            )
         return latent
 
     def prompt(self, folder: Path, name: str, empty: bool) -> dict[str, Any]:
@@ -171,13 +173,18 @@ def names_in(folder: Path, embedded: bool) -> list[str]:
         names = {path.relative_to(part).with_suffix("").as_posix() for path in part.rglob("*.pt")}
         if kind in (EMBEDS, POOLED):
             if f"NULL_{kind}" not in names:
-                raise FileNotFoundError(f"{part}/NULL_{kind}.pt: no embeddings of the empty prompt")
+                raise FileNotFoundError(
+                    f"{part}/NULL_{kind}.pt: no embeddings of the empty prompt; copy the folder again"
+                )
             names.remove(f"NULL_{kind}")
         if not names:
             raise FileNotFoundError(f"{part}: no latents; run prepare stage=latents latents={folder}")
         found[kind] = names
         if alone := sorted(names ^ found[HR]):
-            raise ValueError(f"{folder}: {HR} and {kind} differ in {len(alone)} names, such as {alone[0]}")
+            raise ValueError(
+                f"{folder}: {HR} and {kind} differ in {len(alone)} names, such as {alone[0]}; "
+                "run prepare stage=latents again"
+            )
     return sorted(found[HR])
 
 
@@ -199,7 +206,10 @@ def read_all(items: Sequence[tuple[Path, str]]) -> tuple[list[tuple[Path, str]],
             read.append(read_file(path, several=True))
             shape, expected = read[-1].shape, (len(pieces[HR][-1]), *pieces[HR][0].shape[1:])
             if len(shape) != 4 or shape != expected:
-                raise ValueError(f"{path}: latents of shape {tuple(shape)}; they must have {tuple(expected)}")
+                raise ValueError(
+                    f"{path}: latents of shape {tuple(shape)}; they must have {tuple(expected)}; "
+                    "remove it and run prepare again"
+                )
         owners += [(folder, name)] * len(read[-1])
     return owners, {kind: torch.cat(read) for kind, read in pieces.items()}
 
@@ -294,7 +304,9 @@ class CropSizes(Sampler[list[Draw]]):
         sides, shares = ([pair[i] for pair in crops] for i in (0, 1))
         largest = PIXELS * min(shape[1:])
         if wrong := [side for side in sides if side % TOKEN or not 0 < side <= largest]:
-            raise ValueError(f"data.latent_crops: {wrong[0]} is no multiple of {TOKEN} pixels up to {largest}")
+            raise ValueError(
+                f"data.latent_crops: {wrong[0]} is no multiple of {TOKEN} pixels up to {largest}; give such sides"
+            )
         if not shares or min(shares) < 0 or not sum(shares):
             raise ValueError(f"data.latent_crops={crops}: give sides and shares, such as [[128,0.7],[256,0.3]]")
         self.sides, self.shares = [side // PIXELS for side in sides], torch.tensor(shares, dtype=torch.float32)

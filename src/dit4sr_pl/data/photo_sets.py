@@ -89,7 +89,9 @@ class PhotoSet:
         self.captions = CaptionFiles(self.folder) if captions is None else open_captions(captions)
         self.photos = [Photo(self.folder, file, self.captions) for file in files]
         if round(weight * len(files)) == 0:
-            raise ValueError(f"{self.name}: weight={weight} of {len(files)} photos: fewer than one per epoch")
+            raise ValueError(
+                f"{self.name}: weight={weight} of {len(files)} photos: fewer than one per epoch; give a larger weight"
+            )
 
     def _files(self, path: str | Path | None, limit: int | None) -> tuple[list[str], list[int] | None, list[str]]:
         if path is None and not (self.folder / MANIFEST).exists():
@@ -99,7 +101,9 @@ class PhotoSet:
             raise FileNotFoundError(f"{self.folder}: no such folder; give the path of the photos that {path} lists")
         listed = read_manifest(path, limit)
         if not listed.files:
-            raise ValueError(f"{path}: no readable photo in this manifest")
+            raise ValueError(
+                f"{path}: no readable photo in this manifest; repair the photos and run prepare stage=manifest"
+            )
         return listed
 
     def check(self) -> dict[str, str]:

@@ -146,7 +146,10 @@ class BenchmarkSet:
         if self.crop is None:
             check_sizes(self.lr, restored, SCALE)
         elif wrong := [str(path) for path in restored.values() if image_size(path) != (self.crop, self.crop)]:
-            raise ValueError(f"not as large as dataset.crop={self.crop}: {', '.join(wrong)}")
+            raise ValueError(
+                f"not as large as dataset.crop={self.crop}: {', '.join(wrong)}; "
+                "leave dataset.crop out, or restore them again"
+            )
         return [replace(item, sr=restored[item.name]) for item in self.items(images)]
 
     def check_crop(self) -> None:
@@ -159,7 +162,9 @@ class BenchmarkSet:
             raise ValueError(f"dataset.crop={self.crop}: must be a multiple of {SCALE}, in pixels of the ground truth")
         small = [str(path) for path in self.lr.values() if min(image_size(path)) * SCALE < self.crop]
         if small:
-            raise ValueError(f"dataset.crop={self.crop}: more than {SCALE} times the side of {', '.join(small)}")
+            raise ValueError(
+                f"dataset.crop={self.crop}: more than {SCALE} times the side of {', '.join(small)}; lower it"
+            )
 
 
 def finished_images(images: Path, reference: Path | None) -> list[Item]:

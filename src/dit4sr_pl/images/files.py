@@ -56,7 +56,9 @@ def find_images(folder: Path | str, suffixes: Sequence[str] = IMAGE_SUFFIXES) ->
         if name.lower().endswith(tuple(suffixes)) and not name.startswith(".")
     )
     if not found:
-        raise ValueError(f"{folder}: no images in this folder or below it (looked for {', '.join(suffixes)})")
+        raise ValueError(
+            f"{folder}: no images in this folder or below it (looked for {', '.join(suffixes)}); give another folder"
+        )
     return found
 
 

@@ -27,7 +27,7 @@ def by_name(folder: Path, suffix: str = "") -> dict[str, Path]:
     if twice:
         raise ValueError(f"{folder}: one name, several files: {'; '.join(twice)}; keep one of each")
     if not found:
-        raise ValueError(f"{folder}: no image there has a name that ends in {suffix}")
+        raise ValueError(f"{folder}: no image there has a name that ends in {suffix}; give another suffix, or null")
     return {name: path for ((name, path),) in found.values()}
 
 
@@ -48,4 +48,6 @@ def check_sizes(small: dict[str, Path], large: dict[str, Path], scale: int) -> N
             wrong.append(f"{large[name]} ({wide}x{high}, {path} {width}x{height})")
     if wrong:
         wanted = "as large" if scale == 1 else f"{scale} times as large"
-        raise ValueError(f"not {wanted} as the file of the same name: {', '.join(wrong)}")
+        raise ValueError(
+            f"not {wanted} as the file of the same name: {', '.join(wrong)}; give files that belong together"
+        )

@@ -108,7 +108,9 @@ def weight_files(address: HubAddress, commit: str, files: list[str], place: str,
         shards = json.loads((download(address, commit, [index], incoming) / index).read_text())["weight_map"].values()
         wanted = [index, *(place + shard for shard in sorted(set(shards)))]
     if missing := set(wanted).difference(files):
-        raise ValueError(f"{address.word}: the repository lacks {', '.join(sorted(missing))}")
+        raise ValueError(
+            f"{address.word}: the repository lacks {', '.join(sorted(missing))}; give another one, or another revision"
+        )
     return wanted
 
 

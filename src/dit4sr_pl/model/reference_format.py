@@ -128,7 +128,7 @@ def write_released(base: SD3Transformer2DModel, lr_stream: LRStream, folder: Pat
     """
     variant = lr_stream.variant
     if (variant.lr_integration, variant.lr_residual, variant.lr_injection) != ("joint", True, "conv"):
-        raise ValueError(f"{variant}: the reference implementation runs the full variant only")
+        raise ValueError(f"{variant}: the reference implementation runs the full variant only; convert one of that")
     state = dict(base.state_dict()) | dead_weights(base)
     for name, tensor in lr_stream.state_dict().items():
         factor = variant.injection_scale / RELEASED_SCALE if ".injection." in name else 1.0

@@ -222,5 +222,7 @@ def fit_state(trained: nn.Module, state: dict[str, Tensor], source: str | Path) 
     if ours != theirs:
         different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         listed = ", ".join(f"{name} {theirs.get(name)} (wanted {ours.get(name)})" for name in different[:3])
-        raise ValueError(f"{source}: another architecture: {len(different)} weights differ, such as {listed}")
+        raise ValueError(
+            f"{source}: another architecture: {len(different)} weights differ, such as {listed}; give its own backbone"
+        )
     trained.load_state_dict(state)

@@ -35,7 +35,9 @@ class Variant:
             if getattr(self, name) not in choices:
                 raise ValueError(f"variant: {name}={getattr(self, name)!r}; choose one of {', '.join(choices)}")
         if self.lr_integration == "none" and self.lr_injection == "none":
-            raise ValueError("variant: without LR Integration and LR Injection the LR image reaches nothing")
+            raise ValueError(
+                "variant: without LR Integration and LR Injection the LR image reaches nothing; give one of them"
+            )
         if self.legacy_lr_keys and self.lr_integration == "none":
             raise ValueError("variant: legacy_lr_keys needs lr_integration=joint (it takes its keys from the noise)")
 

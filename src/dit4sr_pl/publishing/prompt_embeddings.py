@@ -40,7 +40,10 @@ def write_prompt_embeddings(
     folder = pipeline_folder(backbone.location)  # after the text encoders were read, all files are there
     encoders = {name: found for name, found in encoder_fingerprints(folder).items() if found is not None}
     if not encoders or not all(encoders.values()):
-        raise ValueError(f"{folder}: its text encoders have no safetensors weights, by which embeddings name them")
+        raise ValueError(
+            f"{folder}: its text encoders have no safetensors weights, by which embeddings name them; "
+            "save them with safe_serialization=True"
+        )
     header = {"backbone": base["name"], "fingerprint": base["fingerprint"], "text_encoders": encoders}
     header |= {"t5_tokens": backbone.t5_tokens, "prompts": texts, "hashes": hashes}
     with atomic_write(path) as partial:  # the metadata has one entry, since safetensors writes several in random order

@@ -135,7 +135,9 @@ def _find(source: Path, output: Path) -> tuple[Path, list[Path]]:
     if results.is_relative_to(os.path.realpath(source)):  # files in the output folder are results
         files = [file for file in files if not Path(os.path.realpath(file.parent)).is_relative_to(results)]
     if not files:
-        raise ValueError(f"{source}: no images in this folder or below it, except in the output folder")
+        raise ValueError(
+            f"{source}: no images in this folder or below it, except in the output folder; give another folder"
+        )
     return source, files
 
 

@@ -108,7 +108,9 @@ class ImageScore(Metric):
         if self.reference and hr is None:
             raise ValueError(f"{self.name} needs ground truth; give reference=FOLDER or metrics=no_reference")
         if min(sr.shape[-2:]) < self.smallest_side:
-            raise ValueError(f"{self.name} needs images of {self.smallest_side} pixels a side, not {tuple(sr.shape)}")
+            raise ValueError(
+                f"{self.name} needs images of {self.smallest_side} pixels a side, not {tuple(sr.shape)}; leave it out"
+            )
         images = (sr.float(), hr.float()) if self.reference else (sr.float(),)
         with exact_float32(sr.device), torch.no_grad():
             return self.score(*images).flatten().float()  # NIQE computes in float64

@@ -150,17 +150,19 @@ def read_scores(path: Path) -> dict[str, dict[str, float]]:
     with io.StringIO(text, newline="") as file:
         rows = csv.DictReader(file)
         if not rows.fieldnames or rows.fieldnames[0] != "image":
-            raise ValueError(f"{path}: not a table of scores (its columns must be `image`, then metrics)")
+            raise ValueError(
+                f"{path}: not a table of scores (its columns must be `image`, then metrics); score it again"
+            )
         for row in rows:
             image = row.pop("image")
             if image in scores:
-                raise ValueError(f"{path}: {image} appears twice")
+                raise ValueError(f"{path}: {image} appears twice; score it again")
             try:
                 scores[image] = {metric: float("nan" if value == "" else value) for metric, value in row.items()}
             except (TypeError, ValueError):
                 raise ValueError(f"{path}: {image}: not a number in every column; score it again") from None
     if not scores:
-        raise ValueError(f"{path}: no scores in this table")
+        raise ValueError(f"{path}: no scores in this table; score it again")
     return scores
 
 

@@ -82,7 +82,10 @@ def check_metrics(metrics: Mapping[str, Mapping], side: int | None = None) -> No
         weights = Weights(**metric["weights"]) if "weights" in metric else None
         left_out = weights is not None and weights.on_missing == "skip" and weights.missing()
         if not left_out and side is not None and side < metric.get("smallest_side", 1):
-            raise ValueError(f"metrics={name} needs images of {metric['smallest_side']} pixels a side, not {side}")
+            raise ValueError(
+                f"metrics={name} needs images of {metric['smallest_side']} pixels a side, not {side}; "
+                "leave it out, or take larger images"
+            )
         if weights is not None:
             weights.check(name)
 

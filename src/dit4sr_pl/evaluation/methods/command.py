@@ -69,7 +69,10 @@ class Command:
         try:
             filled = [part.format(**places, **weights, seed=seed) for part in map(str, arguments)]
         except KeyError as error:
-            raise ValueError(f"method.arguments: {{{error.args[0]}}} is no placeholder") from None
+            raise ValueError(
+                f"method.arguments: {{{error.args[0]}}} is no placeholder; "
+                f"write {{input}}, {{output}}, {{prompts}}, {{seed}} or a key of method.weights"
+            ) from None
         except (IndexError, ValueError) as error:
             raise ValueError(
                 f"method.arguments: a brace outside of a placeholder ({error}); write {{{{ or }}}}"
@@ -119,10 +122,15 @@ class Command:
     def check(self, image: LRImage) -> None:
         """Raises ValueError for an image that the script does not take."""
         if "/" in image.name:
-            raise ValueError(f"{image.name}: {self.label} takes the images of one folder, not of folders in it")
+            raise ValueError(
+                f"{image.name}: {self.label} takes the images of one folder, not of folders in it; move them up"
+            )
         height, width = image.lr.shape[-2:]
         if self.side is not None and (height, width) != (self.side, self.side):
-            raise ValueError(f"{image.name}: {width}x{height}; {self.label}'s script takes {self.side}x{self.side}")
+            raise ValueError(
+                f"{image.name}: {width}x{height}; {self.label}'s script takes {self.side}x{self.side}; "
+                "crop them, or take another method"
+            )
 
     def clear(self, folder: str) -> None:
         """Makes an empty folder for the command."""

@@ -32,10 +32,14 @@ def read_esrgan(path: Path) -> dict[str, Tensor]:
     try:
         convolutions = list(read_convolutions(path.read_bytes(), list_convolutions(layout.read_text())))
     except (ValueError, KeyError, IndexError):
-        raise ValueError(f"weights={path}: damaged, or {layout.name} is of another network") from None
+        raise ValueError(
+            f"weights={path}: damaged, or {layout.name} is of another network; download both again"
+        ) from None
     blocks, rest = divmod(len(convolutions) - 6, 15)  # of 3 dense blocks with 5 convolutions each; 6 around them
     if blocks < 1 or rest:
-        raise ValueError(f"weights={path}: {len(convolutions)} convolutions; no ESRGAN has that many")
+        raise ValueError(
+            f"weights={path}: {len(convolutions)} convolutions; no ESRGAN has that many; take realesrgan-x4plus.bin"
+        )
     return {
         f"{name}.{kind}": values
         for name, (weight, bias) in zip(esrgan_names(blocks), convolutions, strict=True)

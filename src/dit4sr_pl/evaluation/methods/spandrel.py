@@ -60,9 +60,13 @@ def load(path: Path):
     try:
         net = loader.load_from_file(path) if weights is None else loader.load_from_state_dict(weights)
     except spandrel.UnsupportedModelError:
-        raise ValueError(f"weights={path}: no network that spandrel knows") from None
+        raise ValueError(
+            f"weights={path}: no network that spandrel knows; take a published file (docs/systems.md)"
+        ) from None
     except (UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"weights={path}: damaged or not weights ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"weights={path}: damaged or not weights ({str(error).splitlines()[0]}); download it again"
+        ) from None
     if net.scale != SCALE or net.input_channels != 3:
         raise ValueError(f"weights={path}: a {net.architecture.name} that enlarges x{net.scale}; x{SCALE} is needed")
     return net
