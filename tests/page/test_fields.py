@@ -239,9 +239,11 @@ def test_uploads_that_broke_off_go_and_old_files_go_where_there_is_no_room_unles
     assert sent.exists() and writing.exists() and not cut.exists()
     folder.make_room(2**16, lambda session: session == "visitor")
     assert not sent.parent.exists() and (kept / "x.png").exists()
-    result = folder.new_result("visitor")
+    result = folder.new_result("visitor", 2**16, lambda session: True)
     (result / "a.png").touch()
-    assert folder.new_result("visitor") != result and not result.exists()
+    with pytest.raises(ValueError, match="no room"):
+        folder.new_result("visitor", 2**18, lambda session: True)
+    assert folder.new_result("visitor", 0, lambda session: True) != result and not result.exists()
     folder.leave("visitor", results=True)
     assert list(folder.path.iterdir()) == [writing]
 

@@ -197,6 +197,8 @@ def test_what_comes_from_elsewhere_is_refused(visitor):
     get = lambda **headers: visitor.http.get("/config", headers=headers)  # noqa: E731
     assert get().status_code == get(origin=visitor.address).status_code == get(host="page.example").status_code == 200
     rebound = get(host="evil.example:7931")
+    assert get(**{"x-forwarded-host": "page.example"}).status_code == 200
+    assert get(**{"x-forwarded-host": "page.example, evil.example"}).status_code == 400
     assert rebound.status_code == 400 and "access-control-allow-origin" not in rebound.headers
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
         answer = visitor.http.post(f"{API}/upload", files={"files": b"x"}, headers={"origin": origin})

@@ -142,7 +142,8 @@ class Page:
         with self.answering(request.session_hash, file) as check:
             pictures = self.restored(source, file["orig_name"], scale, caption, seed, options, show)
             check()
-            results = self.folder.new_result(request.session_hash)
+            size = sum(map(bytes_of_pixels, pictures))
+            results = self.folder.new_result(request.session_hash, size, self.visitors.is_there)
             files = [results / name for name in result_names(file["orig_name"])]
             for result, picture in zip(files, pictures, strict=True):
                 write_picture(result, picture)
@@ -255,6 +256,12 @@ class Page:
             if function.api_name in fields:
                 checks[function._id] = checks[function.api_name] = partial(checked, fields[function.api_name])
         return RequestFilter(app, hosts, self.folder, self.visitors, checks, max_file_size)
+
+
+def bytes_of_pixels(picture: Picture) -> int:
+    """Returns the bytes of a picture's pixels, before a PNG compresses them."""
+    planes = [picture.color] if picture.alpha is None else [picture.color, picture.alpha]
+    return sum(plane.numel() for plane in planes) * picture.bits // 8
 
 
 def still_wanted(visitors: Visitors) -> Callable[[], bool]:

@@ -63,8 +63,11 @@ class PageFolder:
         with suppress(FileNotFoundError), self.lock:
             self.uploads.setdefault(session, {})[Path(file)] = Path(file).stat().st_mtime_ns
 
-    def new_result(self, session: str) -> Path:
-        """Returns a new folder for the session's result, in the place of its last one."""
+    def new_result(self, session: str, size: int, is_there: Callable[[str], bool]) -> Path:
+        """Returns a new folder for the session's result, in the place of its last one; `size` is the most bytes that it
+        takes, and errors are those of `make_room`.
+        """
+        self.make_room(size, is_there)
         folder = Path(tempfile.mkdtemp(prefix="result-", dir=self.path))
         with self.lock:
             last, self.results[session] = self.results.get(session), folder

@@ -88,7 +88,9 @@ class RequestFilter:
     def check_names(self, headers: Headers) -> None:
         """Raises Refused unless the request was sent to a name of the page, by a program or by the page itself."""
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
-        if len(hosts) != 1 or not self.hosts.allows(hosts[0]):
+        forwarded = [host.strip() for line in headers.getlist("x-forwarded-host") for host in line.split(",")]
+        # Gradio makes addresses of the forwarded name.
+        if len(hosts) != 1 or not all(map(self.hosts.allows, hosts + forwarded)):
             raise Refused(400, "this page does not answer under this name; its command takes hosts=[NAME]")
         if any(not self.hosts.allows_origin(origin, hosts[0]) for origin in origins):
             raise Refused(403, "the request comes from another site; the page's command takes hosts=[NAME]")
