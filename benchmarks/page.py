@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -37,14 +38,16 @@ def main() -> None:
                 command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=folder
             )
         attack = Attack(server.stdout.readline().strip(), arguments.seed)
-        running = threading.Thread(target=attack.run, args=(arguments.count,))
-        running.start()
-        while running.is_alive():
-            most = max(most, size_of(Path(folder, "files")))
-            time.sleep(0.2)
-        start = time.monotonic()
-        server.send_signal(signal.SIGTERM)
-        code = server.wait(60)
+        try:
+            running = threading.Thread(target=attack.run, args=(arguments.count,))
+            running.start()
+            while running.is_alive():
+                most = max(most, size_of(Path(folder, "files")))
+                time.sleep(0.2)
+        finally:
+            start = time.monotonic()
+            server.send_signal(signal.SIGTERM)
+            code = server.wait(60)
         seconds, logged = time.monotonic() - start, log.read_text()
         for answer, number in sorted(attack.answered.items()):
             print(f"{number:4}  {answer}")
@@ -64,8 +67,13 @@ def main() -> None:
 
 
 def size_of(folder: Path) -> int:
-    """Returns the bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Returns the bytes of all files below a folder, from which files go meanwhile."""
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += Path(parent, name).stat().st_size
+    return size
 
 
 if __name__ == "__main__":

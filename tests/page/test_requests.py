@@ -134,9 +134,9 @@ def test_a_picture_with_more_pixels_than_its_header_says_is_refused(page, monkey
 
 @pytest.mark.parametrize("end", ["leaves", "cancels", "never waits"])
 def test_work_ends_within_a_step_when_nobody_waits_for_it(visitor, evaluations, page, monkeypatch, end):
-    monkeypatch.setattr(blocks, "PATIENCE", 0.3 if end == "never waits" else 60)
+    monkeypatch.setattr(blocks, "PATIENCE", 1 if end == "never waits" else 60)
     before = files(page)
-    event = visitor.join(visitor.upload("a.png", picture(60, 60)), scale=8, steps=100)
+    event = visitor.join(visitor.upload("a.png", picture(90, 90)), scale=8, steps=100)
     assert eventually(lambda: evaluations)
     if end == "leaves":
         assert visitor.wait(event, seconds=0.2) == ("left", None)
@@ -149,7 +149,7 @@ def test_work_ends_within_a_step_when_nobody_waits_for_it(visitor, evaluations, 
         assert not waiting.is_alive()
     assert eventually(lambda: not page.worker.lock.locked())
     done = len(evaluations)
-    assert 0 < done < 300
+    assert 0 < done < 100
     time.sleep(0.3)
     assert len(evaluations) == done and eventually(lambda: files(page) == before)
 

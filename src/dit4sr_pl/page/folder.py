@@ -43,10 +43,7 @@ class PageFolder:
         Raises:
             ValueError: there is no room.
         """
-        with self.lock:
-            self._forget(is_there)
-            held = {file for files in self.uploads.values() for file in files}
-            held |= {file for folder in self.results.values() for file in folder.glob("*")}
+        held = self._held(is_there)
         used, now = self.used(), time.time()
         files = [(file.parent != self.path, status.st_mtime, file, status.st_size) for file, status in self._files()]
         for complete, written, file, length in sorted(files):  # Gradio gives an upload a folder when it is complete
@@ -88,11 +85,20 @@ class PageFolder:
         if folder is not None and results:
             remove(folder)
 
-    def _forget(self, is_there: Callable[[str], bool]) -> None:
-        """Forgets what belonged to sessions that ended without `leave`, as when a program cancels what it waits for."""
-        for held in (self.uploads, self.results):
-            for session in [session for session in held if not is_there(session)]:
-                del held[session]
+    def _held(self, is_there: Callable[[str], bool]) -> set[Path]:
+        """Returns the files of sessions that are connected, and forgets the others that have no files any more."""
+        held = set()
+        with self.lock:
+            for session in {*self.uploads, *self.results}:
+                files = {*self.uploads.get(session, ())}
+                if session in self.results:
+                    files |= {*self.results[session].glob("*")}
+                if is_there(session):
+                    held |= files
+                elif not any(file.exists() for file in files):
+                    self.uploads.pop(session, None)
+                    self.results.pop(session, None)
+        return held
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for parent, _, names in os.walk(self.path):
