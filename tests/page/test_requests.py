@@ -132,7 +132,7 @@ def test_a_picture_with_more_pixels_than_its_header_says_is_refused(page, monkey
         page.restored(tmp_path / "a.png", "a.png", 1, "", 0, {"steps": 1}, print)
 
 
-@pytest.mark.parametrize("end", ["leaves", "cancels", "never waits"])
+@pytest.mark.parametrize("end", ["leaves", "cancels", pytest.param("never waits", marks=pytest.mark.slow)])
 def test_work_ends_within_a_step_when_nobody_waits_for_it(visitor, evaluations, page, monkeypatch, end):
     monkeypatch.setattr(blocks, "PATIENCE", 1 if end == "never waits" else 60)
     before = files(page)
