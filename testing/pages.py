@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,15 @@ def serving(page: Page, host: str = "127.0.0.1", queue: int = 5) -> Iterator[str
             server.should_exit = True
             thread.join(30)
         assert not thread.is_alive()
+
+
+def has_ipv6() -> bool:
+    """Returns whether this machine has IPv6 addresses."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        return True
+    except OSError:
+        return False
 
 
 @dataclass

@@ -18,6 +18,7 @@ from dit4sr_pl.page.fields import Limits, bytes_of, checked, choice, number, tex
 from dit4sr_pl.page.folder import PageFolder, page_folder
 from dit4sr_pl.page.hosts import Hosts, host_name, listen, url
 from testing import ROOT
+from testing.pages import has_ipv6
 
 NAN, INF = float("nan"), float("inf")
 
@@ -190,14 +191,6 @@ def test_a_page_can_be_served_on_every_kind_of_address(host):
         socket.create_connection((name, port), timeout=5).close()
         with pytest.raises(ValueError, match=f"port={port}: Address already in use; choose another"):
             listen(host, port)
-
-
-def has_ipv6() -> bool:
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-        return True
-    except OSError:
-        return False
 
 
 def test_an_address_that_cannot_be_had_is_one_line(monkeypatch):

@@ -11,6 +11,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import torch
+from gradio_client import Client, handle_file
 from PIL import Image
 
 from dit4sr_pl.model import DiT4SRTransformer, Variant
@@ -23,7 +24,7 @@ from dit4sr_pl.restoration.worklist import Entry
 from testing.hostile_requests import Attack
 from testing.networks import randomise
 from testing.odd_files import png
-from testing.pages import API, LIMITS, Visitor, make_page, serving
+from testing.pages import API, LIMITS, Visitor, has_ipv6, make_page, serving
 from testing.toy_runs import SAMPLER
 
 
@@ -321,3 +322,24 @@ def test_a_button_describes_the_image_within_the_same_limits(visitor):
     assert describe("a.png", picture(8, 12)) == ("complete", ["An image of (3, 8, 12)."])
     assert "at most 1000000 are restored" in describe("b.png", png((b"IDAT", b""), width=1, height=10**6))[1]["error"]
     assert describe("c.png", picture(8, 8)[:-30])[1]["error"].startswith("c.png: not a readable image")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["::1", "[::1]", "0.0.0.0"])
+def test_the_address_that_is_printed_opens_the_page(host, restorer, tmp_path):
+    if ":" in host and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with serving(make_page(restorer, tmp_path), host) as address:
+        assert httpx.get(address, trust_env=False).status_code == 200
+
+
+@pytest.mark.slow
+def test_gradios_own_client_restores_a_picture(address, tmp_path):
+    (tmp_path / "a b.png").write_bytes(picture(8, 12))
+    client = Client(address, verbose=False, download_files=str(tmp_path))
+    values = handle_file(tmp_path / "a b.png"), 2, "", 1, 1.0, "none", 0, "", ""
+    files = client.predict(*values, api_name="/restore_file")
+    client.close()
+    for file, name in zip(files, ("a b.bicubic.png", "a b.png"), strict=True):
+        with Image.open(file) as image:
+            assert image.size == (24, 16) and Path(file).name == name
