@@ -2,6 +2,7 @@
 
 import io
 import sys
+import threading
 import time
 
 import pytest
@@ -54,6 +55,15 @@ def test_a_command_that_says_nothing_tells_how_long_it_has_been_running(capsys, 
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert text.startswith("plan: ") and progress.thread is None
+
+
+def test_a_run_next_to_others_has_lines_in_a_terminal_too(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    written = threading.Event()
+    with signs_of_life("train"), sign(written.set, seconds=0):
+        assert written.wait(20)
+    assert not capsys.readouterr().err
 
 
 def test_lines_have_no_carriage_returns_and_a_closed_pipe_does_not_stop_the_work(clock, monkeypatch):

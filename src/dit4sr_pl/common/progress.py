@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,9 +57,9 @@ def tick() -> None:
 
 @contextmanager
 def signs_of_life(command: str) -> Iterator[None]:
-    """Writes lines from a thread, as long as the block runs; by itself such as `plan: 30 s so far`."""
+    """Writes lines from a thread, as long as the block runs; by itself, without a terminal, `plan: 30 s so far`."""
     global thread
-    if thread is not None or in_terminal():
+    if thread is not None:
         yield
         return
     ended, began = threading.Event(), time.monotonic()
@@ -71,7 +71,8 @@ def signs_of_life(command: str) -> Iterator[None]:
     thread = threading.Thread(target=repeat, name="signs of life", daemon=True)
     thread.start()
     try:
-        with sign(lambda: print_line(f"{command}: {in_words(time.monotonic() - began)} so far"), first=SECONDS):
+        so_far = sign(lambda: print_line(f"{command}: {in_words(time.monotonic() - began)} so far"), first=SECONDS)
+        with nullcontext() if in_terminal() else so_far:
             yield
     finally:
         ended.set()
