@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gradio_client import Client, handle_file
-from PIL import Image
+from PIL import GifImagePlugin, Image, TiffImagePlugin
 
 from dit4sr_pl.model import DiT4SRTransformer, Variant
 from dit4sr_pl.page import blocks, visitors
@@ -131,6 +131,23 @@ def test_a_picture_with_more_pixels_than_its_header_says_is_refused(page, monkey
     monkeypatch.setattr(blocks, "read_header", lambda _: type("Header", (), {"size": (8, 4)}))
     with pytest.raises(ValueError, match="not as many as its header says"):
         page.restored(tmp_path / "a.png", "a.png", 1, "", 0, {"steps": 1}, print)
+
+
+@pytest.mark.parametrize("format", ["GIF", "TIFF", "WEBP", "PNG"])
+def test_frames_are_not_counted(visitor, monkeypatch, format):
+    """Counting 200,000 of them would hold the device for more than a second, and for a minute in the largest file."""
+    file = BytesIO()
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "white")]
+    frames[0].save(file, format, save_all=True, append_images=frames[1:])
+    seeks = []
+    for plugin in (GifImagePlugin.GifImageFile, TiffImagePlugin.TiffImageFile):
+        seek = plugin._seek
+        monkeypatch.setattr(
+            plugin, "_seek", lambda *given, seek=seek, **options: seeks.append(1) or seek(*given, **options)
+        )
+    kind, data = visitor.restore(visitor.upload(f"a.{format.lower()}", file.getvalue()))
+    assert kind == "error" and "several frames or pages; save one of them" in data["error"]
+    assert len(seeks) <= 4
 
 
 @pytest.mark.parametrize("end", ["leaves", "cancels", pytest.param("never waits", marks=pytest.mark.slow)])

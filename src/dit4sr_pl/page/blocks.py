@@ -16,7 +16,7 @@ from gradio.context import LocalContext
 from starlette.types import ASGIApp
 from torch import Tensor
 
-from dit4sr_pl.images.files import read_image
+from dit4sr_pl.images.files import open_image, read_image
 from dit4sr_pl.images.picture import PICTURE_SUFFIXES, Picture, read_header, read_picture, write_picture
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.page.fields import SEEDS, Field, Limits, checked, choice, number, result_names, text, upload
@@ -155,6 +155,7 @@ class Page:
         """Returns a caption of an uploaded image, for the visitor to change; errors are those of `restore_file`."""
         source = Path(file["path"])
         with self.answering(request.session_hash, file):
+            check_still(source)
             self.limits.check_size(read_header(source).size)  # before it is decoded
             return self.captioner([read_image(source)])[0]
 
@@ -200,6 +201,7 @@ class Page:
         Raises:
             ValueError: the picture cannot be read, or is more work than one request may ask for.
         """
+        check_still(file)
         lr = read_header(file).size  # before anything is decoded
         chosen = Restorer(self.restorer.net, self.restorer.backbone, replace(self.restorer.sampler, **sampler_options))
         self.check_work(chosen, lr, result_size(lr, scale))
@@ -256,6 +258,13 @@ class Page:
             if function.api_name in fields:
                 checks[function._id] = checks[function.api_name] = partial(checked, fields[function.api_name])
         return RequestFilter(app, hosts, self.folder, self.visitors, checks, max_file_size)
+
+
+def check_still(file: Path) -> None:
+    """Raises ValueError if a file has several frames or pages, which nobody counts: there can be 200,000 in 3 MB."""
+    with open_image(file) as image:
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            raise ValueError("several frames or pages; save one of them as a file of its own")
 
 
 def bytes_of_pixels(picture: Picture) -> int:
