@@ -102,17 +102,18 @@ def disturb(folder: Path, options: list[str], times: int, training: float, draws
         draws: source of the moments.
     """
     ballast, process, starts = folder.parent / "ballast", command(folder, options), 1
-    for time_ in range(times):
-        time.sleep(draws.random() * 2 * training / times)
-        if process.poll() is not None:
+    wait_for_loss(process, folder, 1)
+    for number in range(1, times + 1):
+        time.sleep(draws.random() * training / times)
+        if process.poll():
             process, starts = command(folder, options), starts + 1
-            time.sleep(draws.random() * 2 * training / times)
+        assert process.poll() is None, "the run ended before the disk was filled as often; give it more --steps"
         with suppress(OSError), ballast.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
-        time.sleep(draws.random() * training / times)
+        time.sleep(draws.random() * training / times / 2)
         ballast.unlink()
-        print(f"full {time_ + 1}: checkpoint {newest(folder)}, start {starts}", flush=True)
+        print(f"full {number}: checkpoint {newest(folder)}, start {starts}", flush=True)
     while process.wait():
         process, starts = command(folder, options), starts + 1
     return starts

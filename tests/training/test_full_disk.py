@@ -1,6 +1,7 @@
 """Training on a file system that really is full for a while, and on one without links."""
 
 import os
+import resource
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dit4sr_pl.model import load_part
 from dit4sr_pl.train import train
 from dit4sr_pl.training import event_log
 from dit4sr_pl.training.callbacks import Checkpoints
+from dit4sr_pl.training.callbacks.losses import append_row, keep_rows
 from dit4sr_pl.training.event_log import TolerantWriter
 from dit4sr_pl.training.run_folder import by_step, checkpoints_in, finished_steps
 from testing.toy_runs import losses, toy
@@ -57,6 +59,22 @@ def test_a_disk_that_is_full_for_three_steps_costs_their_records_and_nothing_els
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert losses(disk / "run")[-1] == losses(tmp_path / "whole")[-1]
     assert not list((disk / "run").rglob("*.partial"))
+
+
+def test_a_row_of_losses_that_does_not_fit_leaves_no_part_of_it(tmp_path):
+    path, limits = tmp_path / "losses.csv", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_text("batch,loss\n1,0.5\n2,0.2\n3,0.")
+    keep_rows(path, 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 4, limits[1]))
+    try:
+        with pytest.raises(OSError, match="No space left on device"):
+            append_row(path, b"3,0.25\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    append_row(path, b"4,0.75\n")
+    assert path.read_text() == "batch,loss\n1,0.5\n2,0.2\n4,0.75\n"
+    keep_rows(path, 1)
+    assert path.read_text() == "batch,loss\n1,0.5\n"
 
 
 def test_a_writer_of_events_goes_on_after_an_error(tmp_path, monkeypatch, caplog):

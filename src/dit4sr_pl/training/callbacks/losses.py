@@ -1,12 +1,17 @@
 """A file with the loss of every batch, by which two runs can be compared."""
 
+import errno
 import logging
+import os
+import re
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
 from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.training.lightning_state import batches_done
+
+ROW = re.compile(r"(\d+),\S+\n")
 
 log = logging.getLogger(__name__)
 
@@ -38,25 +43,35 @@ class Losses(Callback):
         """Starts counting."""
         if self.batches is None:
             self.batches = batches_done(trainer)
-        self.continued = False
-
-    def remove_repeated_rows(self) -> None:
-        """Removes the rows of batches that a resumed run repeats."""
-        rows = self.path.read_text().splitlines()[1:] if self.path.exists() else []
-        kept = [row for row in rows if int(row.split(",")[0]) <= self.batches]
-        with atomic_write(self.path) as partial:
-            partial.write_text("".join(f"{row}\n" for row in ["batch,loss", *kept]))
+        self.first, self.continued = self.batches, False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_) -> None:
-        """Appends a row."""
-        if trainer.is_global_zero and not self.continued:
-            self.remove_repeated_rows()
-            self.continued = True
+        """Appends a row; one that does not fit on the disk is a warning."""
         loss = pl_module.batch_loss.item()
         self.batches += 1
-        if trainer.is_global_zero:
-            try:
-                with self.path.open("a") as file:
-                    file.write(f"{self.batches},{loss}\n")
-            except OSError as error:
-                log.warning("%s: batch %d is not written (%s)", self.path, self.batches, error.strerror)
+        if not trainer.is_global_zero:
+            return
+        try:
+            if not self.continued:
+                keep_rows(self.path, self.first)
+                self.continued = True
+            append_row(self.path, f"{self.batches},{loss}\n".encode())
+        except OSError as error:
+            log.warning("%s: batch %d is not written (%s)", self.path, self.batches, error.strerror)
+
+
+def keep_rows(path: Path, batches: int) -> None:
+    """Removes the rows of batches after a number, which a resumed run repeats, and what a kill cut off."""
+    rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [match for row in rows if (match := ROW.fullmatch(row))]
+    with atomic_write(path) as partial:
+        partial.write_text("batch,loss\n" + "".join(match[0] for match in whole if int(match[1]) <= batches))
+
+
+def append_row(path: Path, row: bytes) -> None:
+    """Appends a row to a file; raises OSError, and leaves no part of it, if it does not fit."""
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        if file.write(row) < len(row):  # the system writes what fits
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
