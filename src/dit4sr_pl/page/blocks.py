@@ -102,8 +102,8 @@ class Page:
                     guidance = gr.Number(sampler.guidance_scale, label="guidance", **bounds, min_width=80)
                 color = gr.Dropdown(list(ALIGNMENTS), value=sampler.color, label="colour alignment")
                 with gr.Row():
-                    button = gr.Button("Restore", variant="primary")
-                    stop = gr.Button("Stop", variant="stop")
+                    button = gr.Button("Restore", variant="primary", min_width=80)
+                    stop = gr.Button("Stop", variant="stop", min_width=80)
             with gr.Column(scale=3):
                 slider = gr.ImageSlider(label="bicubic | restored", format="png", interactive=False, max_height=1000)
             inputs = [file, factor, caption, steps, guidance, color, start, added, negative]
