@@ -61,6 +61,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Returns:
         Scores of the last validation and the last loss by their logged names; {}: the run was already finished.
     """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        end_with_parent(signal.SIGKILL)  # without the first process it would wait for it
     check(cfg)
     with ExitStack() as stack:
         stack.callback(forget)
@@ -91,8 +93,6 @@ def decide(cfg: DictConfig, stack: ExitStack) -> Decision:
 
 def fit(cfg: DictConfig, folder: Path, decision: Decision) -> dict[str, float]:
     """Trains in a folder that is locked and checked; the result is that of `train`."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        end_with_parent(signal.SIGKILL)  # without the first process it would wait for it
     start_torch()
     import torch
     from hydra.utils import instantiate

@@ -43,14 +43,14 @@ def test_another_broken_pipe_is_an_error(monkeypatch):
         command("plan")(write)()
 
 
-def test_a_process_that_lightning_started_ends_with_the_first_one(monkeypatch, tmp_path):
+def test_a_process_that_lightning_started_ends_with_the_first_one(monkeypatch):
     def end(signum):
         raise RuntimeError(signum)
 
     monkeypatch.setattr(train, "end_with_parent", end)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(RuntimeError, match="9"):
-        train.fit(None, tmp_path)
+        train.train(None)
 
 
 @pytest.mark.parametrize("given", ["job", "all", "hydra"])
