@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dit4sr_pl.backbone.autoencoder import LatentCoder
+from dit4sr_pl.backbone.fingerprints import TEXT_PARTS
 from dit4sr_pl.backbone.shipped_prompts import ENCODERS, ShippedPrompts
-from dit4sr_pl.backbone.text_on_demand import TEXT_PARTS, TextOnDemand
+from dit4sr_pl.backbone.text_on_demand import TextOnDemand
 from dit4sr_pl.cli.checks import check_compiler
 from dit4sr_pl.cli.command import read_conf
 from dit4sr_pl.common.files import ASSETS, atomic_write, is_shipped

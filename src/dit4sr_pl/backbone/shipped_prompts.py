@@ -11,16 +11,15 @@ from pathlib import Path
 
 import torch
 from diffusers import SD3Transformer2DModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from dit4sr_pl.backbone.fingerprints import TEXT_PARTS, part_fingerprints
 from dit4sr_pl.backbone.prompt_cache import damaged, embeddings_hash, open_file, prompt_key
 from dit4sr_pl.backbone.text_encoder import Embeddings, PromptEncoder, gather
 from dit4sr_pl.common.hub import PROMPTS
-from dit4sr_pl.model.trained_part import weights_fingerprint
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-FLOATS = ("F32", "BF16", "F16")
 ADVICE = "delete it, and text encoders are read instead, or have `convert` write it again"
 
 
@@ -31,7 +30,7 @@ class ShippedPrompts:
     Args:
         path: the file.
         fingerprint: fingerprint of the base.
-        text_encoders: fingerprints of the text encoders that made them, by the components' names.
+        text_encoders: fingerprints of the text encoders and tokenizers that made them, by the components' names.
         t5_tokens: number of T5's tokens.
         held: embeddings `(1, T, D_text)` and pooled ones `(1, D_pooled)` by prompt, of which there is at least one.
     """
@@ -95,9 +94,9 @@ class ShippedPrompts:
         return ""
 
     def other_encoders(self, folder: Path | None) -> str:
-        """Returns why they were made by other text encoders than a pipeline has; empty: nothing says so.
+        """Returns why they were made by other text encoders or tokenizers than a pipeline has; empty: nothing says so.
 
-        Text encoders whose weights are not there, as where they were never downloaded, are not compared.
+        Parts whose files are not there, as where they were never downloaded, are not compared.
 
         Args:
             folder: folder of the pipeline; None: none of its files is at hand.
@@ -133,35 +132,15 @@ class HeldPrompts:
 
 
 def encoder_fingerprints(folder: Path) -> dict[str, str | None]:
-    """Returns the fingerprints of a pipeline's text encoders by name, from a few values of each weight.
+    """Returns the fingerprints of a pipeline's text encoders and tokenizers by name.
 
-    None: the pipeline has no such encoder; empty: its weights are not there, or cannot be read. Without the pipeline's
-    index nothing is known, and the result is empty.
+    None: the pipeline has no such part; empty: its files are not there, or cannot be read. Without the pipeline's index
+    nothing is known, and the result is empty.
     """
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        present = {name: (index.get(name) or [None])[0] is not None for name in ENCODERS}
+        present = {name: (index.get(name) or [None])[0] is not None for name in TEXT_PARTS}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-    return {name: encoder_fingerprint(folder / name) if present[name] else None for name in ENCODERS}
-
-
-def encoder_fingerprint(folder: Path) -> str:
-    """Returns the fingerprint of a text encoder's weights, of which three rows are read; empty: see above."""
-    shards = sorted(folder.glob("model-*-of-*.safetensors"))
-    paths = [*folder.glob("model.safetensors")] or shards
-    rows = {}
-    try:
-        if not paths or (paths is shards and len(shards) != int(shards[0].stem[-5:])):
-            return ""
-        for path in paths:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    weight = file.get_slice(name)
-                    shape = weight.get_shape()
-                    if weight.get_dtype() in FLOATS and shape:
-                        places = {0, shape[0] // 2, shape[0] - 1}
-                        rows |= {f"{name} {shape} {row:09}": weight[row : row + 1] for row in places}
-    except (OSError, ValueError, SafetensorError):
-        return ""
-    return weights_fingerprint(sorted(rows.items()))
+    found = part_fingerprints(str(folder))
+    return {name: found.get(name, "") if present[name] else None for name in TEXT_PARTS}

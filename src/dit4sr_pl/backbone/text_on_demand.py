@@ -4,14 +4,13 @@ import logging
 
 from diffusers import StableDiffusion3Pipeline
 
+from dit4sr_pl.backbone.fingerprints import TEXT_PARTS
 from dit4sr_pl.backbone.sd3 import TextEncoders, encoders_of
 from dit4sr_pl.backbone.shipped_prompts import HeldPrompts, ShippedPrompts
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.common.hub import hub_errors, pipeline_folder
 
 log = logging.getLogger(__name__)
-
-TEXT_PARTS = tuple(f"{part}{number}" for part in ("tokenizer", "text_encoder") for number in ("", "_2", "_3"))
 
 
 class TextOnDemand:

@@ -28,7 +28,7 @@ def write_prompt_embeddings(
 
     Raises:
         FileNotFoundError: a component of the pipeline cannot be read.
-        ValueError: the pipeline is not that of the weights, or its text encoders are not safetensors.
+        ValueError: the pipeline is not that of the weights, or a text encoder or tokenizer of it cannot be read.
     """
     check_base(backbone.transformer, base, source)
     tensors, texts, hashes = {}, {}, {}
@@ -41,8 +41,8 @@ def write_prompt_embeddings(
     encoders = {name: found for name, found in encoder_fingerprints(folder).items() if found is not None}
     if not encoders or not all(encoders.values()):
         raise ValueError(
-            f"{folder}: its text encoders have no safetensors weights, by which embeddings name them; "
-            "save them with safe_serialization=True"
+            f"{folder}: its text encoders or tokenizers cannot be read, by which embeddings name them; download the "
+            "folder again"
         )
     header = {"backbone": base["name"], "fingerprint": base["fingerprint"], "text_encoders": encoders}
     header |= {"t5_tokens": backbone.t5_tokens, "prompts": texts, "hashes": hashes}
