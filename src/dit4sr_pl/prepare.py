@@ -73,7 +73,7 @@ def crops(cfg: DictConfig, shard: tuple[int, int]) -> None:
         print(f"{left} photos left out: {reason}")
     if there and not any(map(is_pending, photos)):
         with work(f"manifest of {folder}") as show:
-            built = build_manifest(folder, processes=cfg.processes, progress=show)
+            built = build_manifest(folder, processes=cfg.processes, on_file=show)
         print(f"{built.manifest}: the manifest of all crops")
     if cut.failed:
         raise ValueError("not cut: " + "; ".join(cut.failed))

@@ -281,6 +281,7 @@ def test_folders_of_killed_servers_go_at_the_next_start_and_others_stay(tmp_path
 def test_the_folder_is_gone_with_its_process_or_can_be_removed_after_a_kill(name, tmp_path):
     script = "import signal, sys, time; from pathlib import Path\n"
     script += "from dit4sr_pl.page.folder import page_folder; from dit4sr_pl.common.processes import signals_exit\n"
+    script += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # `nohup` has the tests ignore it
     script += "with signals_exit(signal.SIGTERM, signal.SIGHUP), page_folder(Path(sys.argv[1]), 1) as folder:\n"
     script += "    (folder.path / 'x').touch(); print(folder.path, flush=True); time.sleep(60)\n"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
