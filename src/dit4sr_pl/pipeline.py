@@ -35,7 +35,7 @@ from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.compilation import capture_graphs, compile_blocks
 from dit4sr_pl.model.trained_part import check_base, fit_state, with_injection_scale
 from dit4sr_pl.restoration.sampling import Sampler, restore
-from dit4sr_pl.restoration.worklist import result_size
+from dit4sr_pl.restoration.sizes import result_size
 
 READING = ("revision", "token", "cache_dir", "local_files_only", "proxies", "variant")  # options of every component
 

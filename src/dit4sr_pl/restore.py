@@ -1,5 +1,6 @@
 """python -m dit4sr_pl.restore input=FILE_OR_FOLDER output=FOLDER [checkpoint=PATH] [scale=4]"""
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,12 +27,16 @@ from dit4sr_pl.cli.checks import (
 from dit4sr_pl.cli.command import command
 from dit4sr_pl.common.files import folder_lock, has_contents
 from dit4sr_pl.common.progress import track, work
+from dit4sr_pl.restoration.sizes import TARGETS, TargetSize
 
 if TYPE_CHECKING:
     from dit4sr_pl.restoration.worklist import Worklist
 
+SCALE = 4  # without one, and without a size of the results
 ALPHA = ("bicubic", "network")
 LONG_TEXT = 80  # characters; a longer text, such as a prompt, is recorded by its hash
+FORMATS = ("png", "jpeg", "webp", "tiff", "avif", "same")
+LOSSLESS = ("png", "tiff")
 
 
 @command("restore")
@@ -48,8 +53,8 @@ def restore_folder(cfg: DictConfig) -> None:
     from dit4sr_pl.restoration.made_with import check_same_settings
     from dit4sr_pl.restoration.worklist import make_worklist
 
-    options = {key: cfg[key] for key in ("prompt", "overwrite", "keep_suffix", "first_frame", "samples")}
-    options["dropped_words"] = cfg.captions.dropped_words
+    options = {key: cfg[key] for key in ("prompt", "overwrite", "keep_suffix", "first_frame", "samples", "format")}
+    options |= {"dropped_words": cfg.captions.dropped_words, "scale": scale_of(cfg)}
     worklist = make_worklist(Path(cfg.input), Path(cfg.output), shard=read_shard(cfg.shard), **options)
     check_same_settings(Path(cfg.output), worklist.results, settings_of(cfg))
     total, done = worklist.total, worklist.done
@@ -60,13 +65,13 @@ def restore_folder(cfg: DictConfig) -> None:
             caption(worklist, cfg)
     if worklist.entries:
         restore(worklist, cfg)
+    others = f"; no images: {summary(worklist.others)}" if worklist.others else ""
     if done == total:
-        print(f"nothing to do: {done} of {done} images are in {cfg.output} already; overwrite=true restores them again")
+        state = f"nothing to do: {done} of {done} images are in {cfg.output} already"
+        print(f"{state}; overwrite=true restores them again{others}")
     else:
-        print(
-            f"{len(worklist.entries)} of {total} images restored into {cfg.output}"
-            + f"; {done} were there" * (done > 0)
-        )
+        state = f"{len(worklist.entries)} of {total} images restored into {cfg.output}"
+        print(state + f"; {done} were there" * (done > 0) + others)
     report(worklist.failures, total)
 
 
@@ -76,10 +81,14 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
     from dit4sr_pl.common.run_identity import flatten, without_modules
     from dit4sr_pl.restoration.made_with import identity_of_checkpoint
 
-    keys = ("scale", "seed", "alpha", "injection_scale", "first_frame", "prompt", "sampler")
+    keys = ("seed", "alpha", "injection_scale", "first_frame", "prompt", "sampler", "colorize")
     every = OmegaConf.to_container(cfg, resolve=True)
     backbone = {key: every["model"]["backbone"][key] for key in ("name", "dtype", "quantization")}
-    chosen = {key: every[key] for key in keys} | {"backbone": backbone}
+    scale = scale_of(cfg)
+    size = {scale.kind: scale.value} if isinstance(scale, TargetSize) else {"scale": scale}
+    chosen = {key: every[key] for key in keys} | size | {"backbone": backbone}
+    if cfg.format not in LOSSLESS:
+        chosen["quality"] = cfg.quality
     settings = without_modules(dict(flatten(chosen))) | {"checkpoint": identity_of_checkpoint(cfg.checkpoint)}
     del settings["sampler.tile_memory"]  # it changes no result
     short = {key: values_hash({key: text}) for key, text in settings.items() if len(str(text)) > LONG_TEXT}
@@ -101,7 +110,9 @@ def restore(worklist: "Worklist", cfg: DictConfig) -> None:
         device, backbone = torch.device(cfg.device), instantiate(cfg.model.backbone)
         options = cfg.offload, cfg.injection_scale, cfg.compile, cfg.cuda_graph
         restorer = Restorer.load(backbone, instantiate(cfg.sampler), cfg.checkpoint, device, *options)
-        picture_restorer = PictureRestorer(restorer, cfg.scale, cfg.alpha, cfg.seed, cfg.png_level)
+        picture_restorer = PictureRestorer(
+            restorer, scale_of(cfg), cfg.alpha, cfg.seed, cfg.png_level, cfg.quality, cfg.colorize
+        )
         restore_entries(worklist, cfg, partial(picture_restorer.run, read), restorer.evaluations)
 
 
@@ -178,6 +189,20 @@ def caption(worklist: "Worklist", cfg: DictConfig) -> None:
     ]
 
 
+def scale_of(cfg: DictConfig) -> float | TargetSize:
+    """Returns the factor of the sides, or the size of the results if the config has one."""
+    for kind in TARGETS:
+        if cfg[kind] is not None:
+            return TargetSize(kind, cfg[kind])
+    return SCALE if cfg.scale is None else cfg.scale
+
+
+def summary(files: list[Path]) -> str:
+    """Returns the number of files and the first of their names."""
+    names = ", ".join(file.name for file in files[:3])
+    return f"{len(files)} files ({names}{', ...' * (len(files) > 3)})" if len(files) > 1 else f"1 file ({names})"
+
+
 def report(failures: list[str], total: int) -> None:
     """Raises ValueError if there are failures: a single one is the error, several are printed first, a line each."""
     lines = [f"not restored: {' '.join(failure.split())}" for failure in sorted(failures)]
@@ -194,11 +219,11 @@ def check(cfg: DictConfig) -> None:
         raise ValueError("no value for input; give an image or a folder of images as input=PATH")
     check_readable(cfg.input, "input")
     read_shard(cfg.shard)
-    check_scale(cfg.scale)
+    check_size(cfg)
+    check_format(cfg)
     if not isinstance(cfg.seed, int):
         raise ValueError(f"seed={cfg.seed}: must be a whole number")
     check_batch_size(cfg.batch_size)
-    check_png_level(cfg.png_level)
     if not isinstance(cfg.samples, int) or not 1 <= cfg.samples <= 100:
         raise ValueError(f"samples={cfg.samples}: must be a whole number from 1 to 100")
     if cfg.alpha not in ALPHA:
@@ -210,6 +235,36 @@ def check(cfg: DictConfig) -> None:
     if cfg.get("captioner") is not None:
         check_captioner(cfg.captioner)
     check_writable(cfg.output, "output")
+
+
+def check_size(cfg: DictConfig) -> None:
+    """Raises ValueError unless at most one of scale, size, short_side and megapixels is given, and in its range."""
+    given = [key for key in ("scale", *TARGETS) if cfg[key] is not None]
+    if len(given) > 1:
+        texts = " and ".join(f"{key}={cfg[key]}" for key in given)
+        raise ValueError(f"{texts}: each sets the size of the results; give one of them")
+    for key in given:
+        if key == "scale":
+            check_scale(cfg.scale)
+        elif key == "megapixels":
+            if isinstance(cfg[key], bool) or not isinstance(cfg[key], int | float) or not 0 < cfg[key] < math.inf:
+                raise ValueError(f"megapixels={cfg[key]}: must be a number above 0, in millions of pixels")
+        elif isinstance(cfg[key], bool) or not isinstance(cfg[key], int) or cfg[key] < 1:
+            raise ValueError(f"{key}={cfg[key]}: must be a whole number of pixels, 1 or more")
+
+
+def check_format(cfg: DictConfig) -> None:
+    """Raises ValueError unless the format of the results is known and its options belong to it."""
+    if cfg.format not in FORMATS:
+        raise ValueError(f"format={cfg.format}: choose one of {', '.join(FORMATS)}")
+    check_png_level(cfg.png_level)
+    if cfg.quality is not None:
+        if isinstance(cfg.quality, bool) or cfg.quality not in range(1, 101):
+            raise ValueError(f"quality={cfg.quality}: must be a whole number from 1 to 100, or null")
+        if cfg.format in LOSSLESS:
+            raise ValueError(f"quality={cfg.quality}: {cfg.format} is lossless; give format=jpeg, webp, avif or same")
+    if cfg.png_level is not None and cfg.format not in ("png", "same"):
+        raise ValueError(f"png_level={cfg.png_level}: belongs to format=png, not to format={cfg.format}")
 
 
 if __name__ == "__main__":

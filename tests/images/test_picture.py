@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import putchunk
 
 from dit4sr_pl.images.picture import Picture, read_header, read_picture, write_picture
 from dit4sr_pl.restoration.pictures import PictureRestorer
-from dit4sr_pl.restoration.worklist import result_size
+from dit4sr_pl.restoration.sizes import result_size
 from testing.hand_made_png import levels_of_png, png16
 from testing.stand_ins import Bicubic
 
@@ -37,6 +37,14 @@ def through(path, scale=1, alpha="bicubic", restorer=None, **options) -> Picture
     return restored
 
 
+def assert_visible_equal(result: np.ndarray, levels: np.ndarray) -> None:
+    """Compares levels except the colours of clear pixels, which are those of their neighbours."""
+    if result.ndim == 3 and result.shape[2] in (2, 4):
+        np.testing.assert_array_equal(result[..., -1], levels[..., -1])
+        result, levels = result[levels[..., -1] > 0], levels[levels[..., -1] > 0]
+    np.testing.assert_array_equal(result, levels)
+
+
 def written(path, **options) -> np.ndarray:
     through(path, **options)
     return levels_of_png(path.parent / "out" / "a.png")
@@ -47,7 +55,7 @@ def written(path, **options) -> np.ndarray:
 def test_eight_bit_levels_stay_as_they_are(tmp_path, mode, channels, suffix):
     levels = draw(channels)
     Image.fromarray(levels, mode).save(tmp_path / f"a{suffix}")
-    np.testing.assert_array_equal(written(tmp_path / f"a{suffix}"), levels)
+    assert_visible_equal(written(tmp_path / f"a{suffix}"), levels)
     with Image.open(tmp_path / "out/a.png") as image:
         assert image.mode == mode
 
@@ -64,27 +72,27 @@ def test_one_bit_is_grey_and_palettes_are_colour(tmp_path):
     np.testing.assert_array_equal(written(tmp_path / "p.png"), palette[index])
 
     image.save(tmp_path / "t.png", transparency=bytes(range(0, 256, 16)))
-    np.testing.assert_array_equal(written(tmp_path / "t.png"), np.dstack([palette[index], index * 16]))
+    assert_visible_equal(written(tmp_path / "t.png"), np.dstack([palette[index], index * 16]))
 
 
 def test_a_transparent_colour_becomes_alpha(tmp_path):
     grey, rgb = draw(1) // 128, draw(3) // 128
     Image.fromarray(grey).save(tmp_path / "l.png", transparency=1)
-    np.testing.assert_array_equal(written(tmp_path / "l.png"), np.dstack([grey, np.where(grey == 1, 0, 255)]))
+    assert_visible_equal(written(tmp_path / "l.png"), np.dstack([grey, np.where(grey == 1, 0, 255)]))
     Image.fromarray(rgb).save(tmp_path / "rgb.png", transparency=(1, 0, 1))
     hidden = (rgb == (1, 0, 1)).all(2)
     assert hidden.any()
-    np.testing.assert_array_equal(written(tmp_path / "rgb.png"), np.dstack([rgb, np.where(hidden, 0, 255)]))
+    assert_visible_equal(written(tmp_path / "rgb.png"), np.dstack([rgb, np.where(hidden, 0, 255)]))
     deep = draw(1, np.uint16) // 32768
     (tmp_path / "deep.png").write_bytes(png16(deep, (b"tRNS", b"\0\1")))
-    np.testing.assert_array_equal(written(tmp_path / "deep.png"), np.dstack([deep, np.where(deep == 1, 0, 65535)]))
+    assert_visible_equal(written(tmp_path / "deep.png"), np.dstack([deep, np.where(deep == 1, 0, 65535)]))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_sixteen_bit_png_keeps_every_level(tmp_path, channels):
     levels = draw(channels, np.uint16)
     (tmp_path / "a.png").write_bytes(png16(levels))
-    np.testing.assert_array_equal(written(tmp_path / "a.png"), levels)
+    assert_visible_equal(written(tmp_path / "a.png"), levels)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -108,7 +116,7 @@ def test_sixteen_bit_tiff_keeps_every_level(tmp_path, channels, layout):
     kind = {"photometric": "rgb" if channels > 1 else "minisblack"}
     kind |= {"extrasamples": ["unassalpha"]} if channels == 4 else {}
     tifffile.imwrite(tmp_path / "a.tif", planes, **kind, **layout)
-    np.testing.assert_array_equal(written(tmp_path / "a.tif"), levels)
+    assert_visible_equal(written(tmp_path / "a.tif"), levels)
 
 
 @pytest.mark.parametrize("white", [65535, 1023])
@@ -147,7 +155,7 @@ def test_sixteen_bit_tiff_whose_white_is_zero_or_whose_colour_is_premultiplied(t
     tifffile.imwrite(tmp_path / "p.tif", stored, photometric="rgb", extrasamples=["assocalpha"])
     result = written(tmp_path / "p.tif").astype(int)
     np.testing.assert_array_equal(result[..., 3], rgba[..., 3])
-    assert np.abs(result - rgba)[1:].max() <= 1 and not result[0].any()
+    assert np.abs(result - rgba)[1:].max() <= 1
 
 
 def cmyk_profile() -> bytes:
@@ -295,11 +303,11 @@ def test_sizes_come_out_exactly_and_match_bicubic(tmp_path, scale, height, width
     by_hand = {1: 3, 9: 24, 5: 14, 3: 8, 15: 41, 25: 68}  # 2.7, 24.3, 13.5, 8.1, 40.5, 67.5
     expected = expected or (by_hand[height], by_hand[width])
     assert result_size((height, width), scale) == expected
-    levels = np.random.default_rng(0).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    levels = np.random.default_rng(0).integers(1, 256, (height, width, 4), dtype=np.uint8)
     Image.fromarray(levels).save(tmp_path / "a.png")
     result = written(tmp_path / "a.png", scale=scale)
     assert result.shape == (*expected, 4)
-    for channel in range(4):  # each by itself: colour must not be weighted with alpha
+    for channel in range(4):
         plane = Image.fromarray(levels[..., channel].astype(np.float32))  # as bytes it clips between the passes
         plane = np.asarray(plane.resize(expected[::-1], Image.Resampling.BICUBIC)).clip(0, 255)
         assert np.abs(result[..., channel] - plane).max() <= 0.51

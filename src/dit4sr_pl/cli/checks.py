@@ -12,11 +12,11 @@ from omegaconf import DictConfig
 
 from dit4sr_pl.backbone.text_length import check_t5_tokens, longest_prompt
 from dit4sr_pl.common.hub import check_access
+from dit4sr_pl.restoration.sizes import SCALES
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "fp8", "nf4")  # of the frozen base
 CAPTIONER_QUANTIZATIONS = ("int8", "nf4")
-SCALES = (1, 8)
 
 
 def choose_device(name: str, backbone: DictConfig | None = None) -> str:

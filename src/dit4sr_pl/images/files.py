@@ -6,6 +6,8 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,6 @@ UNKNOWN_RANGE = "32-bit pixels; save it with 8 or 16 bits per channel"
 PNG_BEGIN, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB\x60\x82"
 ROWS = 256  # rows of a large image that are processed at once
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")  # some of Pillow's others start programs
-
 
 # What a system answers about a good file: a disk or a server is in trouble, or the process has too many files open.
 NOT_NOW = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EAGAIN)
@@ -46,20 +47,24 @@ def find_images(folder: Path | str, suffixes: Sequence[str] = IMAGE_SUFFIXES) ->
         FileNotFoundError: there is no such folder.
         ValueError: the folder holds no image.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; give the path of a folder of images")
-    found = sorted(
-        Path(parent, name)
-        for parent, names in _walk(folder)
-        for name in names
-        if name.lower().endswith(tuple(suffixes)) and not name.startswith(".")
-    )
+    found = [path for path in find_files(folder) if path.name.lower().endswith(tuple(suffixes))]
     if not found:
         raise ValueError(
             f"{folder}: no images in this folder or below it (looked for {', '.join(suffixes)}); give another folder"
         )
     return found
+
+
+def find_files(folder: Path | str) -> list[Path]:
+    """Returns all files under `folder`, sorted by path, as `find_images` finds its images.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; give the path of a folder of images")
+    return sorted(Path(parent, name) for parent, names in _walk(folder) for name in names if not name.startswith("."))
 
 
 def read_image(path: Path | str) -> torch.Tensor:
@@ -172,7 +177,7 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("not a file")  # reading a pipe would wait forever
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=[*FORMATS, *_plugins(path)]) as image:
             yield image
     except Exception as error:  # Pillow's decoders let nearly any exception through on a damaged file
         known = {UnidentifiedImageError: "unknown format", FileNotFoundError: "no such file"}
@@ -183,6 +188,28 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
         absent = isinstance(error, OSError) and error.errno in ABSENT
         reason = "may not be read" if absent and error.errno != errno.ENOENT else reason
         raise (UnreadableNow if absent else ValueError)(f"{path}: not a readable image ({reason})") from None
+
+
+def _plugins(path: Path | str) -> list[str]:
+    """Returns the format of a HEIC or JPEG XL file, which Pillow knows from now on; no format for other files.
+
+    Raises:
+        ValueError: the package for it is not installed.
+    """
+    with Path(path).open("rb") as file:
+        head = file.read(32)
+    if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        name, format, package = "JPEG XL", "JXL", "pillow_jxl"
+    elif head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"hev", b"mif", b"msf") and b"avif" not in head:
+        name, format, package = "HEIC", "HEIF", "pillow_heif"
+    else:
+        return []
+    if find_spec(package) is None:
+        raise ValueError(f"{name} takes a package; pip install 'dit4sr_pl[formats]'")
+    module = import_module(package)  # pillow_jxl registers itself
+    if package == "pillow_heif":
+        module.register_heif_opener()
+    return [format]
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

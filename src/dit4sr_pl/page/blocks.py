@@ -28,7 +28,7 @@ from dit4sr_pl.page.worker import Stopped, Worker
 from dit4sr_pl.restoration.color import ALIGNMENTS
 from dit4sr_pl.restoration.pictures import FAILURES, PictureRestorer
 from dit4sr_pl.restoration.restorer import Restorer
-from dit4sr_pl.restoration.worklist import result_size
+from dit4sr_pl.restoration.sizes import result_size
 
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # Gradio's own come from the network
 PATIENCE = 5  # seconds in which a program that has sent a request has to begin to wait for the result

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit4sr_pl.images.files import bands
+from dit4sr_pl.images.resize import LazyEnlargement
 
+GREY_SPREAD = 3 / 255  # by which the channels of a pixel without colour differ at most
 WAVELET_LEVELS = 5
 MARGIN = 2**WAVELET_LEVELS - 1  # rows above and below a pixel that its low frequencies depend on
 
@@ -72,3 +74,33 @@ def low_frequencies(images: Tensor) -> Tensor:
         padded = F.pad(images, (step, step, step, step), mode="replicate")
         images = F.conv2d(padded, kernel, dilation=step, groups=3)
     return images
+
+
+def is_colorless(image: Tensor) -> bool:
+    """Returns whether no pixel of an image `(C, H, W)` in 0..1 has colour: a grey scan, say, that was saved as RGB."""
+    return all(bool((_spread(image[:, rows]) <= GREY_SPREAD + 1e-6).all()) for rows in bands(image.shape[1]))
+
+
+def keep_colorless(sr: Tensor, lr: Tensor) -> Tensor:
+    """Gives restored images whose LR images have no colour the tint of these, which is mostly none.
+
+    Args:
+        sr: `(B, 3, H, W)` in 0..1; overwritten by the result.
+        lr: their LR images `(B, 3, h, w)`.
+    """
+    for image, low in zip(sr, lr, strict=True):
+        if not is_colorless(low):
+            continue
+        tinted, size = bool(_spread(low).any()), tuple(image.shape[1:])
+        for rows in bands(size[0]):
+            band = image[:, rows]
+            grey = band.mean(0, keepdim=True).expand_as(band)
+            if tinted:
+                enlarged = LazyEnlargement(low[None], size)[..., rows, :][0].to(band)
+                grey = (grey + enlarged - enlarged.mean(0)).clamp(0, 1)
+            band.copy_(grey)
+    return sr
+
+
+def _spread(image: Tensor) -> Tensor:
+    return image.amax(0) - image.amin(0)

@@ -11,12 +11,15 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit4sr_pl.images.picture import Picture, write_picture
 from dit4sr_pl.images.resize import enlarge
+from dit4sr_pl.restoration.color import keep_colorless
 from dit4sr_pl.restoration.reading import FAILURES, Read, reason
-from dit4sr_pl.restoration.worklist import Entry, result_size
+from dit4sr_pl.restoration.sizes import TargetSize, result_size
+from dit4sr_pl.restoration.worklist import Entry
 
 WRITERS = 2  # threads that compress and write; a thread takes less time for a picture than a GPU takes for the next
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other picture could be written either
@@ -40,17 +43,21 @@ class PictureRestorer:
     Args:
         restorer: function `(lr, size, captions, names, seed, on_step=...)` that returns SR images, such as a
             `Restorer`.
-        scale: factor of both sides, see `result_size`.
+        scale: factor of both sides, or the size that results have; see `result_size`.
         alpha: how alpha is enlarged: `bicubic`, or `network`, which sees it as a grey image without a prompt.
         seed: seed of the noise, together with each picture's name.
         png_level: see `write_picture`.
+        quality: see `write_picture`.
+        colorize: whether pictures without colour take the colours that the network makes.
     """
 
     restorer: Callable[..., Tensor]
-    scale: float
+    scale: float | TargetSize
     alpha: str
     seed: int
     png_level: int | None = None
+    quality: int | None = None
+    colorize: bool = False
 
     def run(self, batches: Iterable[list[Read]], on_step: Callable[[int], None]) -> Iterator[Outcome]:
         """Restores pictures and writes the results; yields one outcome per entry, in the order of restoring.
@@ -95,17 +102,19 @@ class PictureRestorer:
             pending.extend((entry, None, reason(entry, error)) for entry in entries)
             return
         for entry, picture in zip(entries, restored, strict=True):
-            future = writers.submit(write_picture, entry.target, picture, self.png_level)
+            options = {} if entry.format == "png" else {"format": entry.format, "quality": self.quality}
+            future = writers.submit(write_picture, entry.target, picture, self.png_level, **options)
             pending.append((entry, picture, future))
 
     def __call__(
         self, pictures: Iterable[Picture], names: list[str], prompts: list[str], on_step: Callable[[int], None]
     ) -> list[Picture]:
-        """Returns restored pictures of one size; a grey one is the mean of the three channels that the network
-        returns.
-        """
+        """Returns restored pictures of one size. Grey ones stay grey, and those without colour stay without."""
         size = result_size(pictures[0].color.shape[-2:], self.scale)
-        sr = self._network([picture.color for picture in pictures], size, prompts, names, on_step)
+        colors = [under_clear(picture.color, picture.alpha).expand(3, -1, -1) for picture in pictures]
+        sr = self._network(colors, size, prompts, names, on_step)
+        if not self.colorize:
+            keep_colorless(sr, torch.stack(colors))
         restored = []
         for picture, name, color in zip(pictures, names, sr, strict=True):
             alpha = picture.alpha
@@ -113,8 +122,8 @@ class PictureRestorer:
                 alpha = self._network([alpha], size, [""], [f"{name}/alpha"], on_step)[0].mean(0, keepdim=True)
             elif alpha is not None:
                 alpha = enlarge(alpha[None], size)[0]
-            grey = len(picture.color) == 1
-            restored.append(replace(picture, color=color.mean(0, keepdim=True) if grey else color, alpha=alpha))
+            grey = len(picture.color) == 1 and not self.colorize
+            restored.append(replace(picture, color=color[:1] if grey else color, alpha=alpha))
         return restored
 
     def _network(self, planes: list[Tensor], size: tuple[int, int], prompts, names, on_step) -> Tensor:
@@ -130,12 +139,12 @@ def written(pending: Pending) -> Outcome:
     if isinstance(result, str):
         return Outcome(entry, result)
     try:
-        result.result()
+        notes = result.result() or ()
     except (*FAILURES, OSError) as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
         return Outcome(entry, reason(entry, error))
-    return Outcome(entry, notes=picture.notes)
+    return Outcome(entry, notes=(*picture.notes, *notes))
 
 
 def by_size(batch: list[Read], pending: deque[Pending]) -> Iterator[list[tuple[Entry, Picture]]]:
@@ -146,3 +155,22 @@ def by_size(batch: list[Read], pending: deque[Pending]) -> Iterator[list[tuple[E
         if not isinstance(picture, str):
             sizes.setdefault(picture.color.shape[-2:], []).append((entry, picture))
     yield from sizes.values()
+
+
+def under_clear(color: Tensor, alpha: Tensor | None) -> Tensor:
+    """Returns an image whose clear pixels have the colours of the visible pixels around them.
+
+    The colours of clear pixels are arbitrary, mostly black, and enlarging mixes them into the rims of what is visible.
+
+    Args:
+        color: `(C, H, W)` in 0..1.
+        alpha: `(1, H, W)` in 0..1; None: all is opaque.
+    """
+    if alpha is None or bool((alpha > 0).all()) or not alpha.any():
+        return color
+    # Means of 2x2 pixels, weighted by alpha, fill what is clear; means of their means fill the rest.
+    weight = F.avg_pool2d(alpha[None], 2, ceil_mode=True)
+    mean = F.avg_pool2d((color * alpha)[None], 2, ceil_mode=True) / weight.clamp(min=1e-12)
+    coarse = under_clear(mean[0], weight[0])
+    filled = F.interpolate(coarse[None], size=color.shape[1:], mode="bilinear")[0]
+    return torch.where(alpha > 0, color, filled)

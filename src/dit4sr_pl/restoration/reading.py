@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from dit4sr_pl.common.processes import START_METHOD, worker_processes
-from dit4sr_pl.images.picture import Picture, read_picture
+from dit4sr_pl.images.picture import Picture, check_colors, read_picture
 from dit4sr_pl.restoration.worklist import Entry
 
 FAILURES = (ValueError, MemoryError, RuntimeError)  # PyTorch raises RuntimeError when memory is short
@@ -89,7 +89,9 @@ def read(batch: list[Entry], first_frame: bool) -> list[Picture | str]:
     pictures = []
     for entry in batch:
         try:
-            pictures.append(read_picture(entry.source, first_frame))
+            picture = read_picture(entry.source, first_frame)
+            check_colors(picture, entry.format)
+            pictures.append(picture)
         except FAILURES as error:
             pictures.append(reason(entry, error))
     return pictures

@@ -5,13 +5,13 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 
 from dit4sr_pl.common.names import LONGEST, folded
 from dit4sr_pl.images.captions import CaptionFiles, drop_sentences
-from dit4sr_pl.images.files import find_images, is_complete_png
-from dit4sr_pl.images.picture import PICTURE_SUFFIXES, read_header
+from dit4sr_pl.images.formats import check_sides, check_suffix, find_pictures, is_complete, result_format
+from dit4sr_pl.images.picture import read_header
+from dit4sr_pl.restoration.sizes import TargetSize, result_size
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Entry:
         prompt: its caption, may be empty.
         sample: number of the sample; its noise is that of the seed plus this number.
         caption_file: file of a caption that a model writes, which all samples share.
+        format: format of its result.
     """
 
     source: Path
@@ -37,15 +38,19 @@ class Entry:
     prompt: str = ""
     sample: int = 0
     caption_file: Path | None = None
+    format: str = "png"
 
 
 @dataclass
 class Worklist:
-    """Pictures to restore, the results that are there already, and a message for each that cannot be restored."""
+    """Pictures to restore, the results that are there already, a message for each that cannot be restored, and the
+    files of the folder that are no pictures.
+    """
 
     entries: list[Entry] = field(default_factory=list)
     results: list[Path] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
 
     @property
     def done(self) -> int:
@@ -68,6 +73,8 @@ def make_worklist(
     shard: tuple[int, int] = (1, 1),
     dropped_words: Iterable[str] = (),
     samples: int = 1,
+    format: str = "png",
+    scale: float | TargetSize = 4,
 ) -> Worklist:
     """Checks every file's name and header, so that most failures show before a model is read.
 
@@ -81,19 +88,26 @@ def make_worklist(
         shard: this task's number, from 1, and the number of tasks; each has every n-th picture.
         dropped_words: sentences of the text files that contain one of the words are left out.
         samples: results per picture; with more than one, sample k is in the folder `samplekk` of `output`.
+        format: format of the results, see `result_format`.
+        scale: factor of the sides, or the size of the results; see `result_size`.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: the folder holds no picture.
     """
-    root, files = _find(source, output)
-    texts, worklist = CaptionFiles(root), Worklist()
+    root, files, others = _find(source, output)
+    texts, worklist = CaptionFiles(root), Worklist(others=others)
     folders = [output] if samples == 1 else [output / f"sample{sample:02}" for sample in range(samples)]
-    results = {file: _target(file.relative_to(root), keep_suffix) for file in files}
+    formats = {file: result_format(file, format) for file in files}
+    results = {file: _target(file.relative_to(root), keep_suffix, formats[file][1], format) for file in files}
     wanted = Counter(folded(str(result)) for result in results.values())
     inputs, (number, count) = {os.path.realpath(file) for file in files}, shard
     for sample, (file, result) in itertools.product(range(samples), [*results.items()][number - 1 :: count]):
-        name, target = file.relative_to(root).with_suffix("").as_posix(), folders[sample] / result
+        name, target, form = (
+            file.relative_to(root).with_suffix("").as_posix(),
+            folders[sample] / result,
+            formats[file][0],
+        )
         try:
             if (sharing := wanted[folded(str(result))]) > 1:
                 raise ValueError(f"{file}: {sharing} files share the result {target}; give keep_suffix=true")
@@ -101,14 +115,20 @@ def make_worklist(
                 raise ValueError(f"{file}: the name of its result is longer than {LONGEST} bytes; rename it")
             if os.path.realpath(target) in inputs:
                 raise ValueError(f"{file}: its result {target} would replace an input; choose another output")
-            if not overwrite and is_complete_png(target):
+            check_suffix(file)
+            if not overwrite and is_complete(target, form):
                 worklist.results.append(target)
                 continue
             caption = prompt or drop_sentences(texts[name], dropped_words)
-            header, text = read_header(file, first_frame), (folders[0] / result).with_suffix(".txt")
-            worklist.entries.append(Entry(file, target, name, *header, caption, sample, text))
+            header = read_header(file, first_frame)
+            check_sides(file, result_size(header.size, scale), form)
+            # Results of `a.png` and `a.jpg` may lie next to each other in their own formats.
+            described = file.name if keep_suffix or format == "same" else file.stem
+            text = (folders[0] / result).with_name(f"{described}.txt")
+            worklist.entries.append(Entry(file, target, name, *header, caption, sample, text, form))
         except (ValueError, OSError) as error:
-            worklist.failures.append(str(error))
+            message = str(error)
+            worklist.failures.append(message if message.startswith(str(file)) else f"{file}: {message}")
     return worklist
 
 
@@ -121,25 +141,24 @@ def batches(entries: Sequence[Entry], batch_size: int) -> Iterator[list[Entry]]:
         yield from (same[first : first + batch_size] for first in range(0, len(same), batch_size))
 
 
-def result_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Returns `scale` times the size, for the decimal number as it is written (2.7 x 5 is 13.5); halves round up."""
-    height, width = (int(Fraction(str(scale)) * length + Fraction(1, 2)) for length in size)
-    return height, width
-
-
-def _find(source: Path, output: Path) -> tuple[Path, list[Path]]:
-    """Returns the folder that names are relative to, and the pictures."""
+def _find(source: Path, output: Path) -> tuple[Path, list[Path], list[Path]]:
+    """Returns the folder that names are relative to, the pictures, and the files that are none, except captions."""
     if not source.is_dir():
-        return source.parent, [source]
-    files, results = find_images(source, PICTURE_SUFFIXES), Path(os.path.realpath(output))
-    if results.is_relative_to(os.path.realpath(source)):  # files in the output folder are results
-        files = [file for file in files if not Path(os.path.realpath(file.parent)).is_relative_to(results)]
+        return source.parent, [source], []
+    results = Path(os.path.realpath(output))
+    in_results = results.is_relative_to(os.path.realpath(source))  # files in the output folder are results
+    files, others = (
+        [path for path in paths if not (in_results and Path(os.path.realpath(path.parent)).is_relative_to(results))]
+        for paths in find_pictures(source)
+    )
     if not files:
-        raise ValueError(
-            f"{source}: no images in this folder or below it, except in the output folder; give another folder"
-        )
-    return source, files
+        where = ", except in the output folder" * in_results
+        raise ValueError(f"{source}: no images in this folder or below it{where}; give another folder")
+    described = {file.with_suffix(".txt") for file in files}
+    return source, files, [path for path in others if path not in described]
 
 
-def _target(file: Path, keep_suffix: bool) -> Path:
-    return file.with_name(f"{file.name if keep_suffix else file.stem}.png")
+def _target(file: Path, keep_suffix: bool, suffix: str, format: str) -> Path:
+    if format == "same" and suffix == file.suffix:
+        return file
+    return file.with_name(f"{file.name if keep_suffix else file.stem}{suffix}")
