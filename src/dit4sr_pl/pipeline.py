@@ -34,6 +34,7 @@ from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.compilation import capture_graphs, compile_blocks
 from dit4sr_pl.model.trained_part import check_base, fit_state, with_injection_scale
+from dit4sr_pl.restoration.color import keep_colorless
 from dit4sr_pl.restoration.sampling import Sampler, restore
 from dit4sr_pl.restoration.sizes import result_size
 
@@ -279,6 +280,7 @@ class DiT4SRPipeline(TextOnDemand, DiffusionPipeline):
         with self.progress_bar(total=len(sampler.schedule(self.scheduler)[1])) as bar:
             parts = self.prepared_network(), LatentCoder(self.vae), self.prompts(sampler.t5_tokens), self.scheduler
             sr = restore(*parts, sampler, lr, size, captions, generators, on_step=bar.update)
+            sr = keep_colorless(sr, lr)
         self.maybe_free_model_hooks()
         return sr
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 QUALITY = 95
 LONGEST_SEGMENT = 65_000  # bytes of a JPEG's EXIF data, XMP packet, IPTC records or comment
 SUB_DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
-XMP_TAG, IPTC_TAG = 700, 33723
+XMP_TAG, IPTC_TAG, LONG = 700, 33723, 4
 
 
 def encode(levels: np.ndarray, picture: Picture, format: str, quality: int | None, notes: list[str]) -> bytes:
@@ -77,7 +77,6 @@ def _tiff(levels: np.ndarray, held: dict, dpi: tuple[float, float] | None) -> by
     for tag, value in exif.items():
         if isinstance(value, str) and tag != 306:  # tifffile has an argument for the date
             tags.append((tag, "s", 0, value.encode("ascii", "replace").decode(), True))
-    tags += [(tag, "I", 1, 0, True) for tag in SUB_DIRECTORIES if tag in exif]
     packets = (XMP_TAG, held["xmp"]), (IPTC_TAG, held["iptc"])
     tags += [(tag, "B", len(packet), packet, True) for tag, packet in packets if packet]
     channels = levels.shape[2]
@@ -85,6 +84,8 @@ def _tiff(levels: np.ndarray, held: dict, dpi: tuple[float, float] | None) -> by
     tifffile.imwrite(
         file,
         levels.squeeze(2) if channels == 1 else levels,
+        byteorder="<",
+        bigtiff=False,
         photometric="rgb" if channels > 2 else "minisblack",
         planarconfig="contig" if channels > 1 else None,
         extrasamples=["unassalpha"] if channels in (2, 4) else None,
@@ -98,15 +99,30 @@ def _tiff(levels: np.ndarray, held: dict, dpi: tuple[float, float] | None) -> by
         iccprofile=held["icc"],
         extratags=tags,
     )
-    with tifffile.TiffFile(file, mode="r+") as written:
-        for tag in SUB_DIRECTORIES:
-            if tag in exif:
-                directory = ImageFileDirectory_v2(b"II*\0")
-                for key, value in exif.get_ifd(tag).items():
-                    if not isinstance(value, dict):  # a directory within the directory
-                        directory[key] = value
-                end = -(-len(file.getvalue()) // 2) * 2  # directories begin at even bytes
-                written.pages[0].tags[int(tag)].overwrite(end)
-                file.seek(end)
-                file.write(directory.tobytes(end))
-    return file.getvalue()
+    directories = {int(tag): exif.get_ifd(tag) for tag in SUB_DIRECTORIES if tag in exif}
+    return _with_directories(file.getvalue(), directories) if directories else file.getvalue()
+
+
+def _with_directories(tiff: bytes, directories: dict[int, dict]) -> bytes:
+    """Returns a TIFF with further directories, which its first one names; tifffile writes none.
+
+    Args:
+        tiff: a file of little-endian numbers, of less than 4 GiB.
+        directories: by the tag that names each, its values by tag.
+    """
+    data = bytearray(tiff)
+    first = struct.unpack_from("<I", data, 4)[0]
+    count = struct.unpack_from("<H", data, first)[0]
+    entries = [bytes(data[first + 2 + 12 * i : first + 14 + 12 * i]) for i in range(count)]
+    for tag, values in directories.items():
+        directory = ImageFileDirectory_v2()
+        for key, value in values.items():
+            if not isinstance(value, dict):  # a directory within the directory
+                directory[key] = value
+        data += bytes(len(data) % 2)  # directories begin at even bytes
+        entries.append(struct.pack("<HHII", tag, LONG, 1, len(data)))
+        data += directory.tobytes(len(data))
+    data += bytes(len(data) % 2)
+    struct.pack_into("<I", data, 4, len(data))
+    entries.sort(key=lambda entry: struct.unpack_from("<H", entry))
+    return bytes(data) + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)

@@ -191,7 +191,7 @@ def check_transfer(path: Path | str) -> None:
     if transfers and all(transfer in HDR for transfer in transfers):  # a gain map has another one than its picture
         name = HDR[transfers[0]]
         raise ValueError(
-            f"HDR in {name}, of which Pillow reads 8 bits; convert it to SDR, or to a 16-bit PNG with cICP"
+            f"HDR in {name}, of which 8 bits would be read; save it in SDR, or as PNG of 16 bits with cICP"
         )
 
 

@@ -19,7 +19,6 @@ from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.images.decoding import check_kind, deep_levels, is_deep, plain_levels
 from dit4sr_pl.images.encoding import encode
 from dit4sr_pl.images.files import bands, open_image
-from dit4sr_pl.images.formats import PICTURE_SUFFIXES  # noqa: F401 (the page asks for the suffixes here)
 from dit4sr_pl.images.metadata import (
     ORIENTATION,
     carried_exif,

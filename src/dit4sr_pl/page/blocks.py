@@ -17,7 +17,8 @@ from starlette.types import ASGIApp
 from torch import Tensor
 
 from dit4sr_pl.images.files import open_image, read_image
-from dit4sr_pl.images.picture import PICTURE_SUFFIXES, Picture, read_header, read_picture, write_picture
+from dit4sr_pl.images.formats import PICTURE_SUFFIXES
+from dit4sr_pl.images.picture import Picture, read_header, read_picture, write_picture
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.page.fields import SEEDS, Field, Limits, checked, choice, number, result_names, text, upload
 from dit4sr_pl.page.folder import PageFolder
