@@ -49,6 +49,13 @@ def test_it_restores_what_the_restorer_restores(pipe, lr):
     assert not torch.equal(pipe(lr, scale=2, seed=4, **SETTINGS).images, pipe(lr, scale=2, seed=3, **SETTINGS).images)
 
 
+def test_images_without_colour_come_back_without_and_others_with_theirs(pipe, lr):
+    grey = lr.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    mixed = pipe(torch.stack([grey[0], lr[1]]), scale=2, **SETTINGS).images
+    spread = 255 * (mixed.amax(1) - mixed.amin(1)).flatten(1).amax(1)
+    assert spread[0] <= 3 < spread[1]
+
+
 def test_projections_are_merged_once_a_call_and_what_is_saved_stays(pipe, lr, monkeypatch):
     before = {name: tensor.clone() for name, tensor in pipe.lr_stream.state_dict().items()}
     products, merged = [], []
