@@ -1,11 +1,13 @@
 """What becomes of clear pixels and of pictures without colour; the network's place is taken by what shows it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from dit4sr_pl.images.picture import read_picture
+from dit4sr_pl.images.picture import Picture, read_picture
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration.pictures import PictureRestorer, under_clear
 from dit4sr_pl.restoration.sizes import TargetSize, result_size
@@ -105,6 +107,13 @@ def test_pictures_without_colour_come_back_without_in_whatever_mode(tmp_path):
         assert (colored.color.amax(0) - colored.color.amin(0)).max() * 255 > 30, path
 
 
+def test_a_grey_profile_does_not_stay_in_a_picture_that_takes_colours():
+    grey = replace(Picture(torch.rand(1, 5, 4)), icc=b"a profile for grey")
+    for colorize in (False, True):
+        (restored,) = PictureRestorer(Colorful(), 2, "bicubic", 0, colorize=colorize)([grey], ["a"], [""], id)
+        assert (restored.icc is None, len(restored.notes)) == (colorize, int(colorize))
+
+
 def test_pictures_with_a_little_colour_keep_what_the_network_makes_of_it(tmp_path):
     levels = np.full((8, 8, 3), 100, np.uint8)
     levels[4, 4, 0] = 104
@@ -116,15 +125,9 @@ def test_pictures_with_a_little_colour_keep_what_the_network_makes_of_it(tmp_pat
 def test_a_tint_that_is_hardly_one_is_that_of_the_lr_image():
     lr = torch.full((1, 3, 5, 4), 0.5)
     lr[:, 2] += 2 / 255
-    (restored,) = PictureRestorer(Colorful(), 2, "bicubic", 0)([read_picture_of(lr[0])], ["a"], [""], id)
+    (restored,) = PictureRestorer(Colorful(), 2, "bicubic", 0)([Picture(lr[0])], ["a"], [""], id)
     expected = enlarge(lr, (10, 8))[0]
     torch.testing.assert_close(restored.color - restored.color.mean(0), expected - expected.mean(0), atol=1e-6, rtol=0)
-
-
-def read_picture_of(color: torch.Tensor):
-    from dit4sr_pl.images.picture import Picture
-
-    return Picture(color)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,7 @@ def test_more_than_eight_times_the_sides_is_refused():
 
 
 def test_a_size_gives_what_the_scale_of_the_same_factor_gives():
-    lr = read_picture_of(torch.rand(3, 11, 7))
+    lr = Picture(torch.rand(3, 11, 7))
     by_size, by_scale = (
         PictureRestorer(Bicubic(), each, "bicubic", 0)([lr], ["a"], [""], id)[0].color
         for each in (TargetSize("size", 44), 4)

@@ -122,8 +122,11 @@ class PictureRestorer:
                 alpha = self._network([alpha], size, [""], [f"{name}/alpha"], on_step)[0].mean(0, keepdim=True)
             elif alpha is not None:
                 alpha = enlarge(alpha[None], size)[0]
-            grey = len(picture.color) == 1 and not self.colorize
-            restored.append(replace(picture, color=color[:1] if grey else color, alpha=alpha))
+            grey = len(picture.color) == 1
+            if grey and self.colorize and picture.icc is not None:
+                picture = replace(picture, icc=None, notes=(*picture.notes, "its profile for grey is left out"))
+            stays_grey = grey and not self.colorize
+            restored.append(replace(picture, color=color[:1] if stays_grey else color, alpha=alpha))
         return restored
 
     def _network(self, planes: list[Tensor], size: tuple[int, int], prompts, names, on_step) -> Tensor:
