@@ -25,17 +25,17 @@ ablation: $(VENV)/.done
 	$(BIN)/python -m dit4sr_pl.train -m experiment=ablation model=tiny_sd3_controlnet seed=0,1,2
 	$(BIN)/python -m dit4sr_pl.compare outputs/ablation output=outputs/ablation/compare strip.hr=outputs/demo/photos/crops
 
-# One thread in each of several processes: two threads that wait for one another cost more than they give. There is one
-# process more than cores, since tests of SLURM, of browsers and of killed runs mostly wait. The files keep the order of
-# tests/conftest.py, long ones first.
+# One thread in each of several processes: two threads that wait for one another cost more than they give. The files keep
+# the order of tests/conftest.py, long ones first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+# One process more than cores, since tests of SLURM, of browsers and of killed runs mostly wait.
 PROCESSES := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 8 --dist loadfile \
-	--no-loadscope-reorder
 test: $(VENV)/.done
-	$(PYTEST)
+	$(PYTEST) --numprocesses $(PROCESSES)
 
 quick: $(VENV)/.done
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --numprocesses logical -m "not slow"
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .

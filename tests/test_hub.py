@@ -125,6 +125,7 @@ def test_offloading_follows_the_gpus_memory(monkeypatch):
     assert not Backbone("tiny-sd3", "float32", 8).exceeds(torch.device("cuda"))
 
 
+@pytest.mark.slow
 def test_the_pipeline_takes_the_same_words(hub, releases, photo):
     options = {"num_inference_steps": 1, "smallest": 1, "output_type": "pt"}
     images = []

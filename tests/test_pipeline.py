@@ -114,6 +114,7 @@ def test_any_lr_stream_over_its_base_in_any_precision(tiny_backbone, lr, tmp_pat
     assert 0 < difference.abs().mean() < 0.02
 
 
+@pytest.mark.slow
 def test_the_factor_of_lr_injection_is_an_argument_that_saved_folders_keep(pipe, lr, tmp_path):
     scaled = DiT4SRPipeline.from_pretrained("tiny-dit4sr", injection_scale=0.3)
     scaled.set_progress_bar_config(disable=True)

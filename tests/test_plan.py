@@ -91,6 +91,7 @@ def test_adamw_keeps_two_numbers_for_each_trained_one(budget):
     assert parts["gradients"] == parts["trained weights"]
 
 
+@pytest.mark.slow
 def test_what_fits_grows_with_the_memory(budget):
     spread = Spread(1, False, images=8)
     fixed = sum(budget.per_gpu(spread).values())

@@ -107,6 +107,7 @@ def test_what_is_done_stays_without_a_model_until_overwrite(folder, tmp_path, mo
     assert (tmp_path / "out/3.png").read_bytes() != b"mine"
 
 
+@pytest.mark.slow
 def test_a_result_of_other_settings_is_not_taken_for_done(photo, tmp_path, monkeypatch):
     arguments, result = [f"input={photo}", f"output={tmp_path / 'out'}"], tmp_path / "out/photo.png"
     assert command(monkeypatch, Bicubic(), *arguments) is None

@@ -76,6 +76,7 @@ def test_a_photo_that_is_gone_ends_the_run_in_one_line_that_names_it(tmp_path, m
     assert one_line(failed.value) == f"{tmp_path}/b.png: not a readable image (no such file)"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_found_before_the_first_step(tmp_path, caplog):
     for name in "abc":
         write_image(tmp_path / f"{name}.png", torch.rand(3, 32, 32))

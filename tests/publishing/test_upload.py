@@ -54,6 +54,7 @@ def convert(folder: Path, *arguments) -> str | None:
     return call("dit4sr_pl.convert", *arguments, cwd=folder)
 
 
+@pytest.mark.slow
 def test_what_is_uploaded_is_read_back_by_its_name(hub, run, tmp_path, capsys):
     assert convert(tmp_path, f"input={run}", "output=hub:me/mine", "private=true") is None
     assert "python -m dit4sr_pl.restore input=FILE checkpoint=hub:me/mine" in capsys.readouterr().out
@@ -107,6 +108,7 @@ def test_an_lr_stream_file_over_the_small_model_goes_up_under_the_licence_of_the
     assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "mine", "https://a.b/c")
 
 
+@pytest.mark.slow
 def test_mistakes_of_an_upload_get_one_line(hub, run, toy_backbone, tmp_path, monkeypatch):
     baseline = SD3ControlNet(toy_backbone.transformer, num_layers=1)
     save_part(part_of(baseline, base_of(baseline, "toy")), tmp_path / "controlnet.safetensors")

@@ -23,6 +23,7 @@ def test_a_training_step_waits_once_for_the_loss_of_the_step_before(waits):
     assert [line.split(":")[0] for step in waits for line in step] == ["finite_loss.py"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOLVERS)
 def test_steps_of_sampling_wait_for_nothing_but_what_the_solver_copies(name):
     waits = waits_of_sampling(instantiate(OmegaConf.load(conf_folder() / f"sampler/solver/{name}.yaml")))
