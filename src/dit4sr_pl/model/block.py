@@ -7,6 +7,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from dit4sr_pl.common.precision import without_autocast
+from dit4sr_pl.model.lr_cache import Kept, keep
 from dit4sr_pl.model.lr_stream import LRAttention, LRBlock, heads
 from dit4sr_pl.model.variant import Variant
 
@@ -38,16 +39,18 @@ class MMDiTControlBlock(nn.Module):
         self.injection_scale = variant.injection_scale
 
     def forward(
-        self, noise: Tensor, lr: Tensor, text: Tensor, time: Tensor, grid: tuple[int, int]
+        self, noise: Tensor, lr: Tensor, text: Tensor, time: Tensor, grid: tuple[int, int], kept: Kept | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the three streams through the block.
 
         Args:
             noise: noise tokens, `(B, h*w, D)`.
-            lr: LR tokens, `(B, h*w, D)`.
+            lr: LR tokens, `(B, h*w, D)`, or none, `(B, 0, D)`, where `kept` stands for them.
             text: text tokens, `(B, T, D)`.
             time: embedding of timestep and prompt, `(B, D)`.
             grid: `(h, w)`, the sides of the token grid.
+            kept: what the other streams read of the LR stream, see `LRCache`; LR tokens replace it. None: nothing is
+                kept.
 
         Returns:
             The three streams after the block; the last block skips text, and the LR steps that nothing reads.
@@ -66,7 +69,7 @@ class MMDiTControlBlock(nn.Module):
 
         # 2. LR Integration, one attention over [X, L, text], and LR Residual, L_out = W_out^L (Attention_L + L_in).
         noise_in, lr_in = modulate(noise_norm, shift, scale), modulate(lr_norm, shift, scale)
-        noise_attn, lr_attn, text_attn = self.attend(noise_in, lr_in, text_in)
+        noise_attn, lr_attn, text_attn = self.attend(noise_in, lr_in, text_in, kept)
         noise = gated(noise, gate, noise_attn)
         if self.lr.needs_output:
             lr = gated(lr, gate, lr_attn)
@@ -75,7 +78,7 @@ class MMDiTControlBlock(nn.Module):
         if dual:
             shift2, scale2, gate2 = dual
             noise_in2, lr_in2 = modulate(noise_norm, shift2, scale2), modulate(lr_norm, shift2, scale2)
-            noise_attn2, lr_attn2, _ = self.attend(noise_in2, lr_in2, None)
+            noise_attn2, lr_attn2, _ = self.attend(noise_in2, lr_in2, None, kept)
             noise = gated(noise, gate2, noise_attn2)
             if self.lr.needs_output:
                 lr = gated(lr, gate2, lr_attn2)
@@ -85,7 +88,7 @@ class MMDiTControlBlock(nn.Module):
         if self.lr.needs_output:
             eta = mlp_in(frozen.ff, modulate(standardized(frozen.norm2, lr), shift_mlp, scale_mlp))
         if self.lr.injection is not None:
-            phi = torch.add(phi, self.lr.injection(eta, grid), alpha=self.injection_scale)
+            phi = torch.add(phi, self.injected(eta, grid, kept), alpha=self.injection_scale)
         noise = gated(noise, gate_mlp, mlp_out(frozen.ff, phi))
         if not self.lr.last:
             lr = gated(lr, gate_mlp, mlp_out(frozen.ff, eta))
@@ -98,15 +101,20 @@ class MMDiTControlBlock(nn.Module):
             text = gated(text, text_gate_mlp, frozen.ff_context(text_in))
         return noise, lr, text
 
-    def attend(self, noise: Tensor, lr: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def attend(
+        self, noise: Tensor, lr: Tensor, text: Tensor | None, kept: Kept | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns the output of `attn` over `[noise, lr, text]` or, if `text` is None, of `attn2` over `[noise, lr]`.
 
         Each output has passed its stream's output projection; it is None for a stream without queries.
         """
-        frozen, ours = (self.frozen.attn2, self.lr.attn2) if text is None else (self.frozen.attn, self.lr.attn)
+        name = "attn2" if text is None else "attn"
+        frozen, ours = getattr(self.frozen, name), getattr(self.lr, name)
         noise_qkv, lr_qkv, *text_qkv = self.projections(frozen, ours, noise, lr, text)
 
         if self.joint:
+            queries, keys, values = lr_qkv
+            lr_qkv = queries, keep(kept, f"{name}.keys", keys), keep(kept, f"{name}.values", values)
             noise_attended, lr_attended, *text_attended = joint_attention(noise_qkv, lr_qkv, *text_qkv)
         else:
             noise_attended, *text_attended = joint_attention(noise_qkv, *text_qkv)
@@ -116,6 +124,11 @@ class MMDiTControlBlock(nn.Module):
         lr_out = None if lr_attended is None else ours.output(lr_attended, lr)
         text_out = None if not text_attended or text_attended[0] is None else frozen.to_add_out(text_attended[0])
         return noise_out, lr_out, text_out
+
+    def injected(self, eta: Tensor, grid: tuple[int, int], kept: Kept | None) -> Tensor:
+        """Returns LR Injection of the LR stream's activations `eta`, `(B, h*w, 4D)`, or the one that was kept."""
+        fresh = self.lr.injection(eta, grid) if eta.shape[1] else eta
+        return keep(kept, "injection", fresh)
 
     def projections(
         self, frozen: Attention, ours: LRAttention, noise: Tensor, lr: Tensor, text: Tensor | None

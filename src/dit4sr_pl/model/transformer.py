@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dit4sr_pl.model.block import MMDiTControlBlock
+from dit4sr_pl.model.lr_cache import LRCache
 from dit4sr_pl.model.lr_stream import LRStream
 from dit4sr_pl.model.reference_format import RELEASED_SCALE, Release, choose_lr_keys
 from dit4sr_pl.model.variant import Variant
@@ -104,6 +105,7 @@ class DiT4SRTransformer(nn.Module):
         timestep: Tensor,
         prompt_embeds: Tensor,
         pooled_prompt_embeds: Tensor,
+        lr_cache: LRCache | None = None,
     ) -> Tensor:
         """Returns the velocity at `noisy_latent`, `(B, C, H, W)`.
 
@@ -115,6 +117,8 @@ class DiT4SRTransformer(nn.Module):
             timestep: `(B,)` in [0, 1000]; 1000 is pure noise.
             prompt_embeds: `(B, T, joint_attention_dim)`.
             pooled_prompt_embeds: `(B, pooled_projection_dim)`.
+            lr_cache: if it is empty, this pass fills it; if it is full, it stands for the LR stream, which does not
+                run. None: the LR stream runs, and nothing is kept.
 
         Raises:
             ValueError: the shapes do not fit each other or the patch size.
@@ -124,14 +128,17 @@ class DiT4SRTransformer(nn.Module):
         # The embedding returns transposed tokens; all blocks would keep that layout, and every norm would copy them.
         noise = self.base.pos_embed(noisy_latent.to(dtype)).contiguous()
         lr = self.base.pos_embed(lr_latent.to(dtype)).contiguous()
+        if lr_cache is not None and lr_cache.full:
+            lr = lr[:, :0]  # no tokens
         text = self.base.context_embedder(prompt_embeds.to(dtype))
         time = self.base.time_text_embed(timestep, pooled_prompt_embeds.to(dtype))
 
-        for block in self.blocks:
+        caches = [None] * len(self.blocks) if lr_cache is None else lr_cache.blocks
+        for block, kept in zip(self.blocks, caches, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                noise, lr, text = checkpoint(block, noise, lr, text, time, grid, use_reentrant=False)
+                noise, lr, text = checkpoint(block, noise, lr, text, time, grid, kept, use_reentrant=False)
             else:
-                noise, lr, text = block(noise, lr, text, time, grid)
+                noise, lr, text = block(noise, lr, text, time, grid, kept)
 
         noise = self.base.proj_out(self.base.norm_out(noise, time))
         return self.unpatchify(noise, grid)
