@@ -64,15 +64,15 @@ def main() -> None:
         print(f"ST-LPIPS sr / bicubic {means[5] / means[3]:.3f}; PSNR sr - bicubic {means[4] - means[2]:+.2f} dB")
 
 
-def photos(limit: int):
-    """Yields a photo's name and crops `(B, 3, 128, 128)` in 0..1."""
+def photos(limit: int, crop: int = CROP):
+    """Yields a photo's name and crops `(B, 3, crop, crop)` in 0..1; of a smaller photo there are none."""
     with tempfile.TemporaryDirectory() as folder:
         write_demo_photos(folder)
         for path in find_images(Path(folder)):
             image = read_image(path) / 255
-            height, width = (side // CROP * CROP for side in image.shape[1:])
+            height, width = (side // crop * crop for side in image.shape[1:])
             top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
-            grid = image[:, top : top + height, left : left + width].unfold(1, CROP, CROP).unfold(2, CROP, CROP)
+            grid = image[:, top : top + height, left : left + width].unfold(1, crop, crop).unfold(2, crop, crop)
             crops = grid.permute(1, 2, 0, 3, 4).flatten(0, 1)
             yield path.stem, crops[torch.linspace(0, len(crops) - 1, min(limit, len(crops))).round().long()]
 

@@ -102,6 +102,10 @@ def test_large_images_go_through_the_window_in_tiles(run, net):
         ({"vae_tile": 30}, "vae_tile=30"),
         ({"overlap": 32}, "overlap=32"),
         ({"color": "red"}, "choose one of"),
+        ({"lr_refresh": 0}, "lr_refresh=0"),
+        ({"tiling": "random"}, "tiling='random'; choose one of overlapping, shifted"),
+        ({"guidance_sigma_min": 0.6, "guidance_sigma_max": 0.5}, "guidance_sigma_min=0.6, guidance_sigma_max=0.5"),
+        ({"guidance_sigma_max": 1.5}, "guidance_sigma_max=1.5; give two numbers in 0..1"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(wrong, message):
@@ -169,9 +173,9 @@ def test_solvers_come_closer_to_the_solution_with_more_steps_and_count_their_eva
     for steps in (8, 32):
         calls = []
 
-        def velocity(noisy, lr, images, timestep, calls=calls):
-            calls.append(timestep)
-            return noisy + (timestep / 1000).cos()  # dz/dsigma = z + cos(sigma)
+        def velocity(noisy, lr, places, evaluation, calls=calls):
+            calls.append(evaluation.timestep)
+            return noisy + (evaluation.timestep / 1000).cos()  # dz/dsigma = z + cos(sigma)
 
         sampler = replace(sampler, steps=steps)
         schedule, evaluations = sampler.schedule(tiny_backbone.scheduler)
@@ -207,8 +211,8 @@ def test_starting_from_the_lr_latent_skips_the_first_steps_and_mixes_it_with_noi
     sampler, seen = replace(SAMPLER, steps=10, start="lr", strength=0.3), []
     lr_latent, noise = torch.full((1, 1, 8, 8), 2.0), torch.full((1, 1, 8, 8), 1.0)
 
-    def velocity(noisy, lr, images, timestep):
-        seen.append((noisy[0, 0, 0, 0].item(), timestep.item() / 1000))
+    def velocity(noisy, lr, places, evaluation):
+        seen.append((noisy[0, 0, 0, 0].item(), evaluation.timestep.item() / 1000))
         return torch.zeros_like(noisy)
 
     sample(velocity, tiny_backbone.scheduler, sampler, lr_latent, noise, 2, TileBatcher(1), lambda: None)

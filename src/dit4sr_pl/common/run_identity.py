@@ -67,6 +67,11 @@ ADDED = {
     "data.captions": None,
     "data.latent_crops": None,
     "model.backbone.quantization": None,
+    "sampler.guidance_sigma_min": 0.0,
+    "sampler.guidance_sigma_max": 1.0,
+    "sampler.lr_refresh": 1,
+    "sampler.lr_shared": False,
+    "sampler.tiling": "overlapping",
     "trainer.max_time": None,
     "schedule._target_": "LearningRateSchedule",
     "schedule.name": "constant",
@@ -98,7 +103,7 @@ def result_identity(cfg: DictConfig) -> dict[str, Any]:
 
 def bound_settings(cfg: DictConfig, free: tuple[str, ...]) -> dict[str, Any]:
     """Returns the settings outside of the `free` sections, without added ones that do as before; see `ADDED`."""
-    settings = {key: value for key, value in flat_settings(cfg).items() if key not in ADDED or value != ADDED[key]}
+    settings = without_added(flat_settings(cfg))
     free += tuple(key.removesuffix("._target_") for key, value in settings.items() if watches(key, value))
     return {key: value for key, value in settings.items() if within(key, MUST_MATCH) or not within(key, free)}
 
@@ -106,6 +111,11 @@ def bound_settings(cfg: DictConfig, free: tuple[str, ...]) -> dict[str, Any]:
 def watches(key: str, value: object) -> bool:
     """Returns whether a setting is the class of a callback that does not change the training."""
     return bool(re.fullmatch(r"callbacks\.[^.]+\._target_", key)) and value in WATCHING
+
+
+def without_added(settings: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """Returns the settings of a section, such as `sampler.`, without added ones that do as before; see `ADDED`."""
+    return {key: value for key, value in settings.items() if ADDED.get(section + key, Ellipsis) != value}
 
 
 def evaluation_identity(

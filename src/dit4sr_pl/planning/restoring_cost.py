@@ -13,7 +13,8 @@ from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.planning.meta_backbone import MetaBackbone
 from dit4sr_pl.planning.step_cost import CostCounter, give_storage
-from dit4sr_pl.restoration.sampling import Sampler, guided, restore
+from dit4sr_pl.restoration.evaluations import GuidedVelocity
+from dit4sr_pl.restoration.sampling import Sampler, restore
 from dit4sr_pl.restoration.tiling import tiled
 
 
@@ -24,19 +25,19 @@ class RestoringCost:
     Args:
         parameters: number of the network's parameters, frozen and trained.
         evaluations: number of the solver's network evaluations; with guidance each runs two sequences per tile.
-        evaluation_flops: FLOPs of one of them.
+        sampling_flops: FLOPs of all of them.
         autoencoder_flops: FLOPs of encoding the LR image and decoding the result.
     """
 
     parameters: int
     evaluations: int
-    evaluation_flops: int
+    sampling_flops: int
     autoencoder_flops: int
 
     @property
     def flops(self) -> int:
         """All FLOPs; the text encoders', once per prompt, are not among them."""
-        return self.autoencoder_flops + self.evaluations * self.evaluation_flops
+        return self.autoencoder_flops + self.sampling_flops
 
 
 def restoring_cost(backbone: MetaBackbone, network: nn.Module, sampler: Sampler, size: int) -> RestoringCost:
@@ -49,7 +50,8 @@ def restoring_cost(backbone: MetaBackbone, network: nn.Module, sampler: Sampler,
         size: side of the result in pixels.
     """
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    evaluations = len(sampler.schedule(FlowMatchEulerDiscreteScheduler())[1])
+    solver, run = sampler.schedule(FlowMatchEulerDiscreteScheduler())
+    evaluations = sampler.evaluations(solver, run, torch.device("cpu"))
     coder, prompts = backbone.coder(), random_prompts(backbone, network, sampler)
     make_ready(network)
     with FakeTensorMode(), torch.no_grad(), CostCounter() as counter:
@@ -57,14 +59,18 @@ def restoring_cost(backbone: MetaBackbone, network: nn.Module, sampler: Sampler,
         give_storage(coder.vae)
         latent = coder.encode_tiled(torch.empty(1, 3, size, size), sampler.vae_tile)
         encoded = counter.work.flops
-        velocity = guided(network, prompts, sampler, [""], latent.device)
-        predict = lambda *tiles: velocity(*tiles, torch.empty(()))  # noqa: E731
-        batcher = sampler.tile_batcher(network)
-        tiled(predict, latent, latent, sampler.tile, sampler.overlap, network.patch_size, batcher)
+        velocity, batcher = GuidedVelocity(network, prompts, sampler, [""], latent.device), sampler.tile_batcher(network)
+        evaluations = [replace(each, timestep=torch.empty(())) for each in evaluations]
+        alike = len({(each.guided, each.fresh, each.shift) for each in evaluations}) == 1
+        for evaluation in evaluations[:1] if alike else evaluations:
+            predict = lambda *tiles, evaluation=evaluation: velocity(*tiles, evaluation)  # noqa: E731
+            tiles = sampler.tile, sampler.overlap, network.patch_size, batcher, evaluation.shift
+            tiled(predict, latent, latent, *tiles)
         evaluated = counter.work.flops
         list(coder.decode_tiled(latent, sampler.vae_tile))
         decoded = counter.work.flops - evaluated
-    return RestoringCost(parameters, evaluations, evaluated - encoded, encoded + decoded)
+    sampling = (evaluated - encoded) * (len(run) if alike else 1)
+    return RestoringCost(parameters, len(run), sampling, encoded + decoded)
 
 
 def restoring_seconds(

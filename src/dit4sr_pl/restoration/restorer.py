@@ -16,7 +16,7 @@ from dit4sr_pl.model.compilation import capture_graphs, compile_blocks
 from dit4sr_pl.model.trained_part import fit_part, with_injection_scale
 from dit4sr_pl.restoration.fitting import Size
 from dit4sr_pl.restoration.sampling import Sampler, restore
-from dit4sr_pl.restoration.tiling import tile_starts
+from dit4sr_pl.restoration.tiling import spans
 
 
 class Restorer:
@@ -30,6 +30,7 @@ class Restorer:
 
     def __init__(self, net: nn.Module, backbone: Backbone, sampler: Sampler):
         self.net, self.backbone, self.sampler = net, backbone, sampler
+        sampler.check_network(net)
         self.batcher = sampler.tile_batcher(net)
 
     @classmethod
@@ -94,8 +95,12 @@ class Restorer:
         """
         sampler, factor, patch = self.sampler, self.backbone.coder.factor, self.net.patch_size
         _, (height, width) = sampler.fitted(lr, size, factor, patch)
-        rows, columns = tile_starts((height // factor, width // factor), sampler.tile, sampler.overlap, patch)
-        return self.evaluations * (1 if sampler.guidance_scale == 1 else 2) * len(rows) * len(columns)
+        latents = height // factor, width // factor
+        count = 0
+        for each in sampler.evaluations(*sampler.schedule(self.backbone.scheduler), torch.device("cpu")):
+            rows, columns = spans(latents, sampler.tile, sampler.overlap, patch, each.shift)
+            count += (2 if each.guided else 1) * len(rows) * len(columns)
+        return count
 
     def __call__(
         self,

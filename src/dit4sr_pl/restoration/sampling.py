@@ -3,20 +3,20 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit4sr_pl.backbone.autoencoder import LatentCoder, draw_noise
 from dit4sr_pl.backbone.flow import interpolate
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.model import DiT4SRTransformer
-from dit4sr_pl.model.compilation import is_compiled
+from dit4sr_pl.model.compilation import CUDAGraphs, is_compiled
 from dit4sr_pl.restoration.color import ALIGNMENTS
+from dit4sr_pl.restoration.evaluations import Evaluation, GuidedVelocity, planned
 from dit4sr_pl.restoration.fitting import FITS, Size, enlarge_through, resize, working_sizes
-from dit4sr_pl.restoration.tiling import TileBatcher, tiled
+from dit4sr_pl.restoration.tiling import TILINGS, Place, TileBatcher, tiled
 
 STARTS = ("noise", "lr")
 CLIP_TOKENS = 77
@@ -45,6 +45,12 @@ class Sampler:
         color: alignment to the enlarged LR image: `adain`, `wavelet` or `none`.
         fit: how sides that are no multiples of the grid fit it, see `working_sizes`.
         process_size: size at which smaller results are restored, see `working_sizes`.
+        guidance_sigma_min: smallest sigma, in 0..1, at which guidance is applied; below it the negative prompt is not
+            run.
+        guidance_sigma_max: largest one.
+        lr_refresh: number of evaluations from one run of the LR stream to the next; those in between read what is kept.
+        lr_shared: whether the negative prompt's pass reads the LR stream of the prompt's.
+        tiling: `overlapping`, or `shifted`: tiles do not overlap, and their places change from step to step.
 
     Raises:
         ValueError: a number is out of range.
@@ -66,18 +72,28 @@ class Sampler:
     color: str
     fit: str = "floor"
     process_size: int | None = None
+    guidance_sigma_min: float = 0.0
+    guidance_sigma_max: float = 1.0
+    lr_refresh: int = 1
+    lr_shared: bool = False
+    tiling: str = "overlapping"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "smallest"):
+        for name in ("steps", "smallest", "lr_refresh"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampler: {name}={getattr(self, name)}; at least 1 is needed")
         if not 0 < self.tile_memory < math.inf:
             raise ValueError(f"sampler: tile_memory={self.tile_memory}; give GiB, above 0")
         if self.process_size is not None and (not isinstance(self.process_size, int) or self.process_size < 1):
             raise ValueError(f"sampler: process_size={self.process_size}; give pixels, or null for every size as it is")
-        for name, choices in (("start", STARTS), ("color", ALIGNMENTS), ("fit", FITS)):
+        for name, choices in (("start", STARTS), ("color", ALIGNMENTS), ("fit", FITS), ("tiling", TILINGS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"sampler: {name}={getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        low, high = self.guidance_sigma_min, self.guidance_sigma_max
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"sampler: guidance_sigma_min={low}, guidance_sigma_max={high}; give two numbers in 0..1, in this order"
+            )
         if not 0 < self.strength <= 1:
             raise ValueError(f"sampler: strength={self.strength} must be above 0, and at most 1")
         if not 0 <= self.overlap < self.tile or self.tile % 2 or self.overlap % 2:
@@ -93,6 +109,21 @@ class Sampler:
         """Returns all prompts that restoring images with these captions needs."""
         return {self.negative_prompt, *map(self.prompt, captions)}
 
+    def guides_at(self, sigma: float) -> bool:
+        """Returns whether the negative prompt is run at a sigma."""
+        # Some solvers' first sigma is above 1 by a rounding error.
+        return self.guidance_scale != 1 and self.guidance_sigma_min <= min(sigma, 1) <= self.guidance_sigma_max
+
+    def check_network(self, net: nn.Module) -> None:
+        """Raises ValueError if a network cannot keep its LR stream."""
+        if self.lr_refresh == 1 and not self.lr_shared:
+            return
+        given = f"sampler: lr_refresh={self.lr_refresh}, lr_shared={self.lr_shared}"
+        if not isinstance(net, DiT4SRTransformer):
+            raise ValueError(f"{given}: the checkpoint's network has no LR stream; leave both out")
+        if isinstance(net.forward, CUDAGraphs):
+            raise ValueError(f"{given}: CUDA graphs keep no LR stream; give cuda_graph=false")
+
     def schedule(self, base: FlowMatchEulerDiscreteScheduler) -> tuple[SchedulerMixin, range]:
         """Returns a solver with its timesteps, and the network evaluations to run, numbered as its `sigmas`."""
         solver = self.solver(base.config)
@@ -104,6 +135,12 @@ class Sampler:
         first = (self.steps - run) * solver.order
         solver.set_begin_index(first)
         return solver, range(first, len(solver.timesteps))
+
+    def evaluations(self, solver: SchedulerMixin, run: range, device: torch.device) -> list[Evaluation]:
+        """Returns what each evaluation of a `schedule` does, with its timestep on a device."""
+        # Timesteps come from the sigmas, since some of diffusers' solvers round theirs.
+        timesteps = solver.sigmas.to(device) * solver.config.num_train_timesteps
+        return planned([timesteps[number] for number in run], solver.sigmas[run.start : run.stop].tolist(), self)
 
     def fitted(self, lr: Size, size: Size, factor: int, patch: int) -> tuple[list[Size], Size]:
         """Returns the sizes that an LR image passes through (`working_sizes`), and the size that the network gets: the
@@ -122,12 +159,12 @@ class Sampler:
     def tile_batcher(self, net: DiT4SRTransformer) -> TileBatcher:
         """Returns a batcher for the number of tiles that fit into `tile_memory`.
 
-        A tile takes memory for its tokens in the noise, LR and text stream, twice with guidance.
+        A tile takes memory for its tokens in the noise, LR and text stream, twice with guidance in one pass.
         """
         config, dtype = net.base.config, net.base.dtype
         tokens = 2 * (self.tile // net.patch_size) ** 2 + CLIP_TOKENS + self.t5_tokens
         width = config.num_attention_heads * config.attention_head_dim
-        passes = 1 if self.guidance_scale == 1 else 2
+        passes = 1 if self.guidance_scale == 1 or self.lr_shared else 2
         tile = ACTIVATIONS * passes * tokens * width * dtype.itemsize
         return TileBatcher(max(1, int(self.tile_memory * 2**30 / tile)), padded=is_compiled(net))
 
@@ -168,15 +205,16 @@ def restore(
         `(B, 3, *size)` in 0..1, float32, on the device of `lr`.
 
     Raises:
-        ValueError: a single tile does not fit into the device's memory.
+        ValueError: a single tile does not fit into the device's memory, or the network cannot keep its LR stream.
     """
+    sampler.check_network(net)
     device = device or lr.device
     sizes, extent = sampler.fitted(tuple(lr.shape[-2:]), size, coder.factor, net.patch_size)
     height, width = sizes[-1]
     enlarged = (enlarge_through(each, sizes, extent) for each in lr.to(device).split(1))
     lr_latent = torch.cat([coder.encode_tiled(each, sampler.vae_tile) for each in enlarged])
     noise = draw_noise(lr_latent.shape[1:], generators).to(device)
-    velocity = guided(net, encode_prompts, sampler, captions, device)
+    velocity = GuidedVelocity(net, encode_prompts, sampler, captions, device)
     batcher = batcher or sampler.tile_batcher(net)
     latent = sample(velocity, scheduler, sampler, lr_latent, noise, net.patch_size, batcher, on_step)
     del lr_latent, noise  # each takes a byte per pixel of the result
@@ -199,39 +237,8 @@ def extended(length: int, least: int, multiple: int) -> int:
     return -(-max(length, least) // multiple) * multiple
 
 
-def guided(
-    net: DiT4SRTransformer, encode_prompts: PromptEncoder, sampler: Sampler, captions: list[str], device: torch.device
-) -> Callable[[Tensor, Tensor, list[int], Tensor], Tensor]:
-    """Returns a function for the velocity under classifier-free guidance, `v(negative) + scale * (v(prompt) -
-    v(negative))`.
-
-    The function takes noisy and LR tiles `(N, C, h, w)`, the image that each belongs to, and the timestep; it returns
-    float32.
-    """
-    conditions = [encode_prompts([sampler.prompt(caption) for caption in captions], device)]
-    if sampler.guidance_scale != 1:
-        conditions.append(encode_prompts([sampler.negative_prompt] * len(captions), device))
-
-    @lru_cache(maxsize=1)  # without tiles all steps ask for the same
-    def prompts_of(images: tuple[int, ...]) -> list[Tensor]:
-        """Returns embeddings and pooled ones for tiles of these images, the negative prompt's last."""
-        # A list as index would become a tensor on the CPU, and the host would wait for its copy.
-        return [
-            torch.stack([part[image] for part in parts for image in images]) for parts in zip(*conditions, strict=True)
-        ]
-
-    def velocity(noisy: Tensor, lr: Tensor, images: list[int], timestep: Tensor) -> Tensor:
-        embeds, pooled = prompts_of(tuple(images))
-        noisy, lr = (latents.repeat(len(conditions), 1, 1, 1) for latents in (noisy, lr))
-        noisy, lr, embeds, pooled = (tensor.to(net.base.dtype) for tensor in (noisy, lr, embeds, pooled))
-        positive, *negative = net(noisy, lr, timestep.expand(len(noisy)), embeds, pooled).float().chunk(len(conditions))
-        return negative[0] + sampler.guidance_scale * (positive - negative[0]) if negative else positive
-
-    return velocity
-
-
 def sample(
-    velocity: Callable[[Tensor, Tensor, list[int], Tensor], Tensor],
+    velocity: Callable[[Tensor, Tensor, list[Place], Evaluation], Tensor],
     scheduler: FlowMatchEulerDiscreteScheduler,
     sampler: Sampler,
     lr_latent: Tensor,
@@ -241,16 +248,14 @@ def sample(
     on_step: Callable[[], None],
 ) -> Tensor:
     """Returns the restored images' latents from noise or the noised LR latents; all are `(B, C, H, W)`, float32."""
-    solver, evaluations = sampler.schedule(scheduler)
+    solver, run = sampler.schedule(scheduler)
     latent = noise
     if sampler.start == "lr":
-        latent = interpolate(lr_latent, noise, solver.sigmas[evaluations[0]].to(noise.device))
-    # Timesteps come from the sigmas, since some of diffusers' solvers round theirs.
-    timesteps = solver.sigmas.to(noise.device) * solver.config.num_train_timesteps
-    for evaluation in evaluations:
-        timestep = timesteps[evaluation]
-        predict = lambda *tiles, timestep=timestep: velocity(*tiles, timestep)  # noqa: E731
-        v = tiled(predict, latent, lr_latent, sampler.tile, sampler.overlap, patch, batcher)
-        latent = solver.step(v, solver.timesteps[evaluation], latent).prev_sample
+        latent = interpolate(lr_latent, noise, solver.sigmas[run[0]].to(noise.device))
+    for number, evaluation in zip(run, sampler.evaluations(solver, run, noise.device), strict=True):
+        predict = lambda *tiles, evaluation=evaluation: velocity(*tiles, evaluation)  # noqa: E731
+        tiles = sampler.tile, sampler.overlap, patch, batcher, evaluation.shift
+        v = tiled(predict, latent, lr_latent, *tiles)
+        latent = solver.step(v, solver.timesteps[number], latent).prev_sample
         on_step()
     return latent

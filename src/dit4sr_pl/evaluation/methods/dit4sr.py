@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.hashing import weights_hash
+from dit4sr_pl.common.run_identity import without_added
 from dit4sr_pl.evaluation.benchmark_sets import SCALE
 from dit4sr_pl.evaluation.methods import LRImage, same_size
 from dit4sr_pl.model import load_part
@@ -61,7 +62,8 @@ class DiT4SR:
             base["quantization"] = backbone.quantization
         base["parts"] = backbone.parts
         solver, _ = sampler.schedule(backbone.scheduler)
-        sampled = asdict(sampler) | {"solver": [type(solver).__name__, dict(solver.config)]}
+        sampled = without_added(asdict(sampler), "sampler.")
+        sampled["solver"] = [type(solver).__name__, dict(solver.config)]
         del sampled["tile_memory"]  # it changes no result and may be lowered when memory is short
         self.identity = {"weights_hash": self.weights_hash, "network": part.network_config, "base": base}
         self.identity |= {"sampler": sampled, "seed": seed}

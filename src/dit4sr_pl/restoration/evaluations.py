@@ -1,0 +1,135 @@
+"""What each evaluation of the network does on the way from noise to an image: guidance, LR stream, tiles."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dit4sr_pl.backbone.text_encoder import PromptEncoder
+from dit4sr_pl.model import DiT4SRTransformer, LRCache
+from dit4sr_pl.restoration.tiling import Place
+
+if TYPE_CHECKING:
+    from dit4sr_pl.restoration.sampling import Sampler
+
+# Multiples of these two numbers, modulo 1, fill a square evenly (the R2 sequence, a golden ratio for two dimensions).
+PLASTIC = 1.324717957244746
+STEPS = (1 / PLASTIC, 1 / PLASTIC**2)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the network.
+
+    Args:
+        timestep: in [0, 1000], a scalar on the network's device.
+        guided: whether the negative prompt is run, too.
+        fresh: whether the LR stream runs; otherwise what is kept of it is read.
+        shift: rows and columns by which tiles without overlap are shifted, as shares of a tile; None: tiles overlap.
+    """
+
+    timestep: Tensor
+    guided: bool = False
+    fresh: bool = True
+    shift: tuple[float, float] | None = None
+
+
+def planned(timesteps: Sequence[Tensor], sigmas: Sequence[float], sampler: "Sampler") -> list[Evaluation]:
+    """Returns the evaluations of a restoration, in their order.
+
+    The LR stream runs every `lr_refresh` evaluations and where guidance begins or ends, since it depends on the prompt.
+    The shift of tiles changes whenever it runs: what is kept of it belongs to a tile.
+
+    Args:
+        timesteps: one per evaluation, see `Evaluation`.
+        sigmas: likewise, in 0..1.
+        sampler: how to restore.
+    """
+    evaluations, runs, since = [], 0, 0
+    for timestep, sigma in zip(timesteps, sigmas, strict=True):
+        guided = sampler.guides_at(sigma)
+        fresh = since % sampler.lr_refresh == 0 or guided != evaluations[-1].guided
+        runs, since = runs + fresh, 1 if fresh else since + 1
+        shift = tuple((runs - 1) * step % 1 for step in STEPS) if sampler.tiling == "shifted" else None
+        evaluations.append(Evaluation(timestep, guided, fresh, shift))
+    return evaluations
+
+
+class GuidedVelocity:
+    """The velocity under classifier-free guidance, `v(negative) + scale * (v(prompt) - v(negative))`.
+
+    Args:
+        net: the whole network.
+        encode_prompts: the text encoders.
+        sampler: how to restore.
+        captions: one per image.
+        device: where the network works.
+    """
+
+    def __init__(
+        self,
+        net: DiT4SRTransformer,
+        encode_prompts: PromptEncoder,
+        sampler: "Sampler",
+        captions: list[str],
+        device: torch.device,
+    ):
+        self.net, self.sampler = net, sampler
+        self.conditions = [encode_prompts([sampler.prompt(caption) for caption in captions], device)]
+        if sampler.guidance_scale != 1:
+            self.conditions.append(encode_prompts([sampler.negative_prompt] * len(captions), device))
+        self.kept: dict[Place, LRCache] = {}  # of every tile
+        self.latest: Evaluation | None = None
+        self.prompts_of = lru_cache(maxsize=1)(self.stacked)  # without tiles all steps ask for the same
+
+    def stacked(self, images: tuple[int, ...]) -> list[Tensor]:
+        """Returns embeddings and pooled ones for tiles of these images, the negative prompt's last."""
+        # A list as index would become a tensor on the CPU, and the host would wait for its copy.
+        return [
+            torch.stack([part[image] for part in parts for image in images])
+            for parts in zip(*self.conditions, strict=True)
+        ]
+
+    def __call__(self, noisy: Tensor, lr: Tensor, places: list[Place], evaluation: Evaluation) -> Tensor:
+        """Returns the velocity of noisy and LR tiles `(N, C, h, w)`, float32.
+
+        Args:
+            noisy: noisy latents.
+            lr: LR latents.
+            places: where each tile lies.
+            evaluation: the evaluation that these tiles are a part of.
+        """
+        conditions = 2 if evaluation.guided else 1
+        cache = self.cache(places, evaluation)
+        prompts = [part[: conditions * len(places)] for part in self.prompts_of(tuple(image for image, *_ in places))]
+        passes = conditions if self.sampler.lr_shared else 1
+        velocities = [
+            self.predict(noisy, lr, evaluation.timestep, *part, cache)
+            for part in zip(*(part.chunk(passes) for part in prompts), strict=True)
+        ]
+        if evaluation.fresh and self.sampler.lr_refresh > 1:
+            self.kept |= zip(places, cache.split(len(places)), strict=True)
+        positive, *negative = torch.cat(velocities).chunk(conditions)
+        return negative[0] + self.sampler.guidance_scale * (positive - negative[0]) if negative else positive
+
+    def predict(
+        self, noisy: Tensor, lr: Tensor, timestep: Tensor, embeds: Tensor, pooled: Tensor, cache: LRCache | None
+    ) -> Tensor:
+        """Returns the network's output, float32, for every tile under one condition after another."""
+        noisy, lr = (latents.repeat(len(embeds) // len(latents), 1, 1, 1) for latents in (noisy, lr))
+        noisy, lr, embeds, pooled = (tensor.to(self.net.base.dtype) for tensor in (noisy, lr, embeds, pooled))
+        kept = {} if cache is None else {"lr_cache": cache}  # a ControlNet knows none
+        return self.net(noisy, lr, timestep.expand(len(noisy)), embeds, pooled, **kept).float()
+
+    def cache(self, places: list[Place], evaluation: Evaluation) -> LRCache | None:
+        """Returns the cache of a pass: an empty one where the LR stream runs, None where nothing needs it."""
+        if evaluation is not self.latest and evaluation.fresh:
+            self.kept.clear()
+        self.latest = evaluation
+        if not evaluation.fresh:
+            return LRCache.join([self.kept[place] for place in places])
+        keeps = self.sampler.lr_refresh > 1 or (self.sampler.lr_shared and evaluation.guided)
+        return LRCache.empty(len(self.net.blocks)) if keeps else None
