@@ -10,7 +10,6 @@ of it). `to the full` is the root mean square difference from its image, from th
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from hydra import compose, initialize_config_dir

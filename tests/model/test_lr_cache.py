@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit4sr_pl.model import DiT4SRTransformer, LRCache, Variant, block
+from dit4sr_pl.model.compilation import compile_blocks
 from testing.networks import VARIANTS, randomise
 
 
@@ -104,3 +105,17 @@ def test_a_pass_that_reads_costs_about_half(net, inputs):
             net(**inputs, lr_cache=cache)
         flops.append(counter.get_total_flops())
     assert 0.4 < flops[1] / flops[0] < 0.6
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [Variant()], ids=["full"])
+def test_compiled_blocks_fill_and_read_a_cache(net, inputs, later):
+    cache = LRCache.empty(len(net.blocks))
+    expected = [net(**inputs, lr_cache=cache), net(**later, lr_cache=cache)]
+    torch.compiler.reset()
+    compile_blocks(net, backend="eager")
+    for _ in range(2):
+        cache = LRCache.empty(len(net.blocks))
+        compiled = [net(**inputs, lr_cache=cache), net(**later, lr_cache=cache)]
+        torch.testing.assert_close(compiled, expected)

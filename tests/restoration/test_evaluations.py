@@ -1,6 +1,6 @@
 """Evaluations that cost less: guidance in an interval, an LR stream that is kept, tiles side by side."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -8,8 +8,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from dit4sr_pl.backbone.autoencoder import draw_noise
 from dit4sr_pl.common.randomness import generator
+from dit4sr_pl.common.run_identity import without_added
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import DiT4SRTransformer, LRCache, SD3ControlNet
+from dit4sr_pl.model.compilation import CUDAGraphs
 from dit4sr_pl.restoration.evaluations import planned
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import restore
@@ -158,3 +160,33 @@ def test_tiles_that_do_not_fit_while_others_are_kept_change_nothing(run, net):
 def test_a_network_without_an_lr_stream_is_refused(tiny_backbone, options):
     with pytest.raises(ValueError, match="the checkpoint's network has no LR stream; leave both out"):
         Restorer(SD3ControlNet(tiny_backbone.transformer, 1), tiny_backbone, replace(SAMPLER, **options))
+
+
+def test_cuda_graphs_are_refused(net, tiny_backbone, monkeypatch):
+    monkeypatch.setattr(net, "forward", CUDAGraphs(net.forward, capture=lambda function, static: None))
+    with pytest.raises(ValueError, match="CUDA graphs keep no LR stream; give cuda_graph=false"):
+        Restorer(net, tiny_backbone, replace(SAMPLER, lr_refresh=2))
+
+
+@pytest.mark.parametrize(
+    "options, count",
+    [
+        ({}, 5 * 2 * 2),
+        ({"guidance_sigma_max": 0.9}, 2 * 2 + 3 * 2 * 2),  # the sigmas are 1, 0.923, 0.819, 0.666, 0.42
+        ({"guidance_scale": 1, "tiling": "shifted"}, 4 * 2 + 3),  # one shift cuts the image into three
+    ],
+)
+def test_passes_are_counted_as_they_run(net, tiny_backbone, options, count):
+    restorer = Restorer(net, tiny_backbone, replace(GUIDED, tile=16, overlap=6, **options))
+    passes = []
+    hook = net.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
+    restorer(picture(1, 16, 40), (64, 160), [""], ["a"], 0)
+    hook.remove()
+    assert restorer.tile_evaluations((16, 40), (64, 160)) == sum(passes) == count
+
+
+def test_only_options_that_are_on_belong_to_an_evaluations_identity():
+    off = without_added(asdict(SAMPLER), "sampler.")
+    assert not {"guidance_sigma_min", "guidance_sigma_max", "lr_refresh", "lr_shared", "tiling"} & off.keys()
+    on = {"guidance_sigma_min": 0.2, "guidance_sigma_max": 0.9, "lr_refresh": 2, "lr_shared": True, "tiling": "shifted"}
+    assert without_added(asdict(replace(SAMPLER, **on)), "sampler.") == off | on

@@ -21,4 +21,13 @@ from dit4sr_pl.model.trained_part import TrainedPart, load_part, save_part
 from dit4sr_pl.model.transformer import DiT4SRTransformer
 from dit4sr_pl.model.variant import Variant
 
-__all__ = ["DiT4SRTransformer", "LRCache", "LRStream", "SD3ControlNet", "TrainedPart", "Variant", "load_part", "save_part"]
+__all__ = [
+    "DiT4SRTransformer",
+    "LRCache",
+    "LRStream",
+    "SD3ControlNet",
+    "TrainedPart",
+    "Variant",
+    "load_part",
+    "save_part",
+]

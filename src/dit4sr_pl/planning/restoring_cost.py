@@ -59,7 +59,10 @@ def restoring_cost(backbone: MetaBackbone, network: nn.Module, sampler: Sampler,
         give_storage(coder.vae)
         latent = coder.encode_tiled(torch.empty(1, 3, size, size), sampler.vae_tile)
         encoded = counter.work.flops
-        velocity, batcher = GuidedVelocity(network, prompts, sampler, [""], latent.device), sampler.tile_batcher(network)
+        velocity, batcher = (
+            GuidedVelocity(network, prompts, sampler, [""], latent.device),
+            sampler.tile_batcher(network),
+        )
         evaluations = [replace(each, timestep=torch.empty(())) for each in evaluations]
         alike = len({(each.guided, each.fresh, each.shift) for each in evaluations}) == 1
         for evaluation in evaluations[:1] if alike else evaluations:

@@ -1,4 +1,4 @@
-"""Latents larger than the transformer's window: tiles that overlap and are blended, or that are shifted at every step."""
+"""Latents larger than the transformer's window: tiles that overlap and are blended, or that move at every step."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
