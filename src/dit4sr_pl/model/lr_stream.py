@@ -4,6 +4,7 @@
       blocks.N.attn       LRAttention   W_q^L, W_k^L, W_v^L, W_out^L   (LR Integration, LR Residual)
       blocks.N.attn2      LRAttention   the same, in blocks with SD3.5's second attention
       blocks.N.injection  LRInjection   between the MLPs               (LR Injection)
+      guidance            GuidanceEmbedding                            (students that take the scale as an input)
 
 The frozen half stays a diffusers model; `block.py` runs the two together.
 """
@@ -14,12 +15,16 @@ import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from dit4sr_pl.common.precision import without_autocast
 from dit4sr_pl.model.quantized import full_weight
+from dit4sr_pl.model.student import Student
 from dit4sr_pl.model.variant import Variant
+
+SINUSOIDS = 256  # of the scale of guidance; as many as SD3 has of a timestep
 
 
 class LRAttention(nn.Module):
@@ -140,6 +145,26 @@ class LRBlock(nn.Module):
         self.injection = injections[variant.lr_injection](4 * dim) if variant.lr_injection != "none" else None
 
 
+class GuidanceEmbedding(nn.Module):
+    """The scale of guidance as an input of the network, which is added to the base's embedding of the timestep.
+
+    Its last layer is zero at the start, so a new one changes nothing.
+
+    Args:
+        dim: width D of a token.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.sinusoids = Timesteps(SINUSOIDS, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.mlp = TimestepEmbedding(SINUSOIDS, dim)
+        zeroed(self.mlp.linear_2)
+
+    def forward(self, scale: Tensor) -> Tensor:
+        """Returns `(B, D)` of scales `(B,)`."""
+        return self.mlp(self.sinusoids(scale).to(self.mlp.linear_1.weight.dtype))
+
+
 class LRStream(nn.Module):
     """All weights that are trained and saved: 350,877,696 parameters over SD3.5-medium.
 
@@ -147,20 +172,23 @@ class LRStream(nn.Module):
         dim: width D of a token.
         dual_attention: for every block, whether it has SD3.5's second attention.
         variant: which units of the LR stream the network has.
+        student: how it restores, if it is a student; None: a teacher.
     """
 
-    def __init__(self, dim: int, dual_attention: list[bool], variant: Variant):
+    def __init__(self, dim: int, dual_attention: list[bool], variant: Variant, student: Student | None = None):
         super().__init__()
-        self.variant = variant
+        self.variant, self.student = variant, student
         last = len(dual_attention) - 1
         self.blocks = nn.ModuleList(
             LRBlock(dim, variant, dual, last=index == last) for index, dual in enumerate(dual_attention)
         )
+        takes_scale = student is not None and student.guidance == "input"
+        self.guidance = GuidanceEmbedding(dim) if takes_scale else None
 
     @classmethod
-    def over(cls, base: SD3Transformer2DModel, variant: Variant) -> "LRStream":
+    def over(cls, base: SD3Transformer2DModel, variant: Variant, student: Student | None = None) -> "LRStream":
         """Returns a new LR stream that fits an SD3 transformer, of which only the shape is read."""
-        return cls(base.inner_dim, [frozen.attn2 is not None for frozen in base.transformer_blocks], variant)
+        return cls(base.inner_dim, [frozen.attn2 is not None for frozen in base.transformer_blocks], variant, student)
 
     @torch.no_grad()
     def copy_output_projections_from(self, base: SD3Transformer2DModel) -> None:

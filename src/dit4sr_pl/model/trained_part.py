@@ -185,15 +185,21 @@ def check_network_config(
     Raises:
         ValueError: the network was made with another config; the message has the keys that differ.
     """
-    ours, theirs = (config | config.get("variant", {}) for config in (net.network_config(), network_config))
-    free = {"variant", *may_differ}
-    different = sorted(key for key in (ours.keys() | theirs.keys()) - free if ours.get(key) != theirs.get(key))
+    ours, theirs = flat_config(net.network_config()), flat_config(network_config)
+    different = sorted(key for key in (ours.keys() | theirs.keys()) - {*may_differ} if ours.get(key) != theirs.get(key))
     if different:
         here = [key for key in different if key in network_config.get("variant", {})]
         settings = " ".join(f"model.network.variant.{key}={str(theirs[key]).lower()}" for key in here)
         advice = f"; give {settings} for the same" if here else ""
         trained, network = ({key: config.get(key) for key in different} for config in (theirs, ours))
         raise ValueError(f"{source}: trained as {trained}; this network is {network}{advice}")
+
+
+def flat_config(network_config: dict) -> dict:
+    """Returns a network config with the fields of the variant beside its keys; those of a student have its prefix."""
+    student = {f"student.{name}": value for name, value in network_config.get("student", {}).items()}
+    rest = {key: value for key, value in network_config.items() if key not in ("variant", "student")}
+    return rest | network_config.get("variant", {}) | student
 
 
 def fit_part(net: nn.Module, part: TrainedPart, source: str | Path) -> None:

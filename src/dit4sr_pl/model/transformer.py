@@ -11,6 +11,7 @@ from dit4sr_pl.model.block import MMDiTControlBlock
 from dit4sr_pl.model.lr_cache import LRCache
 from dit4sr_pl.model.lr_stream import LRStream
 from dit4sr_pl.model.reference_format import RELEASED_SCALE, Release, choose_lr_keys
+from dit4sr_pl.model.student import Student
 from dit4sr_pl.model.variant import Variant
 
 
@@ -22,7 +23,8 @@ class DiT4SRTransformer(nn.Module):
         variant: which units of the LR stream the network has.
         gradient_checkpointing: whether every block is recomputed in the backward pass instead of keeping its
             activations.
-        lr_stream: a trained LR stream, which brings its variant; None: a new one.
+        lr_stream: a trained LR stream, which brings its variant and what it is to its teacher; None: a new one.
+        student: how the network restores, if it is a student; None: a teacher.
     """
 
     trained_name = "lr_stream"  # attribute of what is trained, and its file's name
@@ -33,16 +35,17 @@ class DiT4SRTransformer(nn.Module):
         variant: Variant | None = None,
         gradient_checkpointing: bool = False,
         lr_stream: LRStream | None = None,
+        student: Student | None = None,
     ):
         super().__init__()
         if hasattr(base, "original_fingerprint"):
             raise ValueError("the base is quantized already, and an LR stream starts from its original weights")
         if lr_stream is None:
-            lr_stream = LRStream.over(base, variant or Variant())
+            lr_stream = LRStream.over(base, variant or Variant(), student)
             lr_stream.copy_output_projections_from(base)
         self.base = base.requires_grad_(False)
         self.lr_stream = lr_stream
-        self.variant = lr_stream.variant
+        self.variant, self.student = lr_stream.variant, lr_stream.student
         self.gradient_checkpointing = gradient_checkpointing
         # base and lr_stream own the weights and the blocks pair them; FSDP finds its units among the submodules.
         self.blocks = nn.ModuleList(
@@ -85,8 +88,10 @@ class DiT4SRTransformer(nn.Module):
         return self.lr_stream
 
     def network_config(self) -> dict:
-        """Returns what a file of trained weights keeps of this network: its kind and its variant."""
-        return {"network": "dit4sr", "variant": self.variant.as_dict()}
+        """Returns what a file of trained weights keeps of this network: its kind, its variant and, if it is a student,
+        how it restores."""
+        student = {} if self.student is None else {"student": self.student.as_dict()}
+        return {"network": "dit4sr", "variant": self.variant.as_dict()} | student
 
     @property
     def units(self) -> list[nn.Module]:
@@ -106,6 +111,7 @@ class DiT4SRTransformer(nn.Module):
         prompt_embeds: Tensor,
         pooled_prompt_embeds: Tensor,
         lr_cache: LRCache | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Returns the velocity at `noisy_latent`, `(B, C, H, W)`.
 
@@ -119,9 +125,10 @@ class DiT4SRTransformer(nn.Module):
             pooled_prompt_embeds: `(B, pooled_projection_dim)`.
             lr_cache: if it is empty, this pass fills it; if it is full, it stands for the LR stream, which does not
                 run. None: the LR stream runs, and nothing is kept.
+            guidance: scale of guidance `(B,)`, for students that take it as an input; None: for all others.
 
         Raises:
-            ValueError: the shapes do not fit each other or the patch size.
+            ValueError: the shapes do not fit each other or the patch size, or a scale is missing or cannot be taken.
         """
         grid = self.token_grid(noisy_latent, lr_latent)
         dtype = self.base.pos_embed.proj.weight.dtype
@@ -132,6 +139,14 @@ class DiT4SRTransformer(nn.Module):
             lr = lr[:, :0]  # no tokens
         text = self.base.context_embedder(prompt_embeds.to(dtype))
         time = self.base.time_text_embed(timestep, pooled_prompt_embeds.to(dtype))
+        if (guidance is None) != (self.lr_stream.guidance is None):
+            raise ValueError(
+                "the network takes the scale of guidance as an input; give guidance"
+                if guidance is None
+                else "the network does not take the scale of guidance as an input; leave guidance out"
+            )
+        if guidance is not None:
+            time = time + self.lr_stream.guidance(guidance).to(time.dtype)
 
         caches = [None] * len(self.blocks) if lr_cache is None else lr_cache.blocks
         for block, kept in zip(self.blocks, caches, strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dit4sr_pl.backbone.fingerprints import check_parts
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.randomness import generator
-from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, load_part
+from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Student, Variant, load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.compilation import capture_graphs, compile_blocks
 from dit4sr_pl.model.trained_part import fit_part, with_injection_scale
@@ -131,4 +131,4 @@ def build_network(base: SD3Transformer2DModel, network_config: dict) -> nn.Modul
     """Returns the network that a network config describes, over `base`."""
     if network_config["network"] == "sd3_controlnet":
         return SD3ControlNet(base, network_config["num_layers"])
-    return DiT4SRTransformer(base, Variant(**network_config["variant"]))
+    return DiT4SRTransformer(base, Variant(**network_config["variant"]), student=Student.of(network_config))

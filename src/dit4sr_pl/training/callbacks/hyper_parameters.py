@@ -4,6 +4,7 @@ from lightning import Callback, LightningModule, Trainer
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
 from dit4sr_pl.common.secrets import without_secrets
+from dit4sr_pl.model.trained_part import flat_config
 from dit4sr_pl.training.callbacks.validation_scores import tensorboards
 from dit4sr_pl.training.lightning_state import add_summary
 
@@ -24,9 +25,8 @@ class HyperParameters(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the row."""
-        config = dict(pl_module.net.network_config())
-        variant = config.pop("variant", {})  # a baseline has no variant
-        row = {name: value for name, value in {**config, **variant, **self.columns}.items() if value is not None}
-        row = without_secrets(row)
+        row = {**flat_config(pl_module.net.network_config()), **self.columns}
+        row = {name: str(value) if isinstance(value, list) else value for name, value in row.items()}
+        row = without_secrets({name: value for name, value in row.items() if value is not None})
         for writer in tensorboards(trainer):
             add_summary(writer, hparams_pb(row, trial_id=""))  # an empty id makes a row of its own for every run
