@@ -1,7 +1,6 @@
 """Restoring as a diffusers pipeline: `DiT4SRPipeline.from_pretrained(...)`, then `pipe(image).images[0]`."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -262,7 +261,7 @@ class DiT4SRPipeline(TextOnDemand, DiffusionPipeline):
         sampler_options |= {"steps": num_inference_steps, "guidance_scale": guidance_scale}
         given = {name: value for name, value in sampler_options.items() if value is not None}
         saved = {"fit": "extend"} | self.config.sampler  # folders of 0.1, which knew no other way, do not name it
-        sampler = replace(Sampler(type(self.scheduler).from_config, **saved), **given)
+        sampler = Sampler(type(self.scheduler).from_config, **saved).changed(**given)
         generator = generator or [seeded("cpu", "restore", seed, name) for name in names]
         generators = generator if isinstance(generator, list) else [generator] * len(lr)
         sr = self.restore(sampler, lr, scale, captions, generators)

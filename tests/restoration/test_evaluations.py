@@ -173,6 +173,7 @@ def test_cuda_graphs_are_refused(net, tiny_backbone, monkeypatch):
     [
         ({}, 5 * 2 * 2),
         ({"guidance_sigma_max": 0.9}, 2 * 2 + 3 * 2 * 2),  # the sigmas are 1, 0.923, 0.819, 0.666, 0.42
+        ({"guidance_sigma_max": 0.9, "sigmas": [1, 0.5, 0.2]}, 2 + 2 * 2 * 2),
         ({"guidance_scale": 1, "tiling": "shifted"}, 4 * 2 + 3),  # one shift cuts the image into three
     ],
 )

@@ -72,6 +72,7 @@ ADDED = {
     "sampler.lr_refresh": 1,
     "sampler.lr_shared": False,
     "sampler.tiling": "overlapping",
+    "sampler.sigmas": None,
     "trainer.max_time": None,
     "schedule._target_": "LearningRateSchedule",
     "schedule.name": "constant",

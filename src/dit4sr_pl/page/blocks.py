@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -204,7 +204,8 @@ class Page:
         """
         check_still(file)
         lr = read_header(file).size  # before anything is decoded
-        chosen = Restorer(self.restorer.net, self.restorer.backbone, replace(self.restorer.sampler, **sampler_options))
+        sampler = self.restorer.sampler.changed(**sampler_options)
+        chosen = Restorer(self.restorer.net, self.restorer.backbone, sampler)
         self.check_work(chosen, lr, result_size(lr, scale))
         picture = read_picture(file)
         if sorted(picture.color.shape[-2:]) != sorted(lr):  # the picture may have been turned upright

@@ -100,7 +100,7 @@ def restoring_seconds(
     lr, sizes = torch.rand(1, 3, size // 4, size // 4, generator=generator("cpu", "plan")), (size, size)
     for steps in (1, sampler.steps):
         start = time.perf_counter()
-        chosen, draws = replace(sampler, steps=steps), [generator("cpu", "plan")]
+        chosen, draws = sampler.changed(steps=steps), [generator("cpu", "plan")]
         restore(
             network, coder, prompts, scheduler, chosen, lr, sizes, [""], draws, device=device
         )  # waits for its result

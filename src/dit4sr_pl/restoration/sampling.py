@@ -1,8 +1,10 @@
 """Restoring (paper Section 5.1): steps along the flow, classifier-free guidance, tiles, colour alignment."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -18,8 +20,9 @@ from dit4sr_pl.restoration.evaluations import Evaluation, GuidedVelocity, planne
 from dit4sr_pl.restoration.fitting import FITS, Size, enlarge_through, resize, working_sizes
 from dit4sr_pl.restoration.tiling import TILINGS, Place, TileBatcher, tiled
 
-STARTS = ("noise", "lr")
+STARTS = ("noise", "lr", "lr_latent")
 CLIP_TOKENS = 77
+CLOSEST_TO_NOISE = 1 - 1e-6  # the largest sigma whose distance to 1 has a logarithm; UniPC's own first sigma
 ACTIVATIONS = 18  # values in memory at a forward pass's peak, per token and unit of width; docs/verification.md
 
 
@@ -30,7 +33,8 @@ class Sampler:
     Args:
         solver: function from the base's scheduler config to a diffusers scheduler.
         steps: number of the solver's steps; a network evaluation each, two with Heun.
-        start: `noise`, or `lr`: the LR latent with the noise that remains after the first steps, which are skipped.
+        start: `noise`; `lr`: the LR latent with the noise that remains after the first steps, which are skipped; or
+            `lr_latent`: the LR latent without noise, from which all steps are run.
         strength: share of the steps that is run with `start=lr`, in 0..1.
         guidance_scale: scale of classifier-free guidance; at 1 the negative prompt is not run.
         added_prompt: text that is appended to every caption.
@@ -51,6 +55,8 @@ class Sampler:
         lr_refresh: number of evaluations from one run of the LR stream to the next; those in between read what is kept.
         lr_shared: whether the negative prompt's pass reads the LR stream of the prompt's.
         tiling: `overlapping`, or `shifted`: tiles do not overlap, and their places change from step to step.
+        sigmas: sigmas of the steps in the place of the solver's own, decreasing, in 0..1 without 0; the last step goes
+            to 0. They decide the number of steps. None: the solver's own for `steps`.
 
     Raises:
         ValueError: a number is out of range.
@@ -77,8 +83,12 @@ class Sampler:
     lr_refresh: int = 1
     lr_shared: bool = False
     tiling: str = "overlapping"
+    sigmas: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
+        if self.sigmas is not None:
+            object.__setattr__(self, "sigmas", checked_sigmas(self.sigmas))
+            object.__setattr__(self, "steps", len(self.sigmas))
         for name in ("steps", "smallest", "lr_refresh"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampler: {name}={getattr(self, name)}; at least 1 is needed")
@@ -100,6 +110,12 @@ class Sampler:
             raise ValueError(f"sampler: overlap={self.overlap} must be under tile={self.tile}, and both even")
         if self.vae_tile < 4 or self.vae_tile % 4:
             raise ValueError(f"sampler: vae_tile={self.vae_tile}; give a multiple of 4")
+
+    def changed(self, **options: Any) -> "Sampler":
+        """Returns the sampler with other options; another number of steps takes the place of `sigmas`, too."""
+        if options.get("steps", self.steps) != self.steps:
+            options = {"sigmas": None} | options
+        return replace(self, **options)
 
     def prompt(self, caption: str) -> str:
         """Returns the prompt of a caption."""
@@ -131,7 +147,9 @@ class Sampler:
         if "flow_shift" in solver.config and "flow_shift" not in given:  # some solvers' name of the base's `shift`
             solver.register_to_config(flow_shift=base.config.shift)
         solver.set_timesteps(self.steps)
-        run = self.steps if self.start == "noise" else max(1, round(self.strength * self.steps))
+        if self.sigmas is not None:
+            set_sigmas(solver, self.sigmas)
+        run = max(1, round(self.strength * self.steps)) if self.start == "lr" else self.steps
         first = (self.steps - run) * solver.order
         solver.set_begin_index(first)
         return solver, range(first, len(solver.timesteps))
@@ -232,6 +250,28 @@ def restore(
     return resize(aligned, size).to(lr.device)
 
 
+def checked_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
+    """Returns sigmas as numbers; raises ValueError unless they decrease from 1 at most and end above 0."""
+    numbers = all(isinstance(sigma, int | float) and not isinstance(sigma, bool) for sigma in sigmas)
+    steps = pairwise([*sigmas, 0]) if numbers else ()
+    if not numbers or not len(sigmas) or sigmas[0] > 1 or not all(sigma > following for sigma, following in steps):
+        raise ValueError(
+            f"sampler: sigmas={list(sigmas)}; give a list of decreasing numbers, at most 1 and above 0, such as "
+            "[1,0.75,0.5,0.25], or null for the solver's own"
+        )
+    return tuple(map(float, sigmas))
+
+
+def set_sigmas(solver: SchedulerMixin, sigmas: Sequence[float]) -> None:
+    """Gives a solver other sigmas than its own, which are as many. The base's shift does not change them."""
+    if "use_flow_sigmas" in solver.config:  # these solvers take the logarithm of 1 - sigma
+        sigmas = [min(sigmas[0], CLOSEST_TO_NOISE), *sigmas[1:]]
+    # Every step but the first has as many sigmas as it has evaluations.
+    each = torch.tensor(sigmas).repeat_interleave(solver.order)[solver.order - 1 :]
+    solver.sigmas = torch.cat([each, torch.zeros(1)])
+    solver.timesteps = (each * solver.config.num_train_timesteps).to(solver.timesteps.dtype)
+
+
 def extended(length: int, least: int, multiple: int) -> int:
     """Returns the smallest multiple that is at least `length` and `least`."""
     return -(-max(length, least) // multiple) * multiple
@@ -247,9 +287,9 @@ def sample(
     batcher: TileBatcher,
     on_step: Callable[[], None],
 ) -> Tensor:
-    """Returns the restored images' latents from noise or the noised LR latents; all are `(B, C, H, W)`, float32."""
+    """Returns the restored images' latents from noise, LR latents or a mixture; all are `(B, C, H, W)`, float32."""
     solver, run = sampler.schedule(scheduler)
-    latent = noise
+    latent = lr_latent if sampler.start == "lr_latent" else noise
     if sampler.start == "lr":
         latent = interpolate(lr_latent, noise, solver.sigmas[run[0]].to(noise.device))
     for number, evaluation in zip(run, sampler.evaluations(solver, run, noise.device), strict=True):
