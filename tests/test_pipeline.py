@@ -1,7 +1,7 @@
 """The diffusers pipeline gives what the restorer behind the command gives."""
 
-import dataclasses
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,7 +15,8 @@ from dit4sr_pl.common.files import ASSETS, is_shipped
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.files import read_image, write_image
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, compilation, lr_stream, save_part
+from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Variant, compilation, load_part, lr_stream, save_part
+from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.trained_part import base_of, part_of
 from dit4sr_pl.pipeline import DiT4SRPipeline
 from dit4sr_pl.restoration.restorer import Restorer
@@ -41,7 +42,7 @@ def test_it_restores_what_the_restorer_restores(pipe, lr):
     sampler_options = dict(
         added_prompt="sharp", negative_prompt="blurry", tile=4, overlap=2, color="wavelet", smallest=1
     )
-    sampler = dataclasses.replace(SAMPLER, steps=2, guidance_scale=1.5, **sampler_options)
+    sampler = replace(SAMPLER, steps=2, guidance_scale=1.5, **sampler_options)
     restorer = Restorer.load(Backbone("tiny-sd3", "float32", 8), sampler, "tiny-dit4sr", torch.device("cpu"))
     expected = restorer(lr, (28, 36), ["a cat", ""], ["0", "1"], seed=3)
     images = pipe(lr, ["a cat", ""], scale=2, guidance_scale=1.5, seed=3, **SETTINGS, **sampler_options).images
@@ -118,7 +119,7 @@ def test_any_lr_stream_over_its_base_in_any_precision(tiny_backbone, lr, tmp_pat
 def test_the_factor_of_lr_injection_is_an_argument_that_saved_folders_keep(pipe, lr, tmp_path):
     scaled = DiT4SRPipeline.from_pretrained("tiny-dit4sr", injection_scale=0.3)
     scaled.set_progress_bar_config(disable=True)
-    sampler = dataclasses.replace(SAMPLER, steps=2, color="adain", smallest=16)
+    sampler = replace(SAMPLER, steps=2, color="adain", smallest=16)
     arguments = Backbone("tiny-sd3", "float32", 8), sampler, "tiny-dit4sr", torch.device("cpu"), False, 0.3
     expected = Restorer.load(*arguments)(lr, (56, 72), ["", ""], ["0", "1"], seed=0)
     images = scaled(lr, **SETTINGS).images
@@ -241,6 +242,10 @@ def test_what_it_cannot_run_is_refused_in_one_line(pipe, lr, tiny_backbone, tmp_
         ValueError, match="controlnet.safetensors: holds sd3_controlnet, and the pipeline runs LR streams"
     ):
         DiT4SRPipeline.from_pretrained("tiny-sd3", lr_stream=tmp_path / "controlnet.safetensors")
+    part = load_part(checkpoint_file("tiny-dit4sr"))
+    save_part(replace(part, base=part.base | {"parts": {"vae": "another"}}), tmp_path / "lr_stream.safetensors")
+    with pytest.raises(ValueError, match="lr_stream.safetensors: trained over another autoencoder than the vae of"):
+        DiT4SRPipeline.from_pretrained(tmp_path / "lr_stream.safetensors")
     other = SD3Transformer2DModel.from_config(tiny_backbone.transformer.config)
     with pytest.raises(ValueError, match="lr_stream: trained over tiny-sd3, and this base model has other weights"):
         DiT4SRPipeline(**pipe.components | {"transformer": other})

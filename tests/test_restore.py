@@ -127,6 +127,20 @@ def test_a_result_of_other_settings_is_not_taken_for_done(photo, tmp_path, monke
     assert command(monkeypatch, Bicubic(), *arguments) is None  # as results of before 0.2
 
 
+def test_a_result_of_another_caption_is_not_taken_for_done(photo, tmp_path, monkeypatch):
+    arguments, text = [f"input={photo}", f"output={tmp_path / 'out'}"], photo.with_suffix(".txt")
+    assert command(monkeypatch, Bicubic(), *arguments) is None
+    text.write_text("a dog")
+    message = command(monkeypatch, Bicubic(), *arguments)
+    assert "photo.png with caption= (now a dog); give another output, delete them" in message
+    (tmp_path / "out/photo.png").unlink()
+    assert command(monkeypatch, Bicubic(), *arguments) is None
+    assert command(monkeypatch, Bicubic(), *arguments) is None  # nothing to do
+    text.write_text("a cat " * 20)
+    assert "with caption=a dog (now " in command(monkeypatch, Bicubic(), *arguments)
+    made_with.check_same_settings(tmp_path, {tmp_path / "out/photo.png": None}, {"scale": 4})  # a captioner will say
+
+
 def test_a_file_system_that_keeps_no_attributes_is_told_of_once(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
@@ -134,7 +148,7 @@ def test_a_file_system_that_keeps_no_attributes_is_told_of_once(tmp_path, monkey
     monkeypatch.setattr(os, "setxattr", refuse)
     recorder = made_with.Recorder({"scale": 4})
     for name in ("a.png", "b.png"):
-        recorder.add(tmp_path / name)
+        recorder.add(tmp_path / name, caption="")
     assert len(caplog.messages) == 1 and "a.png: its settings are not recorded" in caplog.text
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dit4sr_pl.backbone.autoencoder import LatentCoder
-from dit4sr_pl.backbone.fingerprints import TEXT_PARTS
+from dit4sr_pl.backbone.fingerprints import TEXT_PARTS, check_parts, part_fingerprints
 from dit4sr_pl.backbone.shipped_prompts import ENCODERS, ShippedPrompts
 from dit4sr_pl.backbone.text_on_demand import TextOnDemand
 from dit4sr_pl.cli.checks import check_compiler
@@ -178,7 +178,8 @@ class DiT4SRPipeline(TextOnDemand, DiffusionPipeline):
 
         Raises:
             FileNotFoundError: a file is missing, or a model of the hub cannot be read; the message says what to do.
-            ValueError: the LR stream is truncated, or was trained over another base; or there is no compiler.
+            ValueError: the LR stream is truncated, or was trained over another base or autoencoder; or there is no
+                compiler.
         """
         check_compiler(compile, "compile")
         pipeline = cls._load(name, lr_stream, arguments)
@@ -208,6 +209,8 @@ class DiT4SRPipeline(TextOnDemand, DiffusionPipeline):
         left_out = {} if shipped is None else dict.fromkeys(TEXT_PARTS)
         with hub_errors(str(name), str(name)):
             pipeline = super().from_pretrained(name, **arguments | left_out)
+        parts = part_fingerprints(str(name), arguments)  # of those that the caller does not bring
+        check_parts(str(name), parts, pipeline.lr_stream.config.base.get("parts", {}), weights)
         if shipped is not None:
             options = {key: arguments[key] for key in READING if key in arguments}
             pipeline.take_shipped_prompts(shipped, None if given else (str(name), options))

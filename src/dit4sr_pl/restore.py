@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 SCALE = 4  # without one, and without a size of the results
 ALPHA = ("bicubic", "network")
-LONG_TEXT = 80  # characters; a longer text, such as a prompt, is recorded by its hash
 FORMATS = ("png", "jpeg", "webp", "tiff", "avif", "same")
 LOSSLESS = ("png", "tiff")
 
@@ -56,7 +55,9 @@ def restore_folder(cfg: DictConfig) -> None:
     options = {key: cfg[key] for key in ("prompt", "overwrite", "keep_suffix", "first_frame", "samples", "format")}
     options |= {"dropped_words": cfg.captions.dropped_words, "scale": scale_of(cfg)}
     worklist = make_worklist(Path(cfg.input), Path(cfg.output), shard=read_shard(cfg.shard), **options)
-    check_same_settings(Path(cfg.output), worklist.results, settings_of(cfg))
+    captioned = cfg.get("captioner") is not None  # pictures without a caption get one
+    captions = {path: text or (None if captioned else "") for path, text in worklist.results.items()}
+    check_same_settings(Path(cfg.output), captions, settings_of(cfg))
     total, done = worklist.total, worklist.done
     if worklist.entries:
         cfg.device = choose_device(cfg.device, cfg.model.backbone)
@@ -76,8 +77,7 @@ def restore_folder(cfg: DictConfig) -> None:
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
-    """Returns the settings that every result depends on; long texts by their hash."""
-    from dit4sr_pl.common.hashing import values_hash
+    """Returns the settings that every result depends on."""
     from dit4sr_pl.common.run_identity import flatten, without_modules
     from dit4sr_pl.restoration.made_with import identity_of_checkpoint
 
@@ -91,8 +91,7 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
         chosen["quality"] = cfg.quality
     settings = without_modules(dict(flatten(chosen))) | {"checkpoint": identity_of_checkpoint(cfg.checkpoint)}
     del settings["sampler.tile_memory"]  # it changes no result
-    short = {key: values_hash({key: text}) for key, text in settings.items() if len(str(text)) > LONG_TEXT}
-    return settings | short
+    return settings
 
 
 def restore(worklist: "Worklist", cfg: DictConfig) -> None:
@@ -145,7 +144,7 @@ def restore_entries(worklist: "Worklist", cfg: DictConfig, run: Callable, evalua
                 show(moved, items=len(worklist.entries) + 1)
                 if failure is None:
                     worklist.entries.append(entry)
-                    recorder.add(entry.target)
+                    recorder.add(entry.target, entry.prompt)
                 else:
                     worklist.failures.append(failure)
                 for note in notes:

@@ -10,6 +10,7 @@ import tifffile
 import torch
 from PIL import ExifTags, Image, ImageCms, IptcImagePlugin, PngImagePlugin
 
+from dit4sr_pl.images import encoding
 from dit4sr_pl.images.files import find_images
 from dit4sr_pl.images.formats import RESULTS, check_sides, find_pictures, is_complete, result_format
 from dit4sr_pl.images.picture import Picture, check_colors, read_header, read_picture, write_picture
@@ -81,11 +82,22 @@ def test_a_tiff_keeps_sixteen_bits(tmp_path, channels):
     levels = np.random.default_rng(0).integers(1, 65536, (5, 7, channels), dtype=np.uint16)
     (tmp_path / "a.png").write_bytes(png16(levels.squeeze(2) if channels == 1 else levels))
     write_picture(tmp_path / "b.tif", read_picture(tmp_path / "a.png"), format="tiff")
+    if channels == 2:  # Pillow opens grey with alpha as RGB alone
+        levels = levels[..., [0, 0, 0, 1]]
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "b.tif").reshape(levels.shape), levels)
-    if channels == 2:
-        return  # Pillow cannot open these; others can
     again = read_picture(tmp_path / "b.tif")
-    assert again.bits == 16 and (again.alpha is not None) == (channels == 4)
+    assert again.bits == 16 and (again.alpha is not None) == (channels in (2, 4))
+
+
+def test_a_tiff_too_large_for_addresses_of_32_bits_is_a_bigtiff(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "LARGEST_TIFF", 600)
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ISOSpeedRatings] = 100
+    for side, starts, notes in ((10, b"II*\0", 0), (20, b"II+\0", 1)):
+        picture = Picture(smooth(3)[:, :side, :side], exif=exif.tobytes())
+        assert len(write_picture(tmp_path / "a.tif", picture, format="tiff")) == notes
+        assert (tmp_path / "a.tif").read_bytes().startswith(starts)
+        assert read_picture(tmp_path / "a.tif").color.shape == (3, min(side, 16), side)
 
 
 def test_quality_changes_what_lossy_files_take(tmp_path):

@@ -21,6 +21,7 @@ from dit4sr_pl.common.processes import children
 from dit4sr_pl.model import load_part
 from dit4sr_pl.model.training_state import is_whole
 from dit4sr_pl.train import train
+from dit4sr_pl.training.callbacks.checkpoints import Checkpoints
 from dit4sr_pl.training.run_folder import check_same_run, checkpoints_in
 from testing.commands import is_alive, wait_until
 from testing.commands import run as command
@@ -204,6 +205,20 @@ def test_killed_runs_go_on_to_what_one_undisturbed_run_gives(photos, tmp_path, w
         process.join()
         wait_until(lambda workers=workers: not any(map(is_alive, workers)))
         assert process.exitcode == (-signal.SIGKILL if enough < STEPS else 0)
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_a_step_that_ends_with_its_checkpoint_is_in_tensorboard(photos, tmp_path, whole, monkeypatch):
+    def end(*_) -> None:
+        raise RuntimeError("killed")
+
+    every = "callbacks.checkpoint.every_n_train_steps=1"
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Checkpoints, "link", end)
+        start(photos, tmp_path, every)
+    assert steps(tmp_path) == [1]
+    start(photos, tmp_path, every)
     assert_same_run(tmp_path, whole)
 
 

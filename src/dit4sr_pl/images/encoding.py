@@ -19,6 +19,7 @@ QUALITY = 95
 LONGEST_SEGMENT = 65_000  # bytes of a JPEG's EXIF data, XMP packet, IPTC records or comment
 SUB_DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 XMP_TAG, IPTC_TAG, LONG = 700, 33723, 4
+LARGEST_TIFF = 2**32 - 2**25  # bytes of pixels; larger files are BigTIFF, whose addresses have 64 bits
 
 
 def encode(levels: np.ndarray, picture: Picture, format: str, quality: int | None, notes: list[str]) -> bytes:
@@ -40,7 +41,7 @@ def encode(levels: np.ndarray, picture: Picture, format: str, quality: int | Non
     lost["IPTC records"] = format in ("webp", "avif") and picture.iptc is not None
     notes += [f"its {what}: {format} has no place for them" for what, there in lost.items() if there]
     if format == "tiff":
-        return _tiff(levels, held, picture.dpi)
+        return _tiff(levels, held, picture.dpi, notes)
     if format == "jpeg":
         sizes = {"xmp": len(held["xmp"] or b""), "iptc": len(held["iptc"] or b"")}
         sizes["exif"] = len(held["exif"].tobytes()) if held["exif"] is not None else 0
@@ -69,7 +70,7 @@ def _photoshop(iptc: bytes | None) -> bytes:
     return b"\xff\xed" + struct.pack(">H", len(content) + 2) + content
 
 
-def _tiff(levels: np.ndarray, held: dict, dpi: tuple[float, float] | None) -> bytes:
+def _tiff(levels: np.ndarray, held: dict, dpi: tuple[float, float] | None, notes: list[str]) -> bytes:
     """Returns a TIFF that is compressed without loss; EXIF's details and places are directories at its end."""
     import tifffile
 
@@ -79,13 +80,19 @@ def _tiff(levels: np.ndarray, held: dict, dpi: tuple[float, float] | None) -> by
             tags.append((tag, "s", 0, value.encode("ascii", "replace").decode(), True))
     packets = (XMP_TAG, held["xmp"]), (IPTC_TAG, held["iptc"])
     tags += [(tag, "B", len(packet), packet, True) for tag, packet in packets if packet]
+    directories = {int(tag): exif.get_ifd(tag) for tag in SUB_DIRECTORIES if tag in exif}
+    if levels.dtype == np.uint16 and levels.shape[2] == 2:
+        levels = levels[..., [0, 0, 0, 1]]  # Pillow reads no grey TIFF of 16 bits with alpha
+    large = levels.nbytes > LARGEST_TIFF
+    if large and directories:
+        notes.append("its EXIF details: a TIFF of over 4 GiB has no place for them")
     channels = levels.shape[2]
     file = BytesIO()
     tifffile.imwrite(
         file,
         levels.squeeze(2) if channels == 1 else levels,
         byteorder="<",
-        bigtiff=False,
+        bigtiff=large,
         photometric="rgb" if channels > 2 else "minisblack",
         planarconfig="contig" if channels > 1 else None,
         extrasamples=["unassalpha"] if channels in (2, 4) else None,
@@ -99,8 +106,7 @@ def _tiff(levels: np.ndarray, held: dict, dpi: tuple[float, float] | None) -> by
         iccprofile=held["icc"],
         extratags=tags,
     )
-    directories = {int(tag): exif.get_ifd(tag) for tag in SUB_DIRECTORIES if tag in exif}
-    return _with_directories(file.getvalue(), directories) if directories else file.getvalue()
+    return _with_directories(file.getvalue(), directories) if directories and not large else file.getvalue()
 
 
 def _with_directories(tiff: bytes, directories: dict[int, dict]) -> bytes:

@@ -43,12 +43,12 @@ class Entry:
 
 @dataclass
 class Worklist:
-    """Pictures to restore, the results that are there already, a message for each that cannot be restored, and the
-    files of the folder that are no pictures.
+    """Pictures to restore, the results that are there already with their captions of today, a message for each picture
+    that cannot be restored, and the files of the folder that are no pictures.
     """
 
     entries: list[Entry] = field(default_factory=list)
-    results: list[Path] = field(default_factory=list)
+    results: dict[Path, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
 
@@ -116,10 +116,10 @@ def make_worklist(
             if os.path.realpath(target) in inputs:
                 raise ValueError(f"{file}: its result {target} would replace an input; choose another output")
             check_suffix(file)
-            if not overwrite and is_complete(target, form):
-                worklist.results.append(target)
-                continue
             caption = prompt or drop_sentences(texts[name], dropped_words)
+            if not overwrite and is_complete(target, form):
+                worklist.results[target] = caption
+                continue
             header = read_header(file, first_frame)
             check_sides(file, result_size(header.size, scale), form)
             # Results of `a.png` and `a.jpg` may lie next to each other in their own formats.

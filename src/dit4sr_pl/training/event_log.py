@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -15,7 +15,15 @@ PAUSE = 60  # seconds after an error until events are written again, to a new fi
 
 
 class EventLogger(TensorBoardLogger):
-    """Lightning's logger with a `TolerantWriter`; arguments are Lightning's."""
+    """Lightning's logger with a `TolerantWriter`, which drops what it is given twice; arguments are Lightning's."""
+
+    latest: tuple[int | None, dict[str, float]] | None = None  # step and metrics of the last call
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Writes the metrics of a step, unless the last call wrote them: a checkpoint may log its step beforehand."""
+        if self.latest != (step, dict(metrics)):
+            super().log_metrics(metrics, step)
+        self.latest = step, dict(metrics)
 
     @property
     @rank_zero_experiment

@@ -129,6 +129,14 @@ def signal_started_processes(trainer: Trainer, signum: int) -> None:
         trainer.strategy.launcher.kill(signum)
 
 
+def log_step(trainer: Trainer) -> None:
+    """Logs what the step that has just run logged; Lightning 2.6.6 does so itself after all callbacks, and then again.
+
+    Lightning 2.6.6: `_logger_connector.update_train_step_metrics`.
+    """
+    trainer._logger_connector.update_train_step_metrics()
+
+
 def let_trainer_unscale(optimizer: Optimizer) -> None:
     """Leaves the unscaling of float16's gradients to the trainer, so that they can be clipped.
 

@@ -16,6 +16,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.training.lightning_state import (
     batches_done,
+    log_step,
     received_sigterm,
     signal_started_processes,
     validation_follows,
@@ -109,6 +110,7 @@ class Checkpoints(Checkpoint):
             self.heard |= {signum for signum in SIGNALS if on_any_device(trainer, signum in received)}
         self.pending |= bool(self.heard) | on_any_device(trainer, self.is_due(trainer))
         if self.pending and not validation_follows(trainer):  # before a validation the last checkpoint is enough
+            log_step(trainer)  # a resumed run does not log this step again
             self.save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, *_) -> None:
@@ -146,7 +148,7 @@ class Checkpoints(Checkpoint):
         """Saves a checkpoint of this step and removes the oldest ones."""
         path = self.folder / f"{self.step:07d}.ckpt"
         for logger in trainer.loggers:
-            logger.save()  # a resumed run does not log these steps again
+            logger.save()
         trainer.save_checkpoint(path)
         self.pending, self.saved_at = False, time.monotonic()
         if trainer.is_global_zero and path.exists():
