@@ -103,6 +103,19 @@ class RectifiedFlow:
             error = interpolate(clean, noise, sigma) - per_image(sigma) * velocity - clean
         return error.square().mean(dim=(1, 2, 3))
 
+    def loss_to(self, target: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+        """Returns the loss per image, `(B,)`, of a velocity that should be another one than `noise - clean`.
+
+        Args:
+            target: the velocity that is wanted, `(B, C, H, W)`.
+            velocity: the predicted one.
+            sigma: `(B,)` in [0, 1].
+        """
+        error = velocity.float() - target
+        if self.weighting == "released":
+            error = per_image(sigma) * error
+        return error.square().mean(dim=(1, 2, 3))
+
 
 def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """Returns `z_t` from latent and noise `(B, C, H, W)` and sigma `(B,)`."""

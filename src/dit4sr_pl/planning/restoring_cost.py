@@ -60,7 +60,7 @@ def restoring_cost(backbone: MetaBackbone, network: nn.Module, sampler: Sampler,
         latent = coder.encode_tiled(torch.empty(1, 3, size, size), sampler.vae_tile)
         encoded = counter.work.flops
         velocity, batcher = (
-            GuidedVelocity(network, prompts, sampler, [""], latent.device),
+            GuidedVelocity.of_captions(network, prompts, sampler, [""], latent.device),
             sampler.tile_batcher(network),
         )
         evaluations = [replace(each, timestep=torch.empty(())) for each in evaluations]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dit4sr_pl.backbone.text_encoder import PromptEncoder
+from dit4sr_pl.backbone.text_encoder import Embeddings, PromptEncoder
 from dit4sr_pl.model import DiT4SRTransformer, LRCache
 from dit4sr_pl.restoration.tiling import Place
 
@@ -63,27 +63,31 @@ class GuidedVelocity:
 
     Args:
         net: the whole network.
-        encode_prompts: the text encoders.
         sampler: how to restore.
-        captions: one per image.
-        device: where the network works.
+        conditions: prompt embeddings and pooled ones, of one prompt per image; with guidance, those of the negative
+            prompt after them.
     """
 
-    def __init__(
-        self,
+    def __init__(self, net: DiT4SRTransformer, sampler: "Sampler", conditions: list[Embeddings]):
+        self.net, self.sampler, self.conditions = net, sampler, conditions
+        self.kept: dict[Place, LRCache] = {}  # of every tile
+        self.latest: Evaluation | None = None
+        self.prompts_of = lru_cache(maxsize=1)(self.stacked)  # without tiles all steps ask for the same
+
+    @classmethod
+    def of_captions(
+        cls,
         net: DiT4SRTransformer,
         encode_prompts: PromptEncoder,
         sampler: "Sampler",
         captions: list[str],
         device: torch.device,
-    ):
-        self.net, self.sampler = net, sampler
-        self.conditions = [encode_prompts([sampler.prompt(caption) for caption in captions], device)]
+    ) -> "GuidedVelocity":
+        """Returns the velocity for captions, one per image, on the network's device."""
+        conditions = [encode_prompts([sampler.prompt(caption) for caption in captions], device)]
         if sampler.guidance_scale != 1:
-            self.conditions.append(encode_prompts([sampler.negative_prompt] * len(captions), device))
-        self.kept: dict[Place, LRCache] = {}  # of every tile
-        self.latest: Evaluation | None = None
-        self.prompts_of = lru_cache(maxsize=1)(self.stacked)  # without tiles all steps ask for the same
+            conditions.append(encode_prompts([sampler.negative_prompt] * len(captions), device))
+        return cls(net, sampler, conditions)
 
     def stacked(self, images: tuple[int, ...]) -> list[Tensor]:
         """Returns embeddings and pooled ones for tiles of these images, the negative prompt's last."""

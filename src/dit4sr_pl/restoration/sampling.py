@@ -1,7 +1,7 @@
 """Restoring (paper Section 5.1): steps along the flow, classifier-free guidance, tiles, colour alignment."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -232,7 +232,7 @@ def restore(
     enlarged = (enlarge_through(each, sizes, extent) for each in lr.to(device).split(1))
     lr_latent = torch.cat([coder.encode_tiled(each, sampler.vae_tile) for each in enlarged])
     noise = draw_noise(lr_latent.shape[1:], generators).to(device)
-    velocity = GuidedVelocity(net, encode_prompts, sampler, captions, device)
+    velocity = GuidedVelocity.of_captions(net, encode_prompts, sampler, captions, device)
     batcher = batcher or sampler.tile_batcher(net)
     latent = sample(velocity, scheduler, sampler, lr_latent, noise, net.patch_size, batcher, on_step)
     del lr_latent, noise  # each takes a byte per pixel of the result
@@ -287,15 +287,34 @@ def sample(
     batcher: TileBatcher,
     on_step: Callable[[], None],
 ) -> Tensor:
-    """Returns the restored images' latents from noise, LR latents or a mixture; all are `(B, C, H, W)`, float32."""
+    """Returns the restored images' latents `(B, C, H, W)`, the last ones of `states`; `on_step` is called after every
+    evaluation."""
+    passed = states(velocity, scheduler, sampler, lr_latent, noise, patch, batcher)
+    latent = next(passed)
+    for latent in passed:  # noqa: B007, since only the last one matters
+        on_step()
+    return latent
+
+
+def states(
+    velocity: Callable[[Tensor, Tensor, list[Place], Evaluation], Tensor],
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    sampler: Sampler,
+    lr_latent: Tensor,
+    noise: Tensor,
+    patch: int,
+    batcher: TileBatcher,
+) -> Iterator[Tensor]:
+    """Yields the first noisy latents, which are noise, LR latents or a mixture, and then those after each evaluation
+    of the network; all are `(B, C, H, W)`, float32."""
     solver, run = sampler.schedule(scheduler)
     latent = lr_latent if sampler.start == "lr_latent" else noise
     if sampler.start == "lr":
         latent = interpolate(lr_latent, noise, solver.sigmas[run[0]].to(noise.device))
+    yield latent
     for number, evaluation in zip(run, sampler.evaluations(solver, run, noise.device), strict=True):
         predict = lambda *tiles, evaluation=evaluation: velocity(*tiles, evaluation)  # noqa: E731
         tiles = sampler.tile, sampler.overlap, patch, batcher, evaluation.shift
         v = tiled(predict, latent, lr_latent, *tiles)
         latent = solver.step(v, solver.timesteps[number], latent).prev_sample
-        on_step()
-    return latent
+        yield latent

@@ -40,6 +40,9 @@ class SuperResolutionModule(LightningModule):
     Only the trained part (`lr_stream` or `controlnet`) is a submodule, so Lightning counts, averages, optimizes, saves
     and sends between devices nothing else. The frozen parts are plain attributes, `net` and `backbone`.
 
+    Attributes:
+        taught_by: hash of the weights of the teacher; None: there is none.
+
     Args:
         backbone: the frozen pipeline.
         network: makes the network over the backbone's transformer.
@@ -54,6 +57,8 @@ class SuperResolutionModule(LightningModule):
         timesteps: density of the timesteps.
         schedule: factor of the optimizer's learning rate over the run.
     """
+
+    taught_by: str | None = None
 
     def __init__(
         self,
@@ -76,7 +81,7 @@ class SuperResolutionModule(LightningModule):
         net = network(backbone.transformer)
         self.began_with = None  # hash of the weights of `checkpoint`
         if checkpoint is not None:
-            part = start_from_checkpoint(net, checkpoint, may_differ=("injection_scale",))
+            part = self.start_from(net, checkpoint)
             check_parts(backbone.name, backbone.parts, part.base.get("parts", {}), checkpoint)
             self.began_with = weights_hash(part.state)
         self.base = base_of(net, backbone.name)  # read before weights are sharded
@@ -95,6 +100,10 @@ class SuperResolutionModule(LightningModule):
         memo[id(self)] = copied = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+    def start_from(self, net: nn.Module, checkpoint: str) -> TrainedPart:
+        """Loads the weights that the training starts from; errors are those of `start_from_checkpoint`."""
+        return start_from_checkpoint(net, checkpoint, may_differ=("injection_scale",))
 
     def setup(self, stage: str) -> None:
         """Moves the backbone, which Lightning does not know, to the device; workers make what steps need."""
@@ -122,16 +131,11 @@ class SuperResolutionModule(LightningModule):
         self.log("train/learning_rate", optimizer.defaults["lr"] * factor)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        """Returns the rectified-flow loss of a batch from `SuperResolutionData`."""
+        """Returns the loss of a batch from `SuperResolutionData`, and logs it."""
         if "noise" not in batch:  # it comes from another loader than `SuperResolutionData`'s
             inputs = self.step_inputs(batch)
             batch = batch | {name: values.to(self.device, non_blocking=True) for name, values in inputs.items()}
-        noise, sigma = batch["noise"], batch["sigma"]
-        clean, lr_latent = self.latents(batch)
-        prompts = self.embeddings(batch)
-
-        velocity = self.velocity(interpolate(clean, noise, sigma), lr_latent, batch["timestep"], *prompts)
-        loss = self.flow.loss(velocity, clean, noise, sigma).mean()
+        loss = self.loss(batch)
         # The mean over all devices: they stop together, and logs do not depend on their number.
         mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
         self.finite_loss.add(mean, self.global_step)
@@ -139,19 +143,32 @@ class SuperResolutionModule(LightningModule):
         self.log("train/loss", self.step_loss, prog_bar=True)
         return loss
 
+    def loss(self, batch: dict) -> Tensor:
+        """Returns the rectified-flow loss of a batch that has all inputs of a step."""
+        noise, sigma = batch["noise"], batch["sigma"]
+        clean, lr_latent = self.latents(batch)
+        prompts = self.embeddings(batch)
+        velocity = self.velocity(interpolate(clean, noise, sigma), lr_latent, batch["timestep"], *prompts)
+        return self.flow.loss(velocity, clean, noise, sigma).mean()
+
     def latents(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Returns the latents of the HR images and of the enlarged LR images, encoded now or before the run."""
         if "clean" in batch:
             return batch["clean"], batch["lr_latent"]
-        coder = self.backbone.coder
-        clean = coder.encode(batch["hr"], batch.get("posterior_noise"))
-        return clean, coder.encode(enlarge(batch["lr"], batch["hr"].shape[-2:]))
+        return self.backbone.coder.encode(batch["hr"], batch.get("posterior_noise")), self.lr_latent(batch)
+
+    def lr_latent(self, batch: dict) -> Tensor:
+        """Returns the latents of the enlarged LR images."""
+        if "lr_latent" in batch:
+            return batch["lr_latent"]
+        return self.backbone.coder.encode(enlarge(batch["lr"], batch["hr"].shape[-2:]))
 
     def embeddings(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Returns prompt embeddings and pooled ones, of the batch's prompts or as they came with the batch."""
         if "embeds" in batch:
             return batch["embeds"].to(self.backbone.dtype), batch["pooled"].to(self.backbone.dtype)
-        return self.backbone.prompts.of_step(batch["prompt"], self.device)
+        prompts = [self.step_inputs.prompt(caption) for caption in batch["prompt"]]
+        return self.backbone.prompts.of_step(prompts, self.device)
 
     def on_validation_start(self) -> None:
         """Checks the last loss, so that no weights are scored after an infinite one."""

@@ -1,5 +1,6 @@
 """The inputs of a training step next to its images: draws, each a function of a sample's position, and embeddings."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +22,14 @@ class StepInputs:
         flow: draws timesteps.
         coder: knows the shape of latents, and whether they have a posterior to sample.
         cache: prompt embeddings on disk; None: the step encodes prompts itself.
+        prompt: function from a caption to the prompt of a step.
     """
 
     seed: int
     flow: RectifiedFlow
     coder: LatentCoder
     cache: PromptCache | None
+    prompt: Callable[[str], str] = str  # which returns a caption as it is
 
     @classmethod
     def of(cls, backbone: Backbone, flow: RectifiedFlow, seed: int) -> "StepInputs":
@@ -53,5 +56,7 @@ class StepInputs:
         if self.coder.has_posterior and not encoded:
             inputs["posterior_noise"] = draw_noise(latent, [generator("cpu", "posterior", *key) for key in keys])
         if self.cache is not None and "embeds" not in batch:
-            inputs["embeds"], inputs["pooled"] = self.cache(batch["prompt"], torch.device("cpu"))
+            inputs["embeds"], inputs["pooled"] = self.cache(
+                [self.prompt(caption) for caption in batch["prompt"]], torch.device("cpu")
+            )
         return inputs

@@ -14,7 +14,8 @@ log = logging.getLogger(__name__)
 
 
 class Sources(Callback):
-    """Compares photos, captions, embeddings, `model.checkpoint` and the backbone's parts with those of the checkpoint.
+    """Compares photos, captions, embeddings, `model.checkpoint`, the teacher and the backbone's parts with those of the
+    checkpoint.
 
     Where the checkpoint is the run's own, a difference ends the start. One of another run (`ckpt_path=`) may be
     continued with other data, which a warning says. What a checkpoint does not record is not compared.
@@ -30,6 +31,7 @@ class Sources(Callback):
     def found(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
         """Returns the sources, each as a short text; those of the data on the first device of a machine alone."""
         found = {"embeddings": self.embeddings, "model.checkpoint": pl_module.began_with}
+        found |= {"model.teacher": pl_module.taught_by}
         if isinstance(trainer.datamodule, SuperResolutionData):
             found |= trainer.datamodule.sources
         return {what: text for what, text in found.items() if text}
