@@ -20,7 +20,7 @@ from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.common.files import folder_lock
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.files import find_images, read_image
-from dit4sr_pl.images.picture import write_picture
+from dit4sr_pl.images.picture_files import write_picture
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration import made_with
 from dit4sr_pl.restoration.restorer import Restorer
@@ -336,7 +336,7 @@ def test_an_interrupted_write_leaves_nothing(folder, tmp_path, monkeypatch, caps
         file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dit4sr_pl.images.picture.putchunk", interrupt)
+    monkeypatch.setattr("dit4sr_pl.images.picture_files.putchunk", interrupt)
     exif = Image.Exif()
     exif[ExifTags.Base.Make] = "maker"
     Image.new("RGB", (4, 4)).save(folder / "0.png", exif=exif)

@@ -14,7 +14,7 @@ from dit4sr_pl.common.read_ahead import in_batches
 from dit4sr_pl.evaluation import scoring
 from dit4sr_pl.evaluation.benchmark_sets import Item
 from dit4sr_pl.evaluation.scoring import journal, locked, read_pieces, remove_pieces, working
-from dit4sr_pl.images.picture import write_picture
+from dit4sr_pl.images.picture_files import write_picture
 
 
 def test_a_task_that_ends_leaves_the_pieces_of_those_that_work_or_measured_more(tmp_path):

@@ -13,7 +13,8 @@ from PIL import ExifTags, Image, ImageCms, IptcImagePlugin, PngImagePlugin
 from dit4sr_pl.images import encoding
 from dit4sr_pl.images.files import find_images
 from dit4sr_pl.images.formats import RESULTS, check_sides, find_pictures, is_complete, result_format
-from dit4sr_pl.images.picture import Picture, check_colors, read_header, read_picture, write_picture
+from dit4sr_pl.images.picture import Picture, check_colors
+from dit4sr_pl.images.picture_files import read_header, read_picture, write_picture
 from testing.hand_made_png import png16
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -11,7 +11,8 @@ import torch
 from PIL import ExifTags, Image, ImageCms
 from PIL.PngImagePlugin import putchunk
 
-from dit4sr_pl.images.picture import Picture, read_header, read_picture, write_picture
+from dit4sr_pl.images.picture import Picture
+from dit4sr_pl.images.picture_files import read_header, read_picture, write_picture
 from dit4sr_pl.restoration.pictures import PictureRestorer
 from dit4sr_pl.restoration.sizes import result_size
 from testing.hand_made_png import levels_of_png, png16

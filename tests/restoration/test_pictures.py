@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from dit4sr_pl.images.picture import Picture, read_picture
+from dit4sr_pl.images.picture import Picture
+from dit4sr_pl.images.picture_files import read_picture
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration.pictures import PictureRestorer, under_clear
 from dit4sr_pl.restoration.sizes import TargetSize, result_size

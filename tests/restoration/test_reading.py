@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dit4sr_pl.images.picture import read_picture
+from dit4sr_pl.images.picture_files import read_picture
 from dit4sr_pl.restoration import reading as module
 from dit4sr_pl.restoration.reading import reading
 from dit4sr_pl.restoration.worklist import batches, make_worklist

@@ -24,7 +24,8 @@ from dit4sr_pl.common.run_identity import complete_parts, differences, flatten, 
 from dit4sr_pl.evaluation.benchmark_sets import Item
 from dit4sr_pl.evaluation.methods import LRImage, Method
 from dit4sr_pl.images.files import image_size, is_complete_png
-from dit4sr_pl.images.picture import Picture, write_picture
+from dit4sr_pl.images.picture import Picture
+from dit4sr_pl.images.picture_files import write_picture
 from dit4sr_pl.scores.metrics import ImageScore
 from dit4sr_pl.scores.results import PICTURES, SCORES, read_scores
 

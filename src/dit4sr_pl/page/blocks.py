@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dit4sr_pl.images.files import open_image, read_image
 from dit4sr_pl.images.formats import PICTURE_SUFFIXES
-from dit4sr_pl.images.picture import Picture, read_header, read_picture, write_picture
+from dit4sr_pl.images.picture import Picture
+from dit4sr_pl.images.picture_files import read_header, read_picture, write_picture
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.page.fields import SEEDS, Field, Limits, checked, choice, number, result_names, text, upload
 from dit4sr_pl.page.folder import PageFolder

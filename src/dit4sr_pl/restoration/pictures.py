@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit4sr_pl.images.picture import Picture, write_picture
+from dit4sr_pl.images.picture import Picture
+from dit4sr_pl.images.picture_files import write_picture
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration.color import keep_colorless
 from dit4sr_pl.restoration.reading import FAILURES, Read, reason

@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 
 from dit4sr_pl.common.processes import START_METHOD, worker_processes
-from dit4sr_pl.images.picture import Picture, check_colors, read_picture
+from dit4sr_pl.images.picture import Picture, check_colors
+from dit4sr_pl.images.picture_files import read_picture
 from dit4sr_pl.restoration.worklist import Entry
 
 FAILURES = (ValueError, MemoryError, RuntimeError)  # PyTorch raises RuntimeError when memory is short

@@ -10,7 +10,7 @@ from pathlib import Path
 from dit4sr_pl.common.names import LONGEST, folded
 from dit4sr_pl.images.captions import CaptionFiles, drop_sentences
 from dit4sr_pl.images.formats import check_sides, check_suffix, find_pictures, is_complete, result_format
-from dit4sr_pl.images.picture import read_header
+from dit4sr_pl.images.picture_files import read_header
 from dit4sr_pl.restoration.sizes import TargetSize, result_size
 
 
