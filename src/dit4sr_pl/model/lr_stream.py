@@ -5,6 +5,7 @@
       blocks.N.attn2      LRAttention   the same, in blocks with SD3.5's second attention
       blocks.N.injection  LRInjection   between the MLPs               (LR Injection)
       guidance            GuidanceEmbedding                            (students that take the scale as an input)
+      lora                LoRALayers, updates of the base                  (students that have them)
 
 The frozen half stays a diffusers model; `block.py` runs the two together.
 """
@@ -20,6 +21,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from dit4sr_pl.common.precision import without_autocast
+from dit4sr_pl.model.lora import LoRA, LoRALayers
 from dit4sr_pl.model.quantized import full_weight
 from dit4sr_pl.model.student import Student
 from dit4sr_pl.model.variant import Variant
@@ -173,9 +175,17 @@ class LRStream(nn.Module):
         dual_attention: for every block, whether it has SD3.5's second attention.
         variant: which units of the LR stream the network has.
         student: how it restores, if it is a student; None: a teacher.
+        lora: LoRA layers of the base; None: the base has none.
     """
 
-    def __init__(self, dim: int, dual_attention: list[bool], variant: Variant, student: Student | None = None):
+    def __init__(
+        self,
+        dim: int,
+        dual_attention: list[bool],
+        variant: Variant,
+        student: Student | None = None,
+        lora: LoRALayers | None = None,
+    ):
         super().__init__()
         self.variant, self.student = variant, student
         last = len(dual_attention) - 1
@@ -184,11 +194,15 @@ class LRStream(nn.Module):
         )
         takes_scale = student is not None and student.guidance == "input"
         self.guidance = GuidanceEmbedding(dim) if takes_scale else None
+        self.lora = lora
 
     @classmethod
-    def over(cls, base: SD3Transformer2DModel, variant: Variant, student: Student | None = None) -> "LRStream":
+    def over(
+        cls, base: SD3Transformer2DModel, variant: Variant, student: Student | None = None, lora: LoRA | None = None
+    ) -> "LRStream":
         """Returns a new LR stream that fits an SD3 transformer, of which only the shape is read."""
-        return cls(base.inner_dim, [frozen.attn2 is not None for frozen in base.transformer_blocks], variant, student)
+        dual_attention = [frozen.attn2 is not None for frozen in base.transformer_blocks]
+        return cls(base.inner_dim, dual_attention, variant, student, LoRALayers.over(base, lora))
 
     @torch.no_grad()
     def copy_output_projections_from(self, base: SD3Transformer2DModel) -> None:

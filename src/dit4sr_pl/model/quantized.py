@@ -60,8 +60,11 @@ class FrozenProduct(torch.autograd.Function):
         return (gradient @ ctx.linear.full_weight().to(gradient.dtype)).to(ctx.dtype), None
 
 
-def full_weight(linear: nn.Linear | QuantizedLinear) -> Tensor:
-    """Returns the weight `(out, in)` of a layer that may be quantized."""
+def full_weight(linear: nn.Module) -> Tensor:
+    """Returns the weight `(out, in)` of a layer that may be quantized, or have LoRA."""
+    if hasattr(linear, "base_layer"):
+        weight, (adapter,) = full_weight(linear.base_layer), linear.active_adapters
+        return (weight + linear.get_delta_weight(adapter)).to(weight.dtype)
     return linear.full_weight() if isinstance(linear, QuantizedLinear) else linear.weight
 
 

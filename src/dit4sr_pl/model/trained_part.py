@@ -17,6 +17,7 @@ from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.common.hashing import values_hash, weights_hash
 from dit4sr_pl.common.hub import RELEASED_BASE
 from dit4sr_pl.common.part_header import HASH, check_file, read_header
+from dit4sr_pl.model.lora import plain_weights
 from dit4sr_pl.model.reference_format import RELEASED_SCALE, Release, choose_lr_keys
 from dit4sr_pl.model.training_state import read_checkpoint
 from dit4sr_pl.model.variant import Variant
@@ -69,10 +70,10 @@ def with_injection_scale(network_config: dict, injection_scale: float | None, so
 def fingerprint(base: SD3Transformer2DModel) -> str:
     """Returns a hash of a few values per weight of a base; it is the same in float32, bfloat16 and float16.
 
-    A quantized base keeps that of its weights before.
+    A quantized base keeps that of its weights before, and LoRA does not count.
     """
     kept = getattr(base, "original_fingerprint", None)
-    return kept or weights_fingerprint(sorted(base.state_dict().items()))
+    return kept or weights_fingerprint(sorted(plain_weights(base).items()))
 
 
 def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -196,10 +197,12 @@ def check_network_config(
 
 
 def flat_config(network_config: dict) -> dict:
-    """Returns a network config with the fields of the variant beside its keys; those of a student have its prefix."""
-    student = {f"student.{name}": value for name, value in network_config.get("student", {}).items()}
-    rest = {key: value for key, value in network_config.items() if key not in ("variant", "student")}
-    return rest | network_config.get("variant", {}) | student
+    """Returns a network config with the fields of the variant beside its keys; those of a student and of
+    LoRA have prefixes."""
+    sections = {key: value for key, value in network_config.items() if key in ("student", "lora")}
+    prefixed = {f"{key}.{name}": value for key, fields in sections.items() for name, value in fields.items()}
+    rest = {key: value for key, value in network_config.items() if key not in ("variant", *sections)}
+    return rest | network_config.get("variant", {}) | prefixed
 
 
 def fit_part(net: nn.Module, part: TrainedPart, source: str | Path) -> None:

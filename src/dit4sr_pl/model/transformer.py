@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dit4sr_pl.model.block import MMDiTControlBlock
+from dit4sr_pl.model.lora import LoRA, adapted, merge_lora
 from dit4sr_pl.model.lr_cache import LRCache
 from dit4sr_pl.model.lr_stream import LRStream
 from dit4sr_pl.model.reference_format import RELEASED_SCALE, Release, choose_lr_keys
@@ -23,8 +24,10 @@ class DiT4SRTransformer(nn.Module):
         variant: which units of the LR stream the network has.
         gradient_checkpointing: whether every block is recomputed in the backward pass instead of keeping its
             activations.
-        lr_stream: a trained LR stream, which brings its variant and what it is to its teacher; None: a new one.
+        lr_stream: a trained LR stream, which brings its variant, its LoRA and what it is to its teacher; None: a new
+            one.
         student: how the network restores, if it is a student; None: a teacher.
+        lora: LoRA on the base; None: the base stays as it is.
     """
 
     trained_name = "lr_stream"  # attribute of what is trained, and its file's name
@@ -36,21 +39,23 @@ class DiT4SRTransformer(nn.Module):
         gradient_checkpointing: bool = False,
         lr_stream: LRStream | None = None,
         student: Student | None = None,
+        lora: LoRA | None = None,
     ):
         super().__init__()
         if hasattr(base, "original_fingerprint"):
             raise ValueError("the base is quantized already, and an LR stream starts from its original weights")
         if lr_stream is None:
-            lr_stream = LRStream.over(base, variant or Variant(), student)
+            lr_stream = LRStream.over(base, variant or Variant(), student, lora)
             lr_stream.copy_output_projections_from(base)
-        self.base = base.requires_grad_(False)
+        self.base = adapted(base.requires_grad_(False), lr_stream.lora)
         self.lr_stream = lr_stream
         self.variant, self.student = lr_stream.variant, lr_stream.student
+        self.lora = None if lr_stream.lora is None else lr_stream.lora.lora
         self.gradient_checkpointing = gradient_checkpointing
         # base and lr_stream own the weights and the blocks pair them; FSDP finds its units among the submodules.
         self.blocks = nn.ModuleList(
             MMDiTControlBlock(frozen, lr, self.variant)
-            for frozen, lr in zip(base.transformer_blocks, self.lr_stream.blocks, strict=True)
+            for frozen, lr in zip(self.base.transformer_blocks, self.lr_stream.blocks, strict=True)
         )
 
     @classmethod
@@ -89,9 +94,20 @@ class DiT4SRTransformer(nn.Module):
 
     def network_config(self) -> dict:
         """Returns what a file of trained weights keeps of this network: its kind, its variant and, if it is a student,
-        how it restores."""
+        how it restores, and its LoRA."""
         student = {} if self.student is None else {"student": self.student.as_dict()}
-        return {"network": "dit4sr", "variant": self.variant.as_dict()} | student
+        lora = {} if self.lora is None else {"lora": self.lora.as_dict()}
+        return {"network": "dit4sr", "variant": self.variant.as_dict()} | student | lora
+
+    def merge(self) -> None:
+        """Merges LoRA into the base, then every `W^L W` into one matrix, for inference; see `LRStream.merge`."""
+        self.merge_lora()
+        self.lr_stream.merge(self.base)
+
+    def merge_lora(self) -> None:
+        """Merges LoRA into this network's base; other networks over the same base do not change."""
+        merge_lora(self.base)
+        self.lr_stream.lora = None
 
     @property
     def units(self) -> list[nn.Module]:

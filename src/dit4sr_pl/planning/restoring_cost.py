@@ -111,7 +111,7 @@ def restoring_seconds(
 def make_ready(network: nn.Module) -> None:
     """Brings a network into the state in which it restores: merged, and in the base's type."""
     if isinstance(network, DiT4SRTransformer):
-        network.lr_stream.merge(network.base)
+        network.merge()
     nn.Module.to(network.eval().trained, network.base.dtype)
 
 

@@ -13,6 +13,7 @@ from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Student, Variant, load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.compilation import capture_graphs, compile_blocks
+from dit4sr_pl.model.lora import LoRA
 from dit4sr_pl.model.trained_part import fit_part, with_injection_scale
 from dit4sr_pl.restoration.fitting import Size
 from dit4sr_pl.restoration.sampling import Sampler, restore
@@ -72,7 +73,7 @@ class Restorer:
         backbone.to(device, offload)
         net.to(device)
         if isinstance(net, DiT4SRTransformer):
-            net.lr_stream.merge(net.base)  # before its float32 is rounded
+            net.merge()  # before its float32 is rounded
         net.to(backbone.dtype).eval()
         backbone.quantize()
         if compile:
@@ -131,4 +132,5 @@ def build_network(base: SD3Transformer2DModel, network_config: dict) -> nn.Modul
     """Returns the network that a network config describes, over `base`."""
     if network_config["network"] == "sd3_controlnet":
         return SD3ControlNet(base, network_config["num_layers"])
-    return DiT4SRTransformer(base, Variant(**network_config["variant"]), student=Student.of(network_config))
+    student, lora = Student.of(network_config), LoRA.of(network_config)
+    return DiT4SRTransformer(base, Variant(**network_config["variant"]), student=student, lora=lora)
