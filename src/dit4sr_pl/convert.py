@@ -109,6 +109,7 @@ def write_release(cfg: DictConfig) -> None:
         )
     net = build_network(instantiate(cfg.model.backbone).transformer, part.network_config)
     fit_part(net, part, cfg.input)
+    net.merge_lora()  # the layout has no place for it
     with folder_lock(Path(cfg.output)):
         if cfg.prompt_embeddings:
             write_prompts(cfg, Path(cfg.output) / PROMPTS, part)

@@ -32,6 +32,7 @@ from dit4sr_pl.images.batch import Images, image_names, to_batch
 from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.compilation import capture_graphs, compile_blocks
+from dit4sr_pl.model.lora import LoRALayers, shapes_of
 from dit4sr_pl.model.trained_part import check_base, fit_state, with_injection_scale
 from dit4sr_pl.restoration.color import keep_colorless
 from dit4sr_pl.restoration.sampling import Sampler, restore
@@ -50,13 +51,17 @@ class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
         dual_attention: see `LRStream`.
         variant: fields of `Variant`.
         base: name and fingerprint of the transformer that it was trained over.
+        lora: fields of `LoRA`, and `shapes`, see `LoRALayers`; None: the transformer has no LoRA.
     """
 
     config_name = "config.json"
 
     @register_to_config
-    def __init__(self, dim: int, dual_attention: list[bool], variant: dict, base: dict[str, str]):
-        super().__init__(dim, dual_attention, Variant(**variant))
+    def __init__(
+        self, dim: int, dual_attention: list[bool], variant: dict, base: dict[str, str], lora: dict | None = None
+    ):
+        layers = None if lora is None else LoRALayers.with_shapes(**lora)
+        super().__init__(dim, dual_attention, Variant(**variant), lora=layers)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "LRStreamModel":
@@ -72,11 +77,13 @@ class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
                 f"{path}: holds {part.network_config['network']}, and the pipeline runs LR streams only; restore with "
                 f"python -m dit4sr_pl.restore checkpoint={path}"
             )
-        names = {name.rsplit(".", 2)[0] for name in part.state}
+        names = {name.rsplit(".", 2)[0] for name in part.state if name.startswith("blocks.")}
         count = len({name.split(".")[1] for name in names})
         dual_attention = [f"blocks.{index}.attn2" in names for index in range(count)]
         dim = len(part.state["blocks.0.attn.k.weight"])
-        model = cls(dim, dual_attention, part.network_config["variant"], part.base)
+        lora = part.network_config.get("lora")
+        lora = lora and lora | {"shapes": shapes_of(part.state)}
+        model = cls(dim, dual_attention, part.network_config["variant"], part.base, lora)
         fit_state(model, part.state, path)
         return model.eval()
 
@@ -307,16 +314,20 @@ class DiT4SRPipeline(TextOnDemand, DiffusionPipeline):
         return net
 
     def network(self) -> DiT4SRTransformer:
-        """Returns the transformer with a second, merged LR stream; its other weights are not copied."""
+        """Returns the transformer with a second, merged LR stream and merged LoRA; its other weights are not
+        copied."""
         with torch.device("meta"):
             merged = LRStream.over(self.transformer, self.lr_stream.variant)
+        merged.lora = self.lr_stream.lora
         net = DiT4SRTransformer(self.transformer, lr_stream=merged).eval()
 
         def ready(*_) -> None:
             onload(self.transformer, self.lr_stream)
             if next(merged.parameters()).is_meta:  # the first call, when the weights are on their device
-                merged.load_state_dict(self.lr_stream.state_dict(), assign=True)
-                merged.merge(self.transformer)
+                net.merge_lora()
+                ours = self.lr_stream.state_dict()
+                merged.load_state_dict({name: ours[name] for name in merged.state_dict()}, assign=True)
+                merged.merge(net.base)
 
         net.register_forward_pre_hook(ready)
         return net

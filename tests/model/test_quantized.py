@@ -52,7 +52,7 @@ def test_a_training_step_equals_the_one_over_the_rounded_weights(kind, autocast,
     rounded = copy.deepcopy(base)
     net = network(base)
     randomise(net.trained.float())
-    quantize(base, kind)
+    quantize([base], kind)
     for (_, stored), (*_, linear) in zip(quantized(base), linears_of(rounded), strict=True):
         with torch.no_grad():
             smallest, largest = ERRORS[kind]
@@ -74,14 +74,14 @@ def quantized(base):
 def test_the_bytes_that_plan_counts_are_those_that_are_stored(kind):
     base = backbone(dtype="bfloat16").transformer
     expected, plain = stored_bytes(base, kind), stored_bytes(base, None)
-    quantize(base, kind)
+    quantize([base], kind)
     stores = [buffer.nbytes for name, buffer in base.named_buffers() if name.endswith((".stored", ".scales"))]
     assert sum(stores) + sum(parameter.nbytes for parameter in base.parameters()) == expected < plain
 
 
 def test_moving_a_quantized_base_to_another_dtype_keeps_its_stored_weights():
     base = backbone("fp8").transformer
-    quantize(base, "fp8")
+    quantize([base], "fp8")
     before = [full_weight(linear).clone() for _, linear in quantized(base)]
     torch.nn.Module.to(base, torch.float16)
     assert all(torch.equal(full_weight(linear), old) for (_, linear), old in zip(quantized(base), before, strict=True))

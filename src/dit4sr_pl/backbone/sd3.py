@@ -188,11 +188,18 @@ class Backbone:
         for encoder in encoders_of(self.text_encoders) if "text_encoders" in read else []:
             self.place(encoder)
 
-    def quantize(self) -> None:
-        """Stores the base's weights in fewer bits, if the config says so; networks are built and merged before."""
-        if self.quantization is not None and not hasattr(self.transformer, "original_fingerprint"):
-            self.transformer.original_fingerprint = fingerprint(self.transformer)
-            quantize(self.transformer, self.quantization)
+    def quantize(self, *adapted: SD3Transformer2DModel) -> None:
+        """Stores the base's weights in fewer bits, if the config says so; networks are built and merged before.
+
+        Args:
+            adapted: the bases of networks, which share weights with this one; those with LoRA have some of their own.
+        """
+        bases = [base for base in {self.transformer, *adapted} if not hasattr(base, "original_fingerprint")]
+        if self.quantization is not None and bases:
+            original = fingerprint(self.transformer)
+            quantize(bases, self.quantization)
+            for base in bases:
+                base.original_fingerprint = original
 
     def exceeds(self, device: torch.device) -> bool:
         """Returns whether all components together need more memory than a GPU has."""

@@ -78,6 +78,11 @@ class LoRALayers(nn.Module):
             place.B = nn.Parameter(torch.zeros(outputs, lora.rank))
 
     @classmethod
+    def with_shapes(cls, shapes: Mapping[str, tuple[int, int]], **fields: Any) -> "LoRALayers":
+        """Returns new layers from the fields of `LoRA` and the shapes."""
+        return cls(LoRA(**fields), shapes)
+
+    @classmethod
     def over(cls, base: SD3Transformer2DModel, lora: LoRA | None) -> "LoRALayers | None":
         """Returns new layers that fit an SD3 transformer, of which only the shape is read; None: without LoRA.
 
@@ -98,6 +103,13 @@ class LoRALayers(nn.Module):
         ends = tuple(f".{target}" for target in lora.targets)
         chosen = {name: linear for name, linear in linears.items() if name.endswith(ends)}
         return cls(lora, {name: (linear.in_features, linear.out_features) for name, linear in chosen.items()})
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Returns inputs and outputs of every adapted layer by name, from the weights of an LR stream."""
+    sides = {name: weight.shape for name, weight in state.items() if name.startswith("lora.")}
+    names = [name.removesuffix(".A") for name in sides if name.endswith(".A")]
+    return {name.removeprefix("lora."): (sides[f"{name}.A"][1], sides[f"{name}.B"][0]) for name in names}
 
 
 def adapted(base: SD3Transformer2DModel, layers: LoRALayers | None) -> SD3Transformer2DModel:

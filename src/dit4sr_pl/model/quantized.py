@@ -93,14 +93,23 @@ def stored_bytes(base: SD3Transformer2DModel, kind: str | None) -> int:
     return parameters
 
 
-def quantize(base: SD3Transformer2DModel, kind: str) -> None:
-    """Stores the weights of all linear layers in a base's blocks in fewer bits, where they are, one after another."""
-    for parent, name, linear in linears_of(base):
-        setattr(parent, name, QuantizedLinear(linear, kind))
+def quantize(bases: list[SD3Transformer2DModel], kind: str) -> None:
+    """Stores the weights of all frozen linear layers in the blocks of bases in fewer bits, where they are, one after
+    another; a layer that several bases share is stored once."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for base in bases:
+        for parent, name, linear in linears_of(base):
+            places.setdefault(id(linear), []).append((parent, name))
+    for (parent, name), *others in list(places.values()):
+        stored = QuantizedLinear(getattr(parent, name), kind)
+        for place, child in [(parent, name), *others]:
+            setattr(place, child, stored)
 
 
 def linears_of(base: SD3Transformer2DModel) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """Returns all linear layers in the blocks of a base, with the module that each is a child of, and its name."""
+    """Returns all frozen linear layers in the blocks of a base, with the module that each is a child of, and its
+    name."""
     modules = [module for block in base.transformer_blocks for module in block.modules()]
     children = [(module, *child) for module in modules for child in module.named_children()]
-    return [(parent, name, child) for parent, name, child in children if isinstance(child, nn.Linear)]
+    linears = [(parent, name, child) for parent, name, child in children if isinstance(child, nn.Linear)]
+    return [place for place in linears if not place[2].weight.requires_grad]

@@ -17,9 +17,11 @@ from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.common.hashing import values_hash, weights_hash
 from dit4sr_pl.common.hub import RELEASED_BASE
 from dit4sr_pl.common.part_header import HASH, check_file, read_header
+from dit4sr_pl.model.controlnet import SD3ControlNet
 from dit4sr_pl.model.lora import plain_weights
 from dit4sr_pl.model.reference_format import RELEASED_SCALE, Release, choose_lr_keys
 from dit4sr_pl.model.training_state import read_checkpoint
+from dit4sr_pl.model.transformer import DiT4SRTransformer
 from dit4sr_pl.model.variant import Variant
 
 SAMPLES = 64  # values per weight that the fingerprint of a base covers
@@ -139,7 +141,9 @@ def load_checkpoint(path: Path) -> TrainedPart:
     """Reads the averaged weights of a training checkpoint; errors are those of `load_part`."""
     check_file(path)
     checkpoint = read_checkpoint(path)
-    state = {name.partition(".")[2]: tensor for name, tensor in checkpoint["state_dict"].items()}
+    prefixes = tuple(f"{network.trained_name}." for network in (DiT4SRTransformer, SD3ControlNet))
+    weights = checkpoint["state_dict"].items()  # with those of a critic, if the training has one
+    state = {name.partition(".")[2]: tensor for name, tensor in weights if name.startswith(prefixes)}
     return TrainedPart(checkpoint["settings"], checkpoint["base"], state)
 
 

@@ -75,7 +75,7 @@ class Restorer:
         if isinstance(net, DiT4SRTransformer):
             net.merge()  # before its float32 is rounded
         net.to(backbone.dtype).eval()
-        backbone.quantize()
+        backbone.quantize(net.base)
         if compile:
             compile_blocks(net)
         if cuda_graph:

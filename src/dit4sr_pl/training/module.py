@@ -1,7 +1,7 @@
 """The training of DiT4SR (paper Section 5.1), or of a baseline over the same backbone, as a LightningModule."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
@@ -96,7 +96,9 @@ class SuperResolutionModule(LightningModule):
 
     def __deepcopy__(self, memo: dict) -> "SuperResolutionModule":
         """Returns a copy without the trainer that shares the frozen weights; Lightning's averaging makes one."""
-        memo |= {id(module): module for module in self.net.base.modules()}
+        # A base with LoRA has weights that are trained, in modules that are copied.
+        frozen = (module for module in self.net.base.modules() if not any(is_trained(module)))
+        memo |= {id(module): module for module in frozen}
         memo[id(self)] = copied = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return copied
@@ -108,7 +110,7 @@ class SuperResolutionModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Moves the backbone, which Lightning does not know, to the device; workers make what steps need."""
         self.backbone.to(self.device)
-        self.backbone.quantize()
+        self.backbone.quantize(self.net.base)
         if isinstance(self.trainer.datamodule, SuperResolutionData):
             self.trainer.datamodule.step_inputs = self.step_inputs
 
@@ -228,7 +230,8 @@ class SuperResolutionModule(LightningModule):
             checkpoint["state_dict"] = trained
         check_network_config(self.net, checkpoint["settings"], self.trainer.ckpt_path)
         prefix = f"{self.net.trained_name}."
-        state = {name.removeprefix(prefix): weight for name, weight in checkpoint["state_dict"].items()}
+        weights = checkpoint["state_dict"].items()
+        state = {name.removeprefix(prefix): weight for name, weight in weights if name.startswith(prefix)}
         fit_part(self.net, TrainedPart(checkpoint["settings"], checkpoint["base"], state), self.trainer.ckpt_path)
 
     def configure_optimizers(self) -> Optimizer:
@@ -236,6 +239,11 @@ class SuperResolutionModule(LightningModule):
         optimizer = self.optimizer(self.parameters())
         let_trainer_unscale(optimizer)
         return optimizer
+
+
+def is_trained(module: nn.Module) -> Iterator[bool]:
+    """Yields for every parameter of a module whether it is trained."""
+    return (parameter.requires_grad for parameter in module.parameters())
 
 
 def start_from_checkpoint(net: nn.Module, checkpoint: str, may_differ: tuple[str, ...] = ()) -> TrainedPart:
