@@ -51,16 +51,16 @@ class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
         dual_attention: see `LRStream`.
         variant: fields of `Variant`.
         base: name and fingerprint of the transformer that it was trained over.
-        lora: fields of `LoRA`, and `shapes`, see `LoRALayers`; None: the transformer has no LoRA.
+        lora_layers: fields of `LoRA`, and `shapes`, see `LoRALayers`; None: the transformer has no LoRA.
     """
 
     config_name = "config.json"
 
     @register_to_config
     def __init__(
-        self, dim: int, dual_attention: list[bool], variant: dict, base: dict[str, str], lora: dict | None = None
+        self, dim: int, dual_attention: list[bool], variant: dict, base: dict[str, str], lora_layers: dict | None = None
     ):
-        layers = None if lora is None else LoRALayers.with_shapes(**lora)
+        layers = None if lora_layers is None else LoRALayers.with_shapes(**lora_layers)
         super().__init__(dim, dual_attention, Variant(**variant), lora=layers)
 
     @classmethod
@@ -82,8 +82,8 @@ class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
         dual_attention = [f"blocks.{index}.attn2" in names for index in range(count)]
         dim = len(part.state["blocks.0.attn.k.weight"])
         lora = part.network_config.get("lora")
-        lora = lora and lora | {"shapes": shapes_of(part.state)}
-        model = cls(dim, dual_attention, part.network_config["variant"], part.base, lora)
+        layers = lora and lora | {"shapes": shapes_of(part.state)}
+        model = cls(dim, dual_attention, part.network_config["variant"], part.base, layers)
         fit_state(model, part.state, path)
         return model.eval()
 

@@ -1,4 +1,4 @@
-"""LoRA on the frozen base (Hu et al., arXiv 2106.09685): trained updates of low rank, `W + alpha / rank * B A`, by PEFT.
+"""LoRA on the frozen base (arXiv 2106.09685): trained updates of low rank, `W + alpha / rank * B A`; PEFT adds them.
 
     LoRA          rank, scale and targets, as a network config keeps them
     LoRALayers    the trained weights, a part of the LR stream: `lora.*` in its file
@@ -74,8 +74,11 @@ class LoRALayers(nn.Module):
                 if part not in place._modules:
                     place.add_module(part, nn.Module())
                 place = place._modules[part]
-            place.A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(lora.rank, inputs), a=math.sqrt(5)))
-            place.B = nn.Parameter(torch.zeros(outputs, lora.rank))
+            place.A, place.B = (
+                nn.Parameter(torch.empty(lora.rank, inputs)),
+                nn.Parameter(torch.zeros(outputs, lora.rank)),
+            )
+            nn.init.kaiming_uniform_(place.A, a=math.sqrt(5))
 
     @classmethod
     def with_shapes(cls, shapes: Mapping[str, tuple[int, int]], **fields: Any) -> "LoRALayers":

@@ -94,8 +94,8 @@ def stored_bytes(base: SD3Transformer2DModel, kind: str | None) -> int:
 
 
 def quantize(bases: list[SD3Transformer2DModel], kind: str) -> None:
-    """Stores the weights of all frozen linear layers in the blocks of bases in fewer bits, where they are, one after
-    another; a layer that several bases share is stored once."""
+    """Stores the weights of all linear layers in the blocks of bases in fewer bits, where they are, one after another;
+    a layer that several bases share is stored once."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for base in bases:
         for parent, name, linear in linears_of(base):
@@ -107,9 +107,8 @@ def quantize(bases: list[SD3Transformer2DModel], kind: str) -> None:
 
 
 def linears_of(base: SD3Transformer2DModel) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """Returns all frozen linear layers in the blocks of a base, with the module that each is a child of, and its
+    """Returns all linear layers in the blocks of a base, but LoRA's, with the module that each is a child of, and its
     name."""
-    modules = [module for block in base.transformer_blocks for module in block.modules()]
-    children = [(module, *child) for module in modules for child in module.named_children()]
-    linears = [(parent, name, child) for parent, name, child in children if isinstance(child, nn.Linear)]
-    return [place for place in linears if not place[2].weight.requires_grad]
+    named = [each for block in base.transformer_blocks for each in block.named_modules()]
+    children = [(module, *child) for name, module in named if ".lora_" not in name for child in module.named_children()]
+    return [(parent, name, child) for parent, name, child in children if isinstance(child, nn.Linear)]
