@@ -182,7 +182,7 @@ def check_prompts(cfg: DictConfig, module: "SuperResolutionModule", data: "Super
     Raises:
         ValueError: the cache lacks some of them, or one of its files is damaged.
     """
-    needed = trained = data.training.prompts()
+    needed = trained = module.prompts(data.training.prompts())
     if data.validation is not None and cfg.trainer.limit_val_batches != 0:
         needed = needed | module.restorer.sampler.prompts(data.validation_captions())
     if missing := module.backbone.prompts.missing(needed):
@@ -293,10 +293,15 @@ def check(cfg: DictConfig) -> None:
         check_readable(cfg.ckpt_path, "ckpt_path")
         if not zipfile.is_zipfile(cfg.ckpt_path):
             raise ValueError(f"ckpt_path={cfg.ckpt_path}: truncated or not a checkpoint; resume from an earlier one")
-    if cfg.model.checkpoint is not None:
-        place = locate(cfg.model.checkpoint)
-        if isinstance(place, Path):  # what is on the hub is looked up when it is read
-            check_readable(place, "model.checkpoint")
+    for name in ("checkpoint", "teacher"):  # students alone have a teacher
+        if (given := cfg.model.get(name)) is not None:
+            place = locate(given)
+            if isinstance(place, Path):  # what is on the hub is looked up when it is read
+                check_readable(place, f"model.{name}")
+    if cfg.sharded and "teacher" in cfg.model:
+        raise ValueError(
+            "trainer=fsdp trains no students: two networks read the base, which is sharded for one; use trainer=ddp"
+        )
     check_processes(cfg.trainer)
     check_whole_steps(cfg.trainer)
     if cfg.sharded and "ema" in cfg.callbacks:

@@ -172,6 +172,10 @@ class SuperResolutionModule(LightningModule):
         prompts = [self.step_inputs.prompt(caption) for caption in batch["prompt"]]
         return self.backbone.prompts.of_step(prompts, self.device)
 
+    def prompts(self, captions: set[str]) -> set[str]:
+        """Returns all prompts whose embeddings steps over these captions need."""
+        return captions
+
     def on_validation_start(self) -> None:
         """Checks the last loss, so that no weights are scored after an infinite one."""
         self.finite_loss.check()
@@ -246,13 +250,16 @@ def is_trained(module: nn.Module) -> Iterator[bool]:
     return (parameter.requires_grad for parameter in module.parameters())
 
 
-def start_from_checkpoint(net: nn.Module, checkpoint: str, may_differ: tuple[str, ...] = ()) -> TrainedPart:
+def start_from_checkpoint(
+    net: nn.Module, checkpoint: str, may_differ: tuple[str, ...] = (), new: tuple[str, ...] = ()
+) -> TrainedPart:
     """Loads the weights of a trained part into a network, which keeps its own config, and returns the part.
 
     Args:
         net: the network.
         checkpoint: file of the trained part, or the name of one in this package.
         may_differ: keys of the network's config in which the trained part's may be another.
+        new: beginnings of the names of weights that the trained part may lack; they stay as they are.
 
     Raises:
         ValueError: the trained part has another network config or base; the message names the file.
@@ -260,5 +267,6 @@ def start_from_checkpoint(net: nn.Module, checkpoint: str, may_differ: tuple[str
     part = load_part(checkpoint_file(checkpoint))
     check_base(net.base, part.base, checkpoint)
     check_network_config(net, part.network_config, checkpoint, may_differ)
-    fit_state(net.trained, part.state, checkpoint)
+    ours = {name: weight for name, weight in net.trained.state_dict().items() if name.startswith(new)} if new else {}
+    fit_state(net.trained, ours | part.state, checkpoint)
     return part
