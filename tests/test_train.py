@@ -32,6 +32,7 @@ from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.scores.results import read_result
 from dit4sr_pl.train import check, gradient_checkpointing, train
 from dit4sr_pl.training.module import start_from_checkpoint
+from testing.students import write_teacher
 from testing.toy_runs import CONTROLNET, SAMPLER, TOY_SD3, events, losses, toy
 
 ABLATION = "no_lr_residual"  # of the run that several tests share
@@ -53,13 +54,15 @@ def test_every_ablation_takes_a_step_and_leaves_its_lr_stream(run, tmp_path, abl
 ON_TOY_SD3 = [f"model.backbone.name={TOY_SD3}", "model.backbone.dtype=float32", "model.backbone.t5_tokens=8"]
 ON_A_CPU = ["trainer.accelerator=cpu", "trainer.devices=1", "++trainer.strategy=auto", "degradation=light"]
 OF_ITS_OWN = {"sd3_controlnet": ["model.network.num_layers=1"]}
-ON_LATENTS = ("tiny_dit4sr", "tiny_ablation")
+ON_LATENTS = ("tiny_dit4sr", "tiny_ablation", "tiny_student_4")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (conf_folder() / "experiment").glob("*.yaml")))
-def test_every_experiment_takes_a_step(run, experiment, tmp_path):
+def test_every_experiment_takes_a_step(run, experiment, tmp_path, toy_backbone):
     small = [*ON_TOY_SD3, *ON_A_CPU, *OF_ITS_OWN.get(experiment, [])]
+    if "student" in experiment:
+        small += [f"student.teacher={write_teacher(toy_backbone, tmp_path / 'teacher.safetensors')}"]
     if experiment in ON_LATENTS:
         for kind in ("latent_hr", "latent_lr"):
             (tmp_path / kind).mkdir()

@@ -28,7 +28,7 @@ TAKES_BACKBONE = ["restore", "evaluate", "demo", "convert", "prepare", "app"]
 # groups that train does not know
 OTHER_COMMANDS = {"captioner": "prepare", "release": "convert", "dataset": "evaluate", "method": "evaluate"}
 OTHER_COMMANDS |= {"backbone": "restore"}
-APPENDED = {"ablation", "debug"}  # groups without a default
+APPENDED = {"ablation", "debug", "student"}  # groups without a default
 USERS_OWN = {"folder", "lr", "checkout", "python", "label", "arguments"}  # paths, and what makes `method=command`
 PARTS = ("sampler", "callbacks", "logger", "trainer", "degradation", "optimizer")
 

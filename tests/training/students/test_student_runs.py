@@ -7,8 +7,8 @@ import torch
 
 from dit4sr_pl.model import Student, load_part, save_part
 from testing.events import event
+from testing.students import GUIDED
 from testing.toy_runs import losses, train_toy
-from tests.training.students.conftest import GUIDED
 
 FOUR = [
     "model=tiny_student_4",

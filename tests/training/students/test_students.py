@@ -8,13 +8,13 @@ import torch
 from dit4sr_pl.model import DiT4SRTransformer, SD3ControlNet, Student, load_part, save_part
 from dit4sr_pl.model.trained_part import base_of, part_of
 from dit4sr_pl.restoration.restorer import build_network
+from testing.students import GUIDED, make_student, toy_batch
 from testing.toy_runs import TOY_SD3
-from tests.training.students.conftest import GUIDED, toy_batch
 
 
 @pytest.fixture(scope="module")
-def module(make_student):
-    return make_student("tiny_student_4", *GUIDED)
+def module(teacher):
+    return make_student(teacher, "experiment=tiny_student_4", *GUIDED)
 
 
 def test_student_and_teacher_share_one_base_and_only_the_student_is_trained_and_saved(module):
@@ -42,8 +42,8 @@ def test_a_student_starts_as_its_teacher_with_the_teachers_variant(module, teach
     assert torch.equal(module.net(*inputs), unmerged(*inputs))
 
 
-def test_prompts_are_those_of_restoring(make_student, monkeypatch):
-    module = make_student("tiny_student_4", "sampler.added_prompt=in detail")
+def test_prompts_are_those_of_restoring(teacher, monkeypatch):
+    module = make_student(teacher, "experiment=tiny_student_4", "sampler.added_prompt=in detail")
     seen = []
     monkeypatch.setattr(module.backbone.encoder, "encode", lambda prompts, device: seen.extend(prompts) or TEXT)
     module.embeddings({"prompt": ["a cat"]})
@@ -64,7 +64,8 @@ def test_validations_restore_as_the_student_does(module):
     assert module.restorer.tile_evaluations((16, 16), (64, 64)) == 4
 
 
-def test_what_cannot_teach_is_refused_in_one_line(make_student, toy_backbone, teacher, tmp_path):
+@pytest.mark.slow
+def test_what_cannot_teach_is_refused_in_one_line(toy_backbone, teacher, tmp_path):
     base = toy_backbone.transformer
     for net, message in (
         (SD3ControlNet(base, 1), "a sd3_controlnet; students learn from an LR stream alone"),
@@ -72,17 +73,17 @@ def test_what_cannot_teach_is_refused_in_one_line(make_student, toy_backbone, te
     ):
         save_part(part_of(net, base_of(net, str(TOY_SD3))), tmp_path / "file.safetensors")
         with pytest.raises(Exception, match=f"model.teacher={tmp_path / 'file.safetensors'}: .*{message}"):
-            make_student("tiny_student_4", f"student.teacher={tmp_path / 'file.safetensors'}")
+            make_student(tmp_path / "file.safetensors", "experiment=tiny_student_4")
     with pytest.raises(Exception, match="tiny-dit4sr: trained over tiny-sd3, and this base model has other weights"):
-        make_student("tiny_student_4", "student.teacher=tiny-dit4sr")
+        make_student("tiny-dit4sr", "experiment=tiny_student_4")
 
 
-def test_a_student_can_start_from_another_student_of_the_same_teacher(make_student, module, tmp_path):
+def test_a_student_can_start_from_another_student_of_the_same_teacher(teacher, module, tmp_path):
     path = tmp_path / "lr_stream.safetensors"
     part = part_of(module.net, module.trained_over)
     part.state["blocks.0.attn.out.bias"] += 1
     save_part(part, path)
-    two = make_student("tiny_student_4", f"model.checkpoint={path}", "student.sigmas=[1.0,0.5]")
+    two = make_student(teacher, "experiment=tiny_student_4", f"model.checkpoint={path}", "student.sigmas=[1.0,0.5]")
     assert two.net.student.sigmas == (1.0, 0.5)
     assert torch.equal(two.lr_stream.blocks[0].attn.out.bias, part.state["blocks.0.attn.out.bias"])
     assert two.began_with != two.taught_by == module.taught_by

@@ -8,14 +8,14 @@ from diffusers import DPMSolverMultistepScheduler
 
 from dit4sr_pl.restoration.evaluations import GuidedVelocity
 from dit4sr_pl.training.students.trajectories import teacher_sigmas, windows
-from tests.training.students.conftest import GUIDED, toy_batch
+from testing.students import GUIDED, make_student, toy_batch
 
 EULER = ["sampler/solver@student.teaching.solver=euler", "student.teaching.steps=8"]
 
 
 @pytest.fixture(scope="module")
-def module(make_student):
-    return make_student("tiny_student_4", *EULER, *GUIDED)
+def module(teacher):
+    return make_student(teacher, "experiment=tiny_student_4", *EULER, *GUIDED)
 
 
 @torch.no_grad()
@@ -58,8 +58,8 @@ def test_what_it_learns_is_the_average_velocity_of_every_window(module):
 
 
 @pytest.mark.slow
-def test_a_few_steps_on_one_batch_lower_the_loss_to_a_fraction(make_student):
-    module = make_student("tiny_student_4", "student.teaching.steps=4", *GUIDED)
+def test_a_few_steps_on_one_batch_lower_the_loss_to_a_fraction(teacher):
+    module = make_student(teacher, "experiment=tiny_student_4", "student.teaching.steps=4", *GUIDED)
     batch = toy_batch(module)
     optimizer = torch.optim.Adam(module.parameters(), 3e-3)
     losses = []
@@ -88,20 +88,21 @@ def test_the_loss_of_the_velocities_that_the_teacher_has_on_average_is_zero(modu
     assert torch.equal(embeds[:2], embeds[6:]) and not torch.equal(embeds[0], embeds[1])
 
 
-def test_steps_that_do_not_fill_the_windows_and_students_of_other_kinds_are_refused(make_student):
+def test_steps_that_do_not_fill_the_windows_and_students_of_other_kinds_are_refused(teacher):
     for override, message in (
         ("student.teaching.steps=6", "student.teaching.steps=6: must be a multiple of the 4 windows"),
         ("student.sigmas=null", "student.sigmas=None, student.start=noise: a student of trajectories has sigmas"),
     ):
         with pytest.raises(Exception, match=message):
-            make_student("tiny_student_4", override)
+            make_student(teacher, "experiment=tiny_student_4", override)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["heun", "dpm", "unipc"])
-def test_states_at_the_students_sigmas_are_those_of_the_sampler_with_every_solver(make_student, solver):
+def test_states_at_the_students_sigmas_are_those_of_the_sampler_with_every_solver(teacher, solver):
     """The last state is what the sampler itself restores; those before are where its solver stands at these sigmas."""
     overrides = ["student.teaching.steps=8", f"sampler/solver@student.teaching.solver={solver}"]
-    module = make_student("tiny_student_4", *overrides, *GUIDED)
+    module = make_student(teacher, "experiment=tiny_student_4", *overrides, *GUIDED)
     batch = toy_batch(module)
     states = module.trajectory(batch["lr_latent"], batch["noise"], module.embeddings(batch))
     conditions = module.teacher.conditions(module.embeddings(batch), "blurry")
