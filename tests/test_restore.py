@@ -58,7 +58,9 @@ def test_a_bad_file_does_not_stop_the_folder_and_is_named_at_the_end(photo, tmp_
     command = [sys.executable, "-m", "dit4sr_pl.restore", "input=in", "output=out", "scale=1.5", "sampler.steps=2"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert result.returncode == 1 and "1 of 2 images restored" in result.stdout
-    assert "broken.png" in result.stderr and result.stderr.count("\n") == 1
+    # A slow machine shows signs of life first.
+    *others, last = result.stderr.splitlines()
+    assert last.startswith("error: ") and "broken.png" in last and all(line.endswith(" so far") for line in others)
     with Image.open(tmp_path / "out" / "deep" / "photo.png") as image:
         assert image.size == (20, 27)
 
