@@ -107,6 +107,10 @@ def write_release(cfg: DictConfig) -> None:
         raise ValueError(
             f"{cfg.input}: a {part.network_config['network']}; the released layout is for DiT4SR's LR stream"
         )
+    if "student" in part.network_config:
+        raise ValueError(
+            f"{cfg.input}: a student; the released layout cannot say how it samples. Share it as output=hub:OWNER/NAME"
+        )
     net = build_network(instantiate(cfg.model.backbone).transformer, part.network_config)
     fit_part(net, part, cfg.input)
     net.merge_lora()  # the layout has no place for it

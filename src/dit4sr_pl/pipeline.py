@@ -16,6 +16,7 @@ from diffusers import (
 )
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,8 +29,9 @@ from dit4sr_pl.cli.command import read_conf
 from dit4sr_pl.common.files import ASSETS, atomic_write, is_shipped
 from dit4sr_pl.common.hub import PROMPTS, HubAddress, hub_errors, locate
 from dit4sr_pl.common.randomness import generator as seeded
+from dit4sr_pl.common.students import fixed_settings
 from dit4sr_pl.images.batch import Images, image_names, to_batch
-from dit4sr_pl.model import DiT4SRTransformer, LRStream, Variant, load_part
+from dit4sr_pl.model import DiT4SRTransformer, LRStream, Student, Variant, load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.compilation import capture_graphs, compile_blocks
 from dit4sr_pl.model.lora import LoRALayers, shapes_of
@@ -52,16 +54,23 @@ class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
         variant: fields of `Variant`.
         base: name and fingerprint of the transformer that it was trained over.
         lora_layers: fields of `LoRA`, and `shapes`, see `LoRALayers`; None: the transformer has no LoRA.
+        student: fields of `Student`; None: it is a teacher.
     """
 
     config_name = "config.json"
 
     @register_to_config
     def __init__(
-        self, dim: int, dual_attention: list[bool], variant: dict, base: dict[str, str], lora_layers: dict | None = None
+        self,
+        dim: int,
+        dual_attention: list[bool],
+        variant: dict,
+        base: dict[str, str],
+        lora_layers: dict | None = None,
+        student: dict | None = None,
     ):
         layers = None if lora_layers is None else LoRALayers.with_shapes(**lora_layers)
-        super().__init__(dim, dual_attention, Variant(**variant), lora=layers)
+        super().__init__(dim, dual_attention, Variant(**variant), student and Student(**student), layers)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "LRStreamModel":
@@ -81,9 +90,10 @@ class LRStreamModel(LRStream, ModelMixin, ConfigMixin):
         count = len({name.split(".")[1] for name in names})
         dual_attention = [f"blocks.{index}.attn2" in names for index in range(count)]
         dim = len(part.state["blocks.0.attn.k.weight"])
-        lora = part.network_config.get("lora")
+        config = part.network_config
+        lora = config.get("lora")
         layers = lora and lora | {"shapes": shapes_of(part.state)}
-        model = cls(dim, dual_attention, part.network_config["variant"], part.base, layers)
+        model = cls(dim, dual_attention, config["variant"], part.base, layers, config.get("student"))
         fit_state(model, part.state, path)
         return model.eval()
 
@@ -111,7 +121,7 @@ class DiT4SRPipeline(TextOnDemand, DiffusionPipeline):
         lr_stream: an LR stream that was trained over this transformer.
         scheduler: the solver of restoring; it replaces the one that the SD3 pipeline came with.
         sampler: defaults of the call, as fields of `Sampler`; the field `solver` is not among them. None: those of
-            `conf/sampler/paper.yaml`.
+            `conf/sampler/paper.yaml`, with what a student fixes.
 
     Attributes:
         compile: whether the network's blocks are compiled, for every size of images that comes.
@@ -158,7 +168,9 @@ class DiT4SRPipeline(TextOnDemand, DiffusionPipeline):
             text_encoder_3=text_encoder_3,
             lr_stream=lr_stream,
         )
-        self.register_to_config(sampler=sampler or conf_defaults(backbone="sd35_medium", sampler="paper")["sampler"])
+        if sampler is None:
+            sampler = conf_defaults(lr_stream, backbone="sd35_medium", sampler="paper")["sampler"]
+        self.register_to_config(sampler=sampler)
 
     @classmethod
     def from_pretrained(
@@ -207,7 +219,8 @@ class DiT4SRPipeline(TextOnDemand, DiffusionPipeline):
             backbone, sampler = ("tiny_sd3", "tiny") if tiny else ("sd35_medium", "paper")
             if "torch_dtype" in arguments:  # diffusers' older name of it
                 arguments["dtype"] = arguments.pop("torch_dtype")
-            arguments = conf_defaults(backbone=backbone, sampler=sampler) | {"lr_stream": lr_stream} | arguments
+            defaults = conf_defaults(lr_stream, backbone=backbone, sampler=sampler)
+            arguments = defaults | {"lr_stream": lr_stream} | arguments
             name = ASSETS / name if tiny else name
         shipped = ShippedPrompts.beside(weights)
         given = [arguments[part] for part in ENCODERS if part in arguments]
@@ -317,7 +330,7 @@ class DiT4SRPipeline(TextOnDemand, DiffusionPipeline):
         """Returns the transformer with a second, merged LR stream and merged LoRA; its other weights are not
         copied."""
         with torch.device("meta"):
-            merged = LRStream.over(self.transformer, self.lr_stream.variant)
+            merged = LRStream.over(self.transformer, self.lr_stream.variant, self.lr_stream.student)
         merged.lora = self.lr_stream.lora
         net = DiT4SRTransformer(self.transformer, lr_stream=merged).eval()
 
@@ -364,11 +377,15 @@ def is_lr_stream(name: str | Path) -> bool:
     return any(config.is_file() for config in configs) and not (place / "model_index.json").exists()
 
 
-def conf_defaults(**choices: str) -> dict:
-    """Returns what `from_pretrained` takes from `conf/`: fields of `Sampler`, and the weights' dtype."""
+def conf_defaults(lr_stream: LRStreamModel, **choices: str) -> dict:
+    """Returns what `from_pretrained` takes from `conf/`: the weights' dtype, and fields of `Sampler`, with those that
+    a student fixes."""
     cfg = read_conf("restore", **choices)
+    sampler = OmegaConf.to_container(cfg.sampler, resolve=True)
+    if lr_stream.student is not None:
+        sampler |= fixed_settings(lr_stream.student.as_dict())
     # Without the solver: a folder from elsewhere must not name what is called.
-    sampler = {name: value for name, value in cfg.sampler.items() if name not in ("_target_", "solver")}
+    sampler = {name: value for name, value in sampler.items() if name not in ("_target_", "solver")}
     return {"sampler": sampler, "dtype": getattr(torch, cfg.model.backbone.dtype)}
 
 

@@ -46,6 +46,7 @@ def is_object(text: str) -> bool:
         return False
 
 
-def base_name(path: Path) -> str:
-    """Returns the name of the base in a file's header; errors are those of `read_header`."""
-    return json.loads(read_header(path)["base"])["name"]
+def network_and_base(path: Path) -> tuple[dict, dict]:
+    """Returns the network config and the base in a file's header; errors are those of `read_header`."""
+    header = read_header(path)
+    return json.loads(header["settings"]), json.loads(header["base"])

@@ -46,12 +46,14 @@ class CUDAGraphs:
         self.graphs: dict[tuple, tuple[list[Tensor], Callable[[], None], Tensor]] = {}
 
     @torch.no_grad()
-    def __call__(self, *given: Tensor) -> Tensor:
+    def __call__(self, *given: Tensor, **named: Tensor) -> Tensor:
         """Returns the function of these tensors, in memory of its own."""
-        key = tuple((tuple(each.shape), each.dtype) for each in given)
+        count, given = len(given), (*given, *named.values())
+        key = (*named, *((tuple(each.shape), each.dtype) for each in given))
         if key not in self.graphs:
             static = [each.clone() for each in given]
-            self.graphs[key] = static, *self.capture(self.function, static)
+            function = lambda *all: self.function(*all[:count], **dict(zip(named, all[count:], strict=True)))  # noqa: E731
+            self.graphs[key] = static, *self.capture(function, static)
         static, replay, output = self.graphs[key] = self.graphs.pop(key)  # the one that came last is the last one
         for oldest in list(self.graphs)[:-GRAPHS]:
             del self.graphs[oldest]

@@ -17,6 +17,7 @@ from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.common.hashing import values_hash, weights_hash
 from dit4sr_pl.common.hub import RELEASED_BASE
 from dit4sr_pl.common.part_header import HASH, check_file, read_header
+from dit4sr_pl.common.students import student_label
 from dit4sr_pl.model.controlnet import SD3ControlNet
 from dit4sr_pl.model.lora import plain_weights
 from dit4sr_pl.model.reference_format import RELEASED_SCALE, Release, choose_lr_keys
@@ -44,10 +45,16 @@ class TrainedPart:
 
 
 def method_and_variant(network_config: dict) -> tuple[str, str]:
-    """Returns the network's row in the paper's Table 1 and, for Table 3, its name in `conf/ablation/`."""
+    """Returns the network's row in the paper's Table 1 and, for Table 3, its name in `conf/ablation/`.
+
+    Students, such as `DiT4SR, 4 steps`, are in neither; those of FULL need no variant.
+    """
     if network_config["network"] == "sd3_controlnet":
         return "SD3-ControlNet", ""
-    return "DiT4SR", Variant(**network_config["variant"]).name
+    variant = Variant(**network_config["variant"]).name
+    if (student := network_config.get("student")) is None:
+        return "DiT4SR", variant
+    return f"DiT4SR, {student_label(student)}", "" if variant == "full" else variant
 
 
 def with_injection_scale(network_config: dict, injection_scale: float | None, source: str | Path) -> dict:

@@ -16,12 +16,13 @@ from gradio.context import LocalContext
 from starlette.types import ASGIApp
 from torch import Tensor
 
+from dit4sr_pl.common.students import fixed_settings, student_label
 from dit4sr_pl.images.files import open_image, read_image
 from dit4sr_pl.images.formats import PICTURE_SUFFIXES
 from dit4sr_pl.images.picture import Picture
 from dit4sr_pl.images.picture_files import read_header, read_picture, write_picture
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.page.fields import SEEDS, Field, Limits, checked, choice, number, result_names, text, upload
+from dit4sr_pl.page.fields import SEEDS, Field, Limits, checked, choice, fixed, number, result_names, text, upload
 from dit4sr_pl.page.folder import PageFolder
 from dit4sr_pl.page.hosts import Hosts
 from dit4sr_pl.page.requests import RequestFilter
@@ -33,6 +34,7 @@ from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sizes import result_size
 
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # Gradio's own come from the network
+FIELDS = {"steps": "steps", "guidance": "guidance_scale", "negative_prompt": "negative_prompt"}  # settings by field
 PATIENCE = 5  # seconds in which a program that has sent a request has to begin to wait for the result
 SESSIONS = 1000  # whose settings Gradio keeps in memory
 
@@ -73,7 +75,21 @@ class Page:
             "added_prompt": text(limits.max_text),
             "negative_prompt": text(limits.max_text),
         }
+        for name in self.fixed_fields:
+            reason = f"the network is a student ({student_label(self.student)})"
+            restoring[name] = fixed(getattr(self.restorer.sampler, FIELDS[name]), reason)
         return {"restore_file": restoring, "describe_file": {"file": file}}
+
+    @property
+    def student(self) -> dict[str, object] | None:
+        """How the network samples, if it is a student; None: it is a teacher."""
+        student = getattr(self.restorer.net, "student", None)
+        return student and student.as_dict()
+
+    @property
+    def fixed_fields(self) -> list[str]:
+        """Names of the fields that a visitor cannot choose, since the network is a student."""
+        return [name for name, setting in FIELDS.items() if setting in fixed_settings(self.student)]
 
     def blocks(self, scale: float, prompt: str, seed: int) -> gr.Blocks:
         """Builds the page: a photo and its settings on the left, the enlarged and the restored image on the right.
@@ -83,7 +99,7 @@ class Page:
             prompt: likewise, the caption.
             seed: likewise.
         """
-        sampler, limits = self.restorer.sampler, self.limits
+        sampler, limits, visible = self.restorer.sampler, self.limits, lambda name: name not in self.fixed_fields
         written = {"lines": 2, "max_length": limits.max_text}
         with gr.Blocks(title="DiT4SR", analytics_enabled=False, delete_cache=(600, 3600)) as blocks, gr.Row():
             with gr.Column(scale=1):
@@ -92,6 +108,7 @@ class Page:
                 describe = gr.Button("Describe the image", visible=self.captioner is not None)
                 with gr.Accordion("Prompts", open=False):
                     added = gr.Textbox(sampler.added_prompt, label="added prompt", **written)
+                    written |= {"visible": visible("negative_prompt")}
                     negative = gr.Textbox(sampler.negative_prompt, label="negative prompt", **written)
                 with gr.Row():
                     bounds = dict(zip(("minimum", "maximum"), self.scales, strict=True))
@@ -99,9 +116,11 @@ class Page:
                     start = gr.Number(seed, label="seed", precision=0, min_width=80)
                 with gr.Row():
                     bounds = {"minimum": 1, "maximum": limits.max_steps, "precision": 0}
-                    steps = gr.Number(sampler.steps, label="steps", **bounds, min_width=80)
+                    bounds |= {"visible": visible("steps"), "min_width": 80}
+                    steps = gr.Number(sampler.steps, label="steps", **bounds)
                     bounds = {"minimum": 0, "maximum": limits.max_guidance}
-                    guidance = gr.Number(sampler.guidance_scale, label="guidance", **bounds, min_width=80)
+                    bounds |= {"visible": visible("guidance"), "min_width": 80}
+                    guidance = gr.Number(sampler.guidance_scale, label="guidance", **bounds)
                 color = gr.Dropdown(list(ALIGNMENTS), value=sampler.color, label="colour alignment")
                 with gr.Row():
                     button = gr.Button("Restore", variant="primary", min_width=80)

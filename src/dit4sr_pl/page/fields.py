@@ -91,6 +91,17 @@ def choice(options: Sequence[str]) -> Field:
     return check
 
 
+def fixed(only: object, reason: str) -> Field:
+    """Returns the field of a value that cannot be another one, for a reason; programs may send it or nothing."""
+
+    def check(value: object, name: str) -> object:
+        if isinstance(value, bool) or value not in (None, only):
+            raise ValueError(f"{name}={shown(value)}: must be {shown(only)}, since {reason}")
+        return only
+
+    return check
+
+
 def upload(folder: Path) -> Field:
     """Returns the field of a file that was uploaded into `folder`; its value is Gradio's `FileData` without anything
     that a file does not need.

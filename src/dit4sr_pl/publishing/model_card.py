@@ -9,8 +9,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from dit4sr_pl.common.files import is_shipped
 from dit4sr_pl.common.hub import PROMPTS, RELEASED_BASE, HubAddress
 from dit4sr_pl.common.markdown import markdown_table
-from dit4sr_pl.model import TrainedPart
-from dit4sr_pl.model.trained_part import method_and_variant
+from dit4sr_pl.model import Student, TrainedPart, Variant
+from dit4sr_pl.model.trained_part import flat_config
 from dit4sr_pl.scores.results import Result
 
 TASK = "image-to-image"  # the hub's name of it
@@ -62,7 +62,7 @@ def model_card(publication: Publication) -> ModelCard:
     sections = [
         introduction(publication),
         f"## Use\n\n{use(publication.word)}",
-        f"## Network\n\n{table(publication.part.network_config['variant'])}",
+        f"## Network\n\n{table(network(publication.part))}",
     ]
     if publication.training:
         sections.append(f"## Training\n\n{table(publication.training)}")
@@ -78,7 +78,8 @@ def model_card(publication: Publication) -> ModelCard:
 
 def metadata(publication: Publication) -> ModelCardData:
     """Returns what the hub reads of a card."""
-    _, variant = method_and_variant(publication.part.network_config)
+    variant = Variant(**publication.part.network_config["variant"]).name
+    student = ["distilled"] if "student" in publication.part.network_config else []
     base = {"base_model": publication.base, "base_model_relation": "adapter"} if publication.base_is_on_hub else {}
     results = [
         EvalResult(TASK, result.dataset, result.dataset, metric, round(mean, 4))
@@ -91,7 +92,10 @@ def metadata(publication: Publication) -> ModelCardData:
         **(publication.license or license_of(publication.base)),
         library_name="dit4sr_pl",
         pipeline_tag=TASK,
-        tags=["dit4sr", "super-resolution", "image-restoration", "diffusion-transformer", f"variant:{variant}"],
+        tags=[
+            *("dit4sr", "super-resolution", "image-restoration", "diffusion-transformer", f"variant:{variant}"),
+            *student,
+        ],
         model_name=publication.address.repo.partition("/")[2],
         eval_results=results or None,
     )
@@ -117,7 +121,26 @@ def introduction(publication: Publication) -> str:
         f"# {publication.address.repo.partition('/')[2]}\n\n"
         f"An LR stream of [DiT4SR]({PAPER}) (Duan et al., ICCV 2025), which restores low-resolution photos: "
         f"{weights:,} weights that were trained over {base}. `lr_stream.safetensors` holds the LR stream alone.{text}"
+        f"{sampling(Student.of(publication.part.network_config))}"
     )
+
+
+def sampling(student: Student | None) -> str:
+    """Returns how a student restores, as sentences after others; empty for a teacher."""
+    if student is None:
+        return ""
+    steps = "as many steps as its sampler has" if student.sigmas is None else f"{len(student.sigmas)} steps"
+    scale = "takes the scale of guidance as an input" if student.guidance == "input" else "has guidance built in"
+    return (
+        " It is a student, distilled from a teacher over the same base: it restores in "
+        f"{'1 step' if steps == '1 steps' else steps}, with one evaluation of the network each, {scale}, and runs no "
+        "negative prompt. Commands and the pipeline read this from the file."
+    )
+
+
+def network(part: TrainedPart) -> dict[str, object]:
+    """Returns what a card's table says of the network, by name."""
+    return {name: value for name, value in flat_config(part.network_config).items() if name != "network"}
 
 
 def use(word: str) -> str:

@@ -85,7 +85,7 @@ class GuidedVelocity:
     ) -> "GuidedVelocity":
         """Returns the velocity for captions, one per image, on the network's device."""
         conditions = [encode_prompts([sampler.prompt(caption) for caption in captions], device)]
-        if sampler.guidance_scale != 1:
+        if sampler.runs_negative_prompt:
             conditions.append(encode_prompts([sampler.negative_prompt] * len(captions), device))
         return cls(net, sampler, conditions)
 
@@ -125,8 +125,10 @@ class GuidedVelocity:
         """Returns the network's output, float32, for every tile under one condition after another."""
         noisy, lr = (latents.repeat(len(embeds) // len(latents), 1, 1, 1) for latents in (noisy, lr))
         noisy, lr, embeds, pooled = (tensor.to(self.net.base.dtype) for tensor in (noisy, lr, embeds, pooled))
-        kept = {} if cache is None else {"lr_cache": cache}  # a ControlNet knows none
-        return self.net(noisy, lr, timestep.expand(len(noisy)), embeds, pooled, **kept).float()
+        options = {} if cache is None else {"lr_cache": cache}  # a ControlNet knows none
+        if self.sampler.guidance == "input":
+            options["guidance"] = torch.full((len(noisy),), self.sampler.guidance_scale, device=noisy.device)
+        return self.net(noisy, lr, timestep.expand(len(noisy)), embeds, pooled, **options).float()
 
     def cache(self, places: list[Place], evaluation: Evaluation) -> LRCache | None:
         """Returns the cache of a pass: an empty one where the LR stream runs, None where nothing needs it."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dit4sr_pl.backbone.autoencoder import LatentCoder, draw_noise
 from dit4sr_pl.backbone.flow import interpolate
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
-from dit4sr_pl.model import DiT4SRTransformer
+from dit4sr_pl.common.students import fixed_settings, refusal
+from dit4sr_pl.model import DiT4SRTransformer, Student
 from dit4sr_pl.model.compilation import CUDAGraphs, is_compiled
 from dit4sr_pl.restoration.color import ALIGNMENTS
 from dit4sr_pl.restoration.evaluations import Evaluation, GuidedVelocity, planned
@@ -21,6 +22,8 @@ from dit4sr_pl.restoration.fitting import FITS, Size, enlarge_through, resize, w
 from dit4sr_pl.restoration.tiling import TILINGS, Place, TileBatcher, tiled
 
 STARTS = ("noise", "lr", "lr_latent")
+GUIDANCES = ("classifier_free", "input")
+EULER = FlowMatchEulerDiscreteScheduler
 CLIP_TOKENS = 77
 CLOSEST_TO_NOISE = 1 - 1e-6  # the largest sigma whose distance to 1 has a logarithm; UniPC's own first sigma
 ACTIVATIONS = 18  # values in memory at a forward pass's peak, per token and unit of width; docs/verification.md
@@ -36,7 +39,7 @@ class Sampler:
         start: `noise`; `lr`: the LR latent with the noise that remains after the first steps, which are skipped; or
             `lr_latent`: the LR latent without noise, from which all steps are run.
         strength: share of the steps that is run with `start=lr`, in 0..1.
-        guidance_scale: scale of classifier-free guidance; at 1 the negative prompt is not run.
+        guidance_scale: scale of guidance.
         added_prompt: text that is appended to every caption.
         negative_prompt: prompt that guidance leads away from.
         t5_tokens: number of T5's tokens in commands that restore; training's validation takes the training's number.
@@ -57,6 +60,8 @@ class Sampler:
         tiling: `overlapping`, or `shifted`: tiles do not overlap, and their places change from step to step.
         sigmas: sigmas of the steps in the place of the solver's own, decreasing, in 0..1 without 0; the last step goes
             to 0. They decide the number of steps. None: the solver's own for `steps`.
+        guidance: `classifier_free`: the negative prompt is run, too, unless the scale is 1; `input`: the scale is an
+            input of the network, a student.
 
     Raises:
         ValueError: a number is out of range.
@@ -84,6 +89,7 @@ class Sampler:
     lr_shared: bool = False
     tiling: str = "overlapping"
     sigmas: Sequence[float] | None = None
+    guidance: str = "classifier_free"
 
     def __post_init__(self) -> None:
         if self.sigmas is not None:
@@ -96,7 +102,8 @@ class Sampler:
             raise ValueError(f"sampler: tile_memory={self.tile_memory}; give GiB, above 0")
         if self.process_size is not None and (not isinstance(self.process_size, int) or self.process_size < 1):
             raise ValueError(f"sampler: process_size={self.process_size}; give pixels, or null for every size as it is")
-        for name, choices in (("start", STARTS), ("color", ALIGNMENTS), ("fit", FITS), ("tiling", TILINGS)):
+        named = {"start": STARTS, "color": ALIGNMENTS, "fit": FITS, "tiling": TILINGS, "guidance": GUIDANCES}
+        for name, choices in named.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"sampler: {name}={getattr(self, name)!r}; choose one of {', '.join(choices)}")
         low, high = self.guidance_sigma_min, self.guidance_sigma_max
@@ -125,13 +132,33 @@ class Sampler:
         """Returns all prompts that restoring images with these captions needs."""
         return {self.negative_prompt, *map(self.prompt, captions)}
 
+    @property
+    def runs_negative_prompt(self) -> bool:
+        """Whether the negative prompt is run at any sigma."""
+        return self.guidance == "classifier_free" and self.guidance_scale != 1
+
     def guides_at(self, sigma: float) -> bool:
         """Returns whether the negative prompt is run at a sigma."""
         # Some solvers' first sigma is above 1 by a rounding error.
-        return self.guidance_scale != 1 and self.guidance_sigma_min <= min(sigma, 1) <= self.guidance_sigma_max
+        return self.runs_negative_prompt and self.guidance_sigma_min <= min(sigma, 1) <= self.guidance_sigma_max
+
+    def for_student(self, student: Student | None) -> "Sampler":
+        """Returns the sampler with the settings that a student fixes; None: a teacher, which fixes none."""
+        if student is None:
+            return self
+        fixed = fixed_settings(student.as_dict())
+        if "solver" in fixed:
+            fixed["solver"] = EULER.from_config
+        return replace(self, **fixed)
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ValueError if a network cannot keep its LR stream."""
+        """Raises ValueError if a network cannot be sampled so: it is a student, or cannot keep its LR stream."""
+        student = getattr(net, "student", None)  # a ControlNet has none
+        student = student and student.as_dict()
+        for name, fixed in fixed_settings(student).items():
+            value = name_of(self.solver) if name == "solver" else getattr(self, name)
+            if (list(value) if isinstance(value, tuple) else value) != fixed:
+                raise ValueError(refusal(f"sampler: {name}={value}", name, "the network", student))
         if self.lr_refresh == 1 and not self.lr_shared:
             return
         given = f"sampler: lr_refresh={self.lr_refresh}, lr_shared={self.lr_shared}"
@@ -182,7 +209,7 @@ class Sampler:
         config, dtype = net.base.config, net.base.dtype
         tokens = 2 * (self.tile // net.patch_size) ** 2 + CLIP_TOKENS + self.t5_tokens
         width = config.num_attention_heads * config.attention_head_dim
-        passes = 1 if self.guidance_scale == 1 or self.lr_shared else 2
+        passes = 2 if self.runs_negative_prompt and not self.lr_shared else 1
         tile = ACTIVATIONS * passes * tokens * width * dtype.itemsize
         return TileBatcher(max(1, int(self.tile_memory * 2**30 / tile)), padded=is_compiled(net))
 
@@ -248,6 +275,12 @@ def restore(
             top += band.shape[2]
     aligned = ALIGNMENTS[sampler.color](sr, enlarge_through(lr.to(place), sizes)).clamp_(0, 1)
     return resize(aligned, size).to(lr.device)
+
+
+def name_of(solver: Callable[..., SchedulerMixin]) -> str:
+    """Returns the name of a solver's class, `euler` for the one that students need."""
+    made = getattr(getattr(solver, "func", solver), "__self__", solver)  # of a `from_config`, or a partial one
+    return "euler" if made is EULER else getattr(made, "__name__", str(made))
 
 
 def checked_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:

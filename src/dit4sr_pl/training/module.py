@@ -90,7 +90,7 @@ class SuperResolutionModule(LightningModule):
         if compile:
             compile_blocks(net)
         self.velocity = net.__call__  # `forward` would skip FSDP's hooks
-        self.restorer = Restorer(net, backbone, sampler)
+        self.restorer = Restorer(net, backbone, sampler.for_student(getattr(net, "student", None)))
         self.step_inputs = StepInputs.of(backbone, self.flow, seed)
         self.finite_loss, self.mean_loss = FiniteLoss(), StepLoss()
 
