@@ -5,13 +5,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.model import TrainedPart
 from dit4sr_pl.model.trained_part import flat_config
-from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampling import Sampler
 from dit4sr_pl.training.module import SuperResolutionModule, start_from_checkpoint
 from dit4sr_pl.training.students.teacher import Teacher
@@ -57,14 +55,6 @@ class StudentModule(SuperResolutionModule):
         super().__init__(backbone, network, start, sampler=sampler, compile=compile, **training)
         self.teacher, self.taught_by = frozen, frozen.weights_hash
         self.teaching = replace(sampler, start="noise", tiling="overlapping", **teaching)
-        student = self.net.student
-        built_in = {"guidance_scale": 1.0, "negative_prompt": ""} if student.guidance == "built_in" else {}
-        fixed = {
-            "solver": FlowMatchEulerDiscreteScheduler.from_config,
-            "sigmas": student.sigmas,
-            "start": student.start,
-        }
-        self.restorer = Restorer(self.net, backbone, replace(sampler, **built_in, **(fixed if student.sigmas else {})))
         self.step_inputs = replace(self.step_inputs, prompt=self.teaching.prompt)
 
     def start_from(self, net: nn.Module, checkpoint: str) -> TrainedPart:
