@@ -16,7 +16,6 @@ from diffusers import (
 )
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -381,7 +380,7 @@ def conf_defaults(lr_stream: LRStreamModel, **choices: str) -> dict:
     """Returns what `from_pretrained` takes from `conf/`: the weights' dtype, and fields of `Sampler`, with those that
     a student fixes."""
     cfg = read_conf("restore", **choices)
-    sampler = OmegaConf.to_container(cfg.sampler, resolve=True)
+    sampler = dict(cfg.sampler.items())
     if lr_stream.student is not None:
         sampler |= fixed_settings(lr_stream.student.as_dict())
     # Without the solver: a folder from elsewhere must not name what is called.
