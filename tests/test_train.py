@@ -54,7 +54,7 @@ def test_every_ablation_takes_a_step_and_leaves_its_lr_stream(run, tmp_path, abl
 ON_TOY_SD3 = [f"model.backbone.name={TOY_SD3}", "model.backbone.dtype=float32", "model.backbone.t5_tokens=8"]
 ON_A_CPU = ["trainer.accelerator=cpu", "trainer.devices=1", "++trainer.strategy=auto", "degradation=light"]
 OF_ITS_OWN = {"sd3_controlnet": ["model.network.num_layers=1"]}
-ON_LATENTS = ("tiny_dit4sr", "tiny_ablation", "tiny_student_4")
+ON_LATENTS = ("tiny_dit4sr", "tiny_ablation", "tiny_student_4", "tiny_guided_student")
 
 
 @pytest.mark.slow

@@ -135,11 +135,14 @@ def all_prompts(cfg: DictConfig) -> Iterator[str]:
     from dit4sr_pl.data.latents import LatentPairs
     from dit4sr_pl.data.photo_sets import open_sets
 
-    captions = [""]
+    captions, trained = [""], []
     if cfg.data.latents is not None:
-        yield from sorted(LatentPairs(cfg.data.latents, cfg.data.captions, cfg.data.crop_size, 0, 0).prompts())
+        trained += sorted(LatentPairs(cfg.data.latents, cfg.data.captions, cfg.data.crop_size, 0, 0).prompts())
     for photo_set in open_sets(cfg.data.folders, cfg.data.sets, cfg.data.pairs) if cfg.data.latents is None else []:
-        yield from (photo.prompt for photo in photo_set.photos)
+        trained += [photo.prompt for photo in photo_set.photos]
+    yield from trained
+    if cfg.for_students:
+        captions += trained
     for photo_set in open_sets(cfg.data.validation_folders) if cfg.data.validation_folders else []:
         captions += [photo.prompt for photo in photo_set.photos]
     if cfg.data.validation is not None:

@@ -204,6 +204,7 @@ def embeddings_command(cfg: DictConfig) -> str:
         *groups,
         *(word for word in given if word.startswith(taken)),
         f"embeddings={cfg.model.backbone.embeddings}",
+        *(["for_students=true"] if "teacher" in cfg.model else []),
     ]
     return shlex.join(["python", "-m", "dit4sr_pl.prepare", "stage=embeddings", *words])
 

@@ -1,14 +1,19 @@
 """Toy trainings of students: losses fall, kills change nothing, files say how the student restores."""
 
+import shlex
 import shutil
+import sys
 
 import pytest
 import torch
 
+from dit4sr_pl import prepare, train
+from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.model import Student, load_part, save_part
+from dit4sr_pl.preparation.embeddings import write_embeddings
 from testing.events import event
 from testing.students import GUIDED
-from testing.toy_runs import losses, train_toy
+from testing.toy_runs import TOY_SD3, losses, toy, train_toy
 
 FOUR = [
     "model=tiny_student_4",
@@ -73,3 +78,36 @@ def test_sharded_training_of_a_student_is_refused(photos, teacher, tmp_path):
 def test_a_teacher_that_is_not_there_is_told_before_anything_is_read(photos, tmp_path):
     with pytest.raises(FileNotFoundError, match="model.teacher=.*nowhere"):
         start(photos, tmp_path, tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.slow
+def test_embeddings_that_a_student_lacks_are_told_with_the_command_that_adds_them(
+    photos, teacher, tmp_path, monkeypatch
+):
+    """The negative prompt and the captions in the sampler's wording; with them the losses are those of the encoders."""
+    captioned, cache = tmp_path / "captioned", tmp_path / "cache"
+    shutil.copytree(photos, captioned)
+    (captioned / "1.txt").write_text("a cat's tail")
+    encoder = Backbone(str(TOY_SD3), "float32", 8).encoder
+    write_embeddings([""], lambda text: encoder.encode(text, torch.device("cpu")), cache, str(TOY_SD3), 8, 1)
+    wording = ["sampler.added_prompt='sharp, clear'", "sampler.negative_prompt=blurry", f"data.folders=[{captioned}]"]
+    words = [*toy(photos, tmp_path / "run"), *FOUR, *LONG[:1], *wording, "trainer.limit_val_batches=0"]
+    words += [f"student.teacher={teacher}"]
+
+    def start(*more: str) -> str | None:
+        monkeypatch.setattr(sys, "argv", ["train", *words, *more])
+        try:
+            train.main()
+        except SystemExit as end:
+            return end.code
+
+    cached = f"model.backbone.embeddings={cache}"
+    message = start(cached)
+    assert 'no embeddings of the prompt "a cat\'s tail sharp, clear"' in message
+    command = shlex.split(message.partition("stage=embeddings: ")[2])
+    assert command[-1] == "for_students=true"
+    monkeypatch.setattr(sys, "argv", command[2:])
+    prepare.main()
+    assert start(cached) is None
+    assert start(f"output={tmp_path / 'encoded'}") is None
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "encoded"), rel=1e-2)

@@ -87,3 +87,21 @@ def test_a_student_can_start_from_another_student_of_the_same_teacher(teacher, m
     assert two.net.student.sigmas == (1.0, 0.5)
     assert torch.equal(two.lr_stream.blocks[0].attn.out.bias, part.state["blocks.0.attn.out.bias"])
     assert two.began_with != two.taught_by == module.taught_by
+
+
+@torch.no_grad()
+def test_a_student_with_lora_starts_as_its_teacher_too_and_the_teacher_runs_without_it(teacher):
+    module = make_student(teacher, "experiment=tiny_student_4", "student.lora_rank=2")
+    batch = toy_batch(module)
+    inputs = batch["noise"], batch["lr_latent"], batch["timestep"], *module.embeddings(batch)
+    taught = module.teacher.net(*inputs)
+    torch.testing.assert_close(module.net(*inputs), taught, atol=1e-4, rtol=1e-4)
+    lora = {name for name, _ in module.named_parameters() if name.startswith("lr_stream.lora.")}
+    assert lora and module.net.network_config()["lora"]["rank"] == 2
+    for name in lora:
+        module.get_parameter(name).add_(0.3)
+    assert torch.equal(module.teacher.net(*inputs), taught)
+    assert not torch.allclose(module.net(*inputs), taught, atol=1e-2)
+    copied = copy.deepcopy(module)
+    assert copied.teacher is module.teacher and copied.net.base is not module.net.base
+    assert torch.equal(copied.net(*inputs), module.net(*inputs))
