@@ -71,7 +71,7 @@ class LatentCoder:
         """Returns images `(B, 3, H, W)` in 0..1, float32, clamped, from latents `(B, C, H/8, W/8)` as `encode` scales
         them.
         """
-        return to_images(self._decode(latents))
+        return to_images(self.decoder_output(latents))
 
     def encode_tiled(self, image: Tensor | LazyEnlargement, side: int) -> Tensor:
         """Encodes one image `(1, 3, H, W)`, in tiles if it is larger than `side` latents, a multiple of 4."""
@@ -81,10 +81,11 @@ class LatentCoder:
     @torch.no_grad()
     def decode_tiled(self, latent: Tensor, side: int) -> Iterator[Tensor]:
         """Decodes one latent `(1, C, h, w)` in tiles; yields the image from top to bottom in bands `(1, 3, n, W)`."""
-        decode = lambda *window: self._decode(latent[..., *window])  # noqa: E731
+        decode = lambda *window: self.decoder_output(latent[..., *window])  # noqa: E731
         yield from map(to_images, self._bands(decode, latent.shape[-2:], side, side * self.factor))
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def decoder_output(self, latents: Tensor) -> Tensor:
+        """Returns what the autoencoder decodes: images in -1..1, not clamped, through which gradients pass."""
         with without_autocast(latents.device):
             return self.vae.decode((latents / self.scale + self.shift).to(self.vae.dtype)).sample
 
