@@ -22,16 +22,21 @@ from torch import Tensor
 from dit4sr_pl.scores.weight_files import Weights
 
 # pyiqa would download them; they come with a package that this project installs.
-SHIPPED_WEIGHTS = {"stlpips": str(files("stlpips_pytorch") / "weights" / "vST0.0" / "alex_shift_tolerant.pth")}
+FOLDER = files("stlpips_pytorch") / "weights" / "vST0.0"
+SHIPPED_WEIGHTS = {
+    "stlpips": str(FOLDER / "alex_shift_tolerant.pth"),
+    "stlpips-vgg": str(FOLDER / "vgg_shift_tolerant.pth"),
+}
 
 
-def create(name: str, weights: Weights | None = None, **arguments: Any) -> torch.nn.Module:
+def create(name: str, weights: Weights | None = None, as_loss: bool = False, **arguments: Any) -> torch.nn.Module:
     """Returns pyiqa's own metric on the CPU: a module from restored and ground-truth images `(B, 3, H, W)` to scores
     `(B,)`.
 
     Args:
         name: pyiqa's name of the metric.
         weights: weight files that the metric needs; None: no package-external files.
+        as_loss: whether the result is the mean score of a batch, through which gradients pass.
         arguments: pyiqa's own for this metric.
 
     Raises:
@@ -51,7 +56,7 @@ def create(name: str, weights: Weights | None = None, **arguments: Any) -> torch
     opened: list[str] = []
     try:
         with quietly(), torch.no_grad(), reading_from(name, weights, opened):
-            metric = pyiqa.create_metric(name, device="cpu", as_loss=False, **arguments)
+            metric = pyiqa.create_metric(name, device="cpu", as_loss=as_loss, **arguments)
     except ModuleNotFoundError as error:
         if error.name != "pkg_resources":
             raise
