@@ -107,10 +107,15 @@ class SuperResolutionModule(LightningModule):
         """Loads the weights that the training starts from; errors are those of `start_from_checkpoint`."""
         return start_from_checkpoint(net, checkpoint, may_differ=("injection_scale",))
 
+    @property
+    def bases(self) -> list[SD3Transformer2DModel]:
+        """The bases of all networks that run over the backbone's; with LoRA they are others."""
+        return [self.net.base]
+
     def setup(self, stage: str) -> None:
         """Moves the backbone, which Lightning does not know, to the device; workers make what steps need."""
         self.backbone.to(self.device)
-        self.backbone.quantize(self.net.base)
+        self.backbone.quantize(*self.bases)
         if isinstance(self.trainer.datamodule, SuperResolutionData):
             self.trainer.datamodule.step_inputs = self.step_inputs
 

@@ -1,12 +1,13 @@
-"""One evaluation in the place of many: from the LR latent straight to the clean one, `z_0 = z_L - sigma v(z_L, z_L)`."""
+"""One evaluation in the place of many: `z_0 = z_L - sigma v(z_L, z_L)`, from the LR latent straight to a clean one."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
@@ -17,7 +18,7 @@ from dit4sr_pl.model.lora import LoRA
 from dit4sr_pl.training.lightning_state import let_trainer_unscale
 from dit4sr_pl.training.students.module import StudentModule
 from dit4sr_pl.training.students.perceptual import PerceptualLoss, crop_window, decoded
-from dit4sr_pl.training.students.score import critic_of, loss_with_gradient, predicted_clean
+from dit4sr_pl.training.students.score import Critic, loss_with_gradient, predicted_clean
 
 
 @dataclass(frozen=True)
@@ -83,17 +84,23 @@ class OneStepStudent(StudentModule):
         student = self.net.student
         if student.start != "lr_latent" or len(student.sigmas) != 1:
             raise ValueError(
-                f"student.sigmas={student.sigmas}, student.start={student.start}: a student of one step starts from the "
-                "LR latent at one sigma, such as student.sigmas=[0.5]"
+                f"student.sigmas={student.sigmas}, student.start={student.start}: a student of one step starts from "
+                "the LR latent at one sigma, such as student.sigmas=[0.5]"
             )
         (self.sigma,) = student.sigmas
         self.losses, self.critic_learning_rate = losses, critic_learning_rate
         self.crop = max(1, crop // self.backbone.coder.factor)
         self.perceptual = PerceptualLoss(perceptual) if losses.perceptual else None
+        self.critic = None
         if losses.score:
             options = self.net.gradient_checkpointing, training["compile"]
-            net, self.critic = critic_of(self.teacher.net, self.backbone.transformer, critic, *options)
-            object.__setattr__(self, "critic_net", net)  # a plain attribute, as `net`
+            self.critic = Critic(self.teacher.net, self.backbone.transformer, critic, *options)
+            self.critic_lora = self.critic.layers
+
+    @property
+    def bases(self) -> list[SD3Transformer2DModel]:
+        """The bases of student and critic."""
+        return [*super().bases, *([] if self.critic is None else [self.critic.net.base])]
 
     def setup(self, stage: str) -> None:
         """Moves the perceptual network, which Lightning does not know, to the device."""
@@ -117,7 +124,9 @@ class OneStepStudent(StudentModule):
 
     def restored(self, lr_latent: Tensor, prompts: Embeddings) -> Tensor:
         """Returns the student's results `(B, C, h, w)`, float32."""
-        timestep = lr_latent.new_full((len(lr_latent),), self.sigma * self.backbone.scheduler.config.num_train_timesteps)
+        timestep = lr_latent.new_full(
+            (len(lr_latent),), self.sigma * self.backbone.scheduler.config.num_train_timesteps
+        )
         return lr_latent - self.sigma * self.velocity(lr_latent, lr_latent, timestep, *prompts).float()
 
     def regressions(
@@ -163,8 +172,8 @@ class OneStepStudent(StudentModule):
         noisy = interpolate(result, noise, sigma)
         conditions = self.conditions(prompts)
         real = predicted_clean(noisy, self.taught_velocity(noisy, lr_latent, timestep, conditions), sigma)
-        if self.losses.score:
-            velocity = self.critic_net(noisy, lr_latent, timestep, *prompts).float()
+        if self.critic is not None:
+            velocity = self.critic.net(noisy, lr_latent, timestep, *prompts).float()
             parts["critic"] = F.mse_loss(velocity, noise - result)
             held = predicted_clean(noisy, velocity.detach(), sigma)
             parts["score"] = loss_with_gradient(restored, held - real, real)
@@ -191,9 +200,10 @@ class OneStepStudent(StudentModule):
 
     def configure_optimizers(self) -> Optimizer:
         """Returns the optimizer over the student and, as a group of its own, the critic."""
-        if not self.losses.score:
+        if self.critic is None:
             return super().configure_optimizers()
-        optimizer = self.optimizer([{"params": list(self.net.trained.parameters())}, {"params": list(self.critic.parameters())}])
+        groups = [{"params": list(each.parameters())} for each in (self.net.trained, self.critic_lora)]
+        optimizer = self.optimizer(groups)
         let_trainer_unscale(optimizer)
         return optimizer
 

@@ -9,9 +9,9 @@ critic that is trained beside the student on the student's own results. Their di
 The critic is LoRA on the teacher's base with the teacher's LR stream, so it takes little memory.
 """
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
 
 from dit4sr_pl.backbone.flow import per_image
 from dit4sr_pl.model import DiT4SRTransformer
@@ -21,10 +21,8 @@ from dit4sr_pl.model.lora import LoRA, LoRALayers, adapted
 SMALLEST = 1e-3  # of the number that a gradient is divided by
 
 
-def critic_of(
-    teacher: DiT4SRTransformer, base: nn.Module, lora: LoRA, gradient_checkpointing: bool, compile: bool
-) -> tuple[DiT4SRTransformer, LoRALayers]:
-    """Returns a critic and what is trained of it.
+class Critic:
+    """A network that is trained on a student's results; a training module has `layers` as its submodule.
 
     Args:
         teacher: the teacher, whose frozen LR stream the critic shares.
@@ -36,16 +34,26 @@ def critic_of(
     Raises:
         ValueError: the rank is 0.
     """
-    layers = LoRALayers.over(base, lora)
-    if layers is None:
-        raise ValueError("student.critic.rank=0: score distillation needs a critic; give a rank, or student.loss.score=0")
-    net = DiT4SRTransformer(
-        adapted(base, layers), lr_stream=teacher.lr_stream, gradient_checkpointing=gradient_checkpointing
-    )
-    layers.requires_grad_(True)
-    if compile:
-        compile_blocks(net)
-    return net, layers
+
+    def __init__(
+        self,
+        teacher: DiT4SRTransformer,
+        base: SD3Transformer2DModel,
+        lora: LoRA,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+    ):
+        layers = LoRALayers.over(base, lora)
+        if layers is None:
+            raise ValueError("student.critic.rank=0: a critic needs LoRA; give a rank, or student.loss.score=0")
+        shared = {"lr_stream": teacher.lr_stream, "gradient_checkpointing": gradient_checkpointing}
+        self.layers, self.net = layers, DiT4SRTransformer(adapted(base, layers), **shared)
+        layers.requires_grad_(True)  # a network freezes its base
+        if compile:
+            compile_blocks(self.net)
+
+    def __deepcopy__(self, memo: dict) -> "Critic":
+        return self  # Lightning's weight averaging copies the module around it; frozen weights exist once
 
 
 def predicted_clean(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
