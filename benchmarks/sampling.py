@@ -5,11 +5,16 @@
 The images are crops of the held-out photos, as in `tiny.py`: 128x128, for `tiles` 512x512. The first row is the full
 result; the others are relative to it, in ST-LPIPS, operations of the network and seconds (one image after another, all
 of it). `to the full` is the root mean square difference from its image, from the same noise, in levels of 255.
+
+`steps` places the same number of steps in several ways through `sampler.sigmas`. `where it bends` are the sigmas that
+part the integral of the square root of |dv/dsigma| evenly, measured on trajectories of 100 steps over the first crops.
 """
 
 import argparse
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -18,7 +23,7 @@ from rich.progress import track
 from tiny import CROP, photos, psnr
 from torch import Tensor
 
-from dit4sr_pl.cli.command import conf_folder
+from dit4sr_pl.cli.command import conf_folder, read_conf
 from dit4sr_pl.common.files import ASSETS
 from dit4sr_pl.common.markdown import markdown_table
 from dit4sr_pl.common.randomness import derive_seed
@@ -30,7 +35,10 @@ from dit4sr_pl.restoration.sampling import Sampler
 from dit4sr_pl.scores.pyiqa_loading import create
 
 HEADS = ("option", "evaluations", "operations", "ST-LPIPS", "relative", "PSNR", "to the full", "seconds")
+PROBED = 4  # photos whose trajectories `steps` probes
 TILED = 512  # pixels; four tiles of tiny-dit4sr's side by side, nine that overlap
+SHIFTS = (1, 2, 3, 5)  # of placements in `steps`: evenly spaced from 1 to 0, shifted as SD3 shifts
+BENT = "where it bends"  # the placement that equalises Euler's errors on the teacher's own trajectories
 NEGATIVE = "motion blur, noisy, lowres"
 SECTIONS = {
     "refresh": {
@@ -63,22 +71,12 @@ SECTIONS = {
         "in one piece": ["sampler.tile=64"],
     },
     "steps": {
-        "solution, 200 Euler steps": ["sampler.steps=200"],
+        "solution, 60 steps of dpm": ["sampler/solver=dpm", "sampler.steps=60"],
         **{
-            f"{name}, {steps}": [f"sampler.steps={steps}", *options]
-            for steps in (10, 20)
-            for name, options in {
-                "shift=3, the base's": [],
-                "shift=1": ["+sampler.solver.shift=1"],
-                "shift=2": ["+sampler.solver.shift=2"],
-                "shift=5": ["+sampler.solver.shift=5"],
-                "Karras": ["+sampler.solver.use_karras_sigmas=true"],
-                "exponential": ["+sampler.solver.use_exponential_sigmas=true"],
-                "beta": ["+sampler.solver.use_beta_sigmas=true"],
-                "dpm": ["sampler/solver=dpm"],
-                "dpm, shift=2": ["sampler/solver=dpm", "+sampler.solver.flow_shift=2"],
-                "dpm, shift=5": ["sampler/solver=dpm", "+sampler.solver.flow_shift=5"],
-            }.items()
+            f"{solver}, {placement}, {steps}": [f"sampler/solver={solver}", f"sampler.steps={steps}"]
+            for steps in (5, 10)
+            for solver in ("euler", "dpm")
+            for placement in ("its own", *(f"shift={shift}" for shift in SHIFTS), BENT)
         },
     },
 }
@@ -92,6 +90,7 @@ def main() -> None:
     parser.add_argument("--photos", type=int, help="at most; None: all that are large enough")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--scale", type=float, default=2, help="of guidance, in `guidance`")
+    parser.add_argument("--only", default="", help="rows with this text in their names, next to the first")
     args = parser.parse_args()
 
     size = TILED if args.section == "tiles" else CROP
@@ -99,8 +98,15 @@ def main() -> None:
     if args.section == "guidance":
         common += [f"sampler.guidance_scale={args.scale}", f"sampler.negative_prompt='{NEGATIVE}'"]
     samplers = {name: sampler_of([*common, *options]) for name, options in SECTIONS[args.section].items()}
+    first, *others = samplers
+    samplers = {name: samplers[name] for name in (first, *(name for name in others if args.only in name))}
     crops = [(photo, hr) for photo, hr in photos(args.crops, size) if len(hr)][: args.photos]
-    report(samplers, measured(samplers, crops), size)
+    restorer = load(samplers[first])
+    if args.section == "steps":
+        bend = bending(restorer, crops[:PROBED])
+        samplers = {name: placed(name, sampler, bend) for name, sampler in samplers.items()}
+    restorers = {name: Restorer(restorer.net, restorer.backbone, sampler) for name, sampler in samplers.items()}
+    report(samplers, measured(restorers, crops), size)
 
 
 def sampler_of(overrides: list[str]) -> Sampler:
@@ -109,31 +115,74 @@ def sampler_of(overrides: list[str]) -> Sampler:
         return instantiate(compose("train", ["output=unused", *overrides]).sampler)
 
 
-def measured(samplers: dict[str, Sampler], crops: list[tuple[str, Tensor]]) -> list[list[float]]:
-    """Returns ST-LPIPS, PSNR, distance to the first sampler's image and seconds per image of every sampler, means over
-    photos.
+def load(sampler: Sampler) -> Restorer:
+    """Returns tiny-dit4sr with a sampler."""
+    backbone = instantiate(read_conf("restore", "input=unused").model.backbone)
+    return Restorer.load(backbone, sampler, "tiny-dit4sr", torch.device("cpu"))
+
+
+def placed(name: str, sampler: Sampler, bend: Tensor) -> Sampler:
+    """Returns a sampler of the section `steps` with the sigmas that its row's name says, which are printed.
 
     Args:
-        samplers: samplers by name.
+        name: the row's name.
+        sampler: solver and number of steps.
+        bend: see `bending`.
+    """
+    solver, _, placement = name.partition(", ")
+    placement, _, steps = placement.rpartition(", ")
+    if placement == BENT:
+        place = torch.linspace(0, 1, sampler.steps + 1)[:-1]
+        sigmas = 1 - torch.searchsorted(bend, place).clamp(max=len(bend) - 1) / len(bend)
+    elif placement.startswith("shift="):
+        shift, even = float(placement.removeprefix("shift=")), 1 - torch.arange(sampler.steps) / sampler.steps
+        sigmas = shift * even / (1 + (shift - 1) * even)
+    else:
+        return sampler
+    if solver == "euler":
+        print(f"{placement}, {steps}: {[round(sigma, 3) for sigma in sigmas.tolist()]}")
+    return replace(sampler, sigmas=sigmas.tolist())
+
+
+def bending(restorer: Restorer, crops: list[tuple[str, Tensor]], steps: int = 100) -> Tensor:
+    """Returns the share of all bending that a trajectory has behind it at even steps from sigma 1 to 0, `(steps,)`."""
+    velocities, even = [], (1 - torch.arange(steps) / steps).tolist()
+    euler = sampler_of([f"sampler.sigmas={even}"])
+    probing = Restorer(restorer.net, restorer.backbone, euler)
+    hook = restorer.net.register_forward_hook(lambda net, inputs, velocity: velocities.append(velocity))
+    degradation, total = instantiate(read_conf("train", "output=unused").degradation), torch.zeros(steps)
+    for photo, hr in track(crops, description="bending"):
+        velocities.clear()
+        size = tuple(hr.shape[-2:])
+        lr, _ = degradation(hr, degradation.draw([derive_seed(photo, i) for i in range(len(hr))], size))
+        probing(lr, size, [""] * len(hr), [f"{photo}{i}" for i in range(len(hr))], 0)
+        changes = [(b - a).square().mean().sqrt() for a, b in pairwise(velocities)]
+        total += torch.stack([*changes, changes[-1]]).sqrt()
+    hook.remove()
+    return (total.cumsum(0) - total) / total.sum()
+
+
+def measured(restorers: dict[str, Restorer], crops: list[tuple[str, Tensor]]) -> list[list[float]]:
+    """Returns ST-LPIPS, PSNR, distance to the first restorer's image and seconds per image of every restorer, means
+    over photos. On every photo they take turns.
+
+    Args:
+        restorers: restorers by name.
         crops: names of photos and their crops, `(B, 3, S, S)` in 0..1.
     """
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = compose("train", ["output=unused"])
-    degradation, stlpips = instantiate(cfg.degradation), create("stlpips")
-    first = next(iter(samplers.values()))
-    restorer = Restorer.load(instantiate(cfg.model.backbone), first, "tiny-dit4sr", torch.device("cpu"))
+    degradation, stlpips = instantiate(read_conf("train", "output=unused").degradation), create("stlpips")
     scores = [
-        list(scores_of(samplers, restorer, photo, hr, degradation, stlpips))
+        list(scores_of(restorers.values(), photo, hr, degradation, stlpips))
         for photo, hr in track(crops, description="photos")
     ]
     return torch.tensor(scores).mean(dim=0).tolist()
 
 
-def scores_of(samplers, restorer, photo, hr, degradation, stlpips) -> Iterator[list[float]]:
-    """Yields the scores of every sampler on the crops of one photo."""
+def scores_of(restorers, photo, hr, degradation, stlpips) -> Iterator[list[float]]:
+    """Yields the scores of every restorer on the crops of one photo."""
     size, full = tuple(hr.shape[-2:]), None
     lr, _ = degradation(hr, degradation.draw([derive_seed(photo, i) for i in range(len(hr))], size))
-    for restorer.sampler in samplers.values():
+    for restorer in restorers:
         start = time.perf_counter()
         sr = restorer(lr, size, [""] * len(hr), [f"{photo}{i}" for i in range(len(hr))], 0)
         seconds = (time.perf_counter() - start) / len(hr)

@@ -6,8 +6,13 @@ import sys
 
 import pytest
 
-from benchmarks import cached_latents, launches, overlap
+from benchmarks import cached_latents, file_to_file, launches, overlap
+from dit4sr_pl.cli.command import read_conf
+from dit4sr_pl.model import DiT4SRTransformer, save_part
+from dit4sr_pl.model.trained_part import base_of, part_of
 from testing import ROOT
+from testing.networks import randomise
+from testing.student_files import STUDENTS, write_student
 from testing.toy_runs import TOY_SD3
 
 # A machine with little more than PyTorch lacks these.
@@ -81,3 +86,53 @@ def test_the_benchmark_of_overlapping_compares_three_ways(monkeypatch, capsys):
     _, *rows = capsys.readouterr().out.splitlines()
     assert [row[:20].strip() for row in rows] == ["one after another", "written behind", "read ahead"]
     assert rows[0].endswith("1.00") and all(float(row.split()[-2]) > 0 for row in rows)
+
+
+@pytest.fixture
+def students(toy_backbone, tmp_path):
+    """Overrides that take the toy backbone, and the files of a teacher and a student over it."""
+    teacher = DiT4SRTransformer(toy_backbone.transformer)
+    randomise(teacher.lr_stream)
+    save_part(part_of(teacher, base_of(teacher, toy_backbone.name)), tmp_path / "teacher.safetensors")
+    student = write_student(tmp_path, toy_backbone, STUDENTS["1 step"])
+    overrides = [f"model.backbone.name={TOY_SD3}", "sampler.steps=2", "sampler.smallest=1"]
+    return overrides, tmp_path / "teacher.safetensors", student
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """Returns the rows of a Markdown table by their first cell."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    return {name: cells for name, *cells in rows}
+
+
+def test_a_picture_is_timed_from_file_to_file_by_part(students, monkeypatch, capsys):
+    overrides, teacher, student = students
+    monkeypatch.setattr(file_to_file, "LR_SIDE", 16)
+    checkpoints = ["--checkpoints", str(teacher), str(student), "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["file_to_file.py", *checkpoints, *overrides, "device=cpu"])
+    file_to_file.main()
+    rows = table(capsys.readouterr().out)
+    assert rows["evaluations"] == ["2", "1"] and rows["caption"] == ["none", "none"]
+    for column in (0, 1):
+        parts = [float(rows[part][column]) for part in file_to_file.PARTS if part != "caption"]
+        assert all(seconds > 0 for seconds in parts)
+        assert sum(parts) == pytest.approx(float(rows["file to file"][column]), abs=1e-3)
+    assert rows["file to file, to the first"][0] == rows["sampling, to the first"][0] == "1.00"
+
+
+def test_students_are_measured_next_to_their_teacher(students, toy_backbone, monkeypatch, capsys):
+    overrides, teacher, student = students
+    monkeypatch.setattr(file_to_file, "LR_SIDE", 16)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from benchmarks import students as benchmark
+
+    conf = lambda command, *given: read_conf(command, *given, *overrides)  # noqa: E731
+    monkeypatch.setattr(benchmark, "read_conf", conf)
+    arguments = ["--teacher", str(teacher), "--students", str(student), "--crops", "1", "--photos", "1"]
+    monkeypatch.setattr(sys, "argv", ["students.py", *arguments])
+    benchmark.main()
+    rows = table(capsys.readouterr().out)
+    assert [cells[0] for cells in list(rows.values())[1:]] == ["2", "2", "2", "2", "1"]
+    assert rows["teacher, 2 steps"][2] == "1.000" and rows["teacher, 2 steps"][6] == "1.00"
+    own = rows[f"DiT4SR, 1 step ({student})"]
+    assert own[1] != rows["teacher, 2 steps"][1] and float(own[5]) > 0

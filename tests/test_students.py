@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -148,3 +149,22 @@ def test_a_students_name_is_that_of_a_file_in_the_package(name, files, monkeypat
     (assets / name).mkdir(parents=True)
     shutil.copy(files["4 steps"], assets / name / "lr_stream.safetensors")
     assert checkpoint_file(name) == assets / name / "lr_stream.safetensors"
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_a_student_is_a_row_of_its_own(toy_backbone, tmp_path, capsys):
+    pairs = TOY_SD3.parent / "pairs"
+    file = write_student(tmp_path, toy_backbone, STUDENTS["4 steps"])
+    command = ["dataset=folder", "dataset.name=toy", f"dataset.lr={pairs / 'lr'}", f"dataset.hr={pairs / 'hr'}"]
+    command += ["metrics=[psnr]", f"model.backbone.name={TOY_SD3}", "sampler.smallest=1", f"checkpoint={file}"]
+    line = call("dit4sr_pl.evaluate", *command, "output=wrong", "sampler/solver=unipc", cwd=tmp_path)
+    assert line == (
+        f"error: sampler/solver=unipc: {file} is a student (4 steps), for which solver is 'euler'; leave it out, or "
+        "give another checkpoint"
+    )
+    assert call("dit4sr_pl.evaluate", *command, "output=own", cwd=tmp_path) is None
+    identity = json.loads((tmp_path / "own" / "settings.json").read_text())["method"]
+    assert identity["label"] == "DiT4SR, 4 steps" and identity["sampler"]["sigmas"] == [1.0, 0.75, 0.5, 0.25]
+    capsys.readouterr()
+    assert call("dit4sr_pl.compare", "own", cwd=tmp_path) is None
+    assert "DiT4SR, 4 steps " in capsys.readouterr().out

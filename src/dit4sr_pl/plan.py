@@ -227,7 +227,8 @@ def restoring_table(cfg: DictConfig) -> "Table":
 
 
 def restoring_row(cfg: DictConfig, size: int, device: "torch.device | None", tflops: float) -> list[str]:
-    """Returns parameters, evaluations, TFLOPs and seconds of a model with its own sampler, as cells of a table."""
+    """Returns parameters, evaluations, TFLOPs and seconds of a model with its own sampler, or a student with what it
+    fixes of its teacher's, as cells of a table."""
     from hydra.utils import instantiate
 
     from dit4sr_pl.planning.meta_backbone import MetaBackbone
@@ -236,8 +237,10 @@ def restoring_row(cfg: DictConfig, size: int, device: "torch.device | None", tfl
     backbone = MetaBackbone(
         find_configs(cfg.model.backbone.name)[0], "float32" if device and device.type == "cpu" else "float16"
     )
-    make, sampler = instantiate(cfg.model.network, gradient_checkpointing=False), instantiate(cfg.sampler)
-    cost = restoring_cost(backbone, backbone.network(make), sampler, size)
+    make = instantiate(cfg.model.network, gradient_checkpointing=False)
+    network = backbone.network(make)
+    sampler = instantiate(cfg.sampler).for_student(getattr(network, "student", None))
+    cost = restoring_cost(backbone, network, sampler, size)
     seconds = cost.flops / 1e12 / tflops
     if device:
         seconds = restoring_seconds(backbone, backbone.network(make), sampler, size, device)
