@@ -71,7 +71,7 @@ SECTIONS = {
         "in one piece": ["sampler.tile=64"],
     },
     "steps": {
-        "solution, 60 steps of dpm": ["sampler/solver=dpm", "sampler.steps=60"],
+        "solution, 40 steps of dpm": ["sampler/solver=dpm", "sampler.steps=40"],
         **{
             f"{solver}, {placement}, {steps}": [f"sampler/solver={solver}", f"sampler.steps={steps}"]
             for steps in (5, 10)
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("section", choices=SECTIONS)
     parser.add_argument("--crops", type=int, default=1, help="at most, per photo")
     parser.add_argument("--photos", type=int, help="at most; None: all that are large enough")
+    parser.add_argument("--skip", type=int, default=0, help="photos to leave out before")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--scale", type=float, default=2, help="of guidance, in `guidance`")
     parser.add_argument("--only", default="", help="rows with this text in their names, next to the first")
@@ -100,7 +101,7 @@ def main() -> None:
     samplers = {name: sampler_of([*common, *options]) for name, options in SECTIONS[args.section].items()}
     first, *others = samplers
     samplers = {name: samplers[name] for name in (first, *(name for name in others if args.only in name))}
-    crops = [(photo, hr) for photo, hr in photos(args.crops, size) if len(hr)][: args.photos]
+    crops = [(photo, hr) for photo, hr in photos(args.crops, size) if len(hr)][args.skip :][: args.photos]
     restorer = load(samplers[first])
     if args.section == "steps":
         bend = bending(restorer, crops[:PROBED])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from benchmarks import cached_latents, file_to_file, launches, overlap
 from dit4sr_pl.cli.command import read_conf
@@ -105,6 +106,7 @@ def table(text: str) -> dict[str, list[str]]:
     return {name: cells for name, *cells in rows}
 
 
+@pytest.mark.slow
 def test_a_picture_is_timed_from_file_to_file_by_part(students, monkeypatch, capsys):
     overrides, teacher, student = students
     monkeypatch.setattr(file_to_file, "LR_SIDE", 16)
@@ -120,15 +122,16 @@ def test_a_picture_is_timed_from_file_to_file_by_part(students, monkeypatch, cap
     assert rows["file to file, to the first"][0] == rows["sampling, to the first"][0] == "1.00"
 
 
-def test_students_are_measured_next_to_their_teacher(students, toy_backbone, monkeypatch, capsys):
+@pytest.mark.slow
+def test_students_are_measured_next_to_their_teacher(students, monkeypatch, capsys):
     overrides, teacher, student = students
-    monkeypatch.setattr(file_to_file, "LR_SIDE", 16)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from benchmarks import students as benchmark
 
     conf = lambda command, *given: read_conf(command, *given, *overrides)  # noqa: E731
     monkeypatch.setattr(benchmark, "read_conf", conf)
-    arguments = ["--teacher", str(teacher), "--students", str(student), "--crops", "1", "--photos", "1"]
+    monkeypatch.setattr(benchmark, "photos", lambda crops: [("a photo", torch.rand(crops, 3, 128, 128))])
+    arguments = ["--teacher", str(teacher), "--students", str(student), "--crops", "1"]
     monkeypatch.setattr(sys, "argv", ["students.py", *arguments])
     benchmark.main()
     rows = table(capsys.readouterr().out)

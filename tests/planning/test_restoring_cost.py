@@ -69,6 +69,7 @@ def test_the_table_has_a_measured_row_and_the_papers_rows():
     assert columns["seconds, A100"] == ["5.61", "0.79", "13.18", "5.14", "4.12", "11.85", "4.35"]
 
 
+@pytest.mark.slow
 def test_a_student_is_planned_with_its_own_evaluations():
     cells = restoring_row(composed("train", "output=x", "model=tiny_student_4"), 128, None, 71)
     teacher = restoring_row(composed("train", "output=x", "model=tiny"), 128, None, 71)
