@@ -63,6 +63,27 @@ def test_compiled_blocks_equal_eager_ones_and_are_compiled_once(base, inputs):
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's compiler
+def test_a_compiled_block_has_finite_gradients_in_bfloat16(tiny_backbone):
+    """PyTorch's compiler has made NaN of some; widths and numbers of tokens are such."""
+    net = DiT4SRTransformer(tiny_backbone.transformer)
+    block = net.blocks[5]
+    noise, lr, text, time = (torch.randn(4, *shape) for shape in ((64, 192), (64, 192), (24, 192), (192,)))
+
+    def gradients(run) -> list[torch.Tensor]:
+        net.zero_grad()
+        inputs = [tokens.clone().requires_grad_() for tokens in (noise, lr, text)]
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = run(*inputs, time, (8, 8))
+        sum(tokens.float().square().mean() for tokens in outputs).backward()
+        return [tensor.grad for tensor in (*inputs, *block.lr.parameters()) if tensor.grad is not None]
+
+    compiled = gradients(torch.compile(block, fullgraph=True, dynamic=False))
+    for ours, theirs in zip(compiled, gradients(block), strict=True):
+        assert (ours - theirs).norm() <= 0.05 * theirs.norm()
+
+
 def capture_on_a_cpu(function, static):
     """Stands in for `capture_graph`: a replay reads the static inputs and writes one tensor, as a graph does."""
     output = function(*static)

@@ -160,7 +160,8 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Returns softmax attention; all arguments are `(B, heads, tokens, D/heads)`."""
     # In bfloat16 on a CPU the fused kernel's backward pass takes up to five times as long as plain products.
     if values.requires_grad and values.dtype == torch.bfloat16 and values.device.type == "cpu":
-        scores = queries * queries.shape[-1] ** -0.5 @ keys.transpose(-1, -2)
+        # PyTorch 2.14.1's compiler makes NaN of the keys' gradients if queries are scaled before the product.
+        scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
         return scores.softmax(dim=-1) @ values
     return F.scaled_dot_product_attention(queries, keys, values)
 
