@@ -7,7 +7,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from dit4sr_pl.restoration.evaluations import GuidedVelocity
-from dit4sr_pl.training.students.trajectories import teacher_sigmas, windows
+from dit4sr_pl.training.students.perceptual import crop_window, decoded
+from dit4sr_pl.training.students.trajectories import average_velocities, teacher_sigmas
 from testing.students import GUIDED, make_student, toy_batch
 
 EULER = ["sampler/solver@student.teaching.solver=euler", "student.teaching.steps=8"]
@@ -50,11 +51,9 @@ def test_what_it_learns_is_the_average_velocity_of_every_window(module):
     prompts = module.embeddings(batch)
     states = module.trajectory(batch["lr_latent"], batch["noise"], prompts)
     torch.testing.assert_close(states, expected[::2], atol=1e-4, rtol=1e-4)
-    noisy, target, sigma = windows(states, module.sigmas)
+    targets = average_velocities(states, module.sigmas).split(2)
     for window, (begin, end) in enumerate([(1.0, 0.9), (0.9, 0.75), (0.75, 0.5), (0.5, 0.0)]):
-        ours = slice(2 * window, 2 * window + 2)
-        assert sigma[ours].tolist() == pytest.approx([begin, begin])
-        torch.testing.assert_close(noisy[ours] + (end - begin) * target[ours], states[window + 1])
+        torch.testing.assert_close(states[window] + (end - begin) * targets[window], states[window + 1])
 
 
 @pytest.mark.slow
@@ -88,9 +87,58 @@ def test_the_loss_of_the_velocities_that_the_teacher_has_on_average_is_zero(modu
     assert torch.equal(embeds[:2], embeds[6:]) and not torch.equal(embeds[0], embeds[1])
 
 
+@torch.no_grad()
+def test_on_its_own_states_every_window_leads_from_where_the_student_is_to_the_teacher(module, monkeypatch):
+    """A student that is wrong by 0.2 in its second window has arrived 0.03 from the teacher, and must lead back."""
+    batch = toy_batch(module)
+    states = by_hand(module, batch)[::2]
+    widths, steps = [0.1, 0.15, 0.25, 0.5], iter(range(4))
+    average = [(begin - end) / width for begin, end, width in zip(states, states[1:], widths, strict=False)]
+    seen = []
+
+    def slightly_wrong(noisy, lr_latent, timestep, *prompts):
+        seen.append((noisy, timestep))
+        step = next(steps)
+        return average[step] + (0.2 if step == 1 else 0)
+
+    monkeypatch.setattr(module, "velocity", slightly_wrong)
+    monkeypatch.setattr(module, "on_own_states", True)
+    off = [0, 0, -0.15 * 0.2, -0.15 * 0.2]
+    errors = [0, 0.2, 0.15 * 0.2 / 0.25, 0.15 * 0.2 / 0.5]
+    assert module.loss(batch).item() == pytest.approx(sum(error**2 for error in errors) / 4, rel=1e-2)
+    for (noisy, timestep), state, shift, sigma in zip(seen, states, off, [1, 0.9, 0.75, 0.5], strict=False):
+        torch.testing.assert_close(noisy, state + shift, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(timestep, torch.full((2,), 1000.0 * sigma))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", ["true", "false"])
+def test_the_perceptual_loss_compares_the_last_windows_result_with_the_teachers(teacher, own, monkeypatch):
+    options = ["student.loss.perceptual=2", "student.crop=32", "student.teaching.steps=4"]
+    module = make_student(teacher, "experiment=tiny_student_4", *options, f"student.on_own_states={own}", *GUIDED)
+    batch, seen, parts = toy_batch(module), [], {}
+    monkeypatch.setattr(module, "log", lambda name, part: parts.update({name: part.item()}))
+    distance = module.perceptual.network
+    monkeypatch.setattr(module.perceptual, "network", lambda *images: (seen.extend(images), distance(*images))[1])
+    loss = module.loss(batch)
+    assert loss.item() == pytest.approx(parts["train/velocity"] + 2 * parts["train/perceptual"], rel=1e-5)
+    ours, taught = seen
+    assert ours.shape == taught.shape == (2, 3, 32, 32) and parts["train/perceptual"] > 0
+    assert ours.requires_grad and not taught.requires_grad
+    states = module.trajectory(batch["lr_latent"], batch["noise"], module.embeddings(batch))
+    crop = ..., *crop_window((8, 8), 4, module.seed, 0)
+    torch.testing.assert_close(taught, module.backbone.coder.decode(states[-1][crop]))
+    if own == "false":
+        timestep = torch.full((2,), 500.0)
+        velocity = module.net(states[3], batch["lr_latent"], timestep, *module.embeddings(batch))
+        expected = decoded(module.backbone.coder, (states[3] - 0.5 * velocity)[crop])
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_steps_that_do_not_fill_the_windows_and_students_of_other_kinds_are_refused(teacher):
     for override, message in (
         ("student.teaching.steps=6", "student.teaching.steps=6: must be a multiple of the 4 windows"),
+        ("student.loss.perceptual=-1", "student.loss.perceptual=-1; give a number of at least 0"),
         ("student.sigmas=null", "student.sigmas=None, student.start=noise: a student of trajectories has sigmas"),
     ):
         with pytest.raises(Exception, match=message):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from dit4sr_pl.backbone.sd3 import Backbone
+from dit4sr_pl.backbone.text_encoder import Embeddings
 from dit4sr_pl.model import TrainedPart
 from dit4sr_pl.model.trained_part import flat_config
 from dit4sr_pl.restoration.sampling import Sampler
@@ -70,3 +71,9 @@ class StudentModule(SuperResolutionModule):
     def prompts(self, captions: set[str]) -> set[str]:
         """Returns all prompts whose embeddings steps over these captions need, the negative prompt included."""
         return self.teaching.prompts(captions)
+
+    def conditions(self, prompts: Embeddings) -> list[Embeddings]:
+        """Returns the embeddings of the prompts and, if the teacher is guided, of the negative prompt."""
+        if not self.teaching.runs_negative_prompt:
+            return [prompts]
+        return self.teacher.conditions(prompts, self.teaching.negative_prompt)

@@ -183,11 +183,6 @@ class OneStepStudent(StudentModule):
             parts["target_score"] = loss_with_gradient(restored, real - predicted_clean(target, velocity, sigma), real)
         return parts
 
-    def conditions(self, prompts: Embeddings) -> list[Embeddings]:
-        """Returns the embeddings of the prompts and, if the teacher is guided, of the negative prompt."""
-        guided = self.teaching.guidance_scale != 1
-        return self.teacher.conditions(prompts, self.teaching.negative_prompt) if guided else [prompts]
-
     @torch.no_grad()
     def taught_velocity(
         self, noisy: Tensor, lr_latent: Tensor, timestep: Tensor, conditions: list[Embeddings]
