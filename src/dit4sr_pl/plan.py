@@ -1,6 +1,6 @@
 """python -m dit4sr_pl.plan [+ablation=NAME] [experiment=NAME] [key=value ...]: what a training costs, before it runs"""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dit4sr_pl.planning.budget import Budget, Spread
+    from dit4sr_pl.planning.step_cost import Lesson
 
 PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
 GIB = 2**30
@@ -115,7 +116,31 @@ def make_budget(cfg: DictConfig, folder: Path) -> "Budget":
         reads_text_encoders=cfg.model.backbone.embeddings is None,
         averages=averages,
         quantization=cfg.model.backbone.quantization,
+        make_lesson=make_lesson(cfg, backbone.coder().factor) if "teacher" in cfg.model else None,
     )
+
+
+def make_lesson(cfg: DictConfig, factor: int) -> "Callable[..., Lesson]":
+    """Returns what makes the lesson of a student's training, over a base.
+
+    Args:
+        cfg: config of the training.
+        factor: pixels per latent along one side.
+    """
+    from functools import partial
+
+    from hydra.utils import instantiate
+
+    from dit4sr_pl.planning.lessons import guided_lesson, one_step_lesson, trajectory_lesson
+
+    if cfg.student.guidance == "input":
+        return guided_lesson
+    teaching = instantiate(cfg.sampler).changed(start="noise", **instantiate(cfg.model.teaching))
+    if "losses" not in cfg.model:
+        return partial(trajectory_lesson, teaching=teaching, windows=len(cfg.student.sigmas))
+    options = {"critic": instantiate(cfg.model.critic), "perceptual": instantiate(cfg.model.perceptual)}
+    crop = min(cfg.model.crop, cfg.data.crop_size) // factor
+    return partial(one_step_lesson, teaching=teaching, losses=dict(cfg.student.loss), crop=crop, **options)
 
 
 def choose_checkpointing(cfg: DictConfig, total: int, reserved: float) -> tuple[bool, str]:
@@ -171,7 +196,8 @@ def memory_table(cfg: DictConfig, budget: "Budget", images: int) -> "Table":
 
     gpus = [count for count in cfg.plan.gpus if images % count == 0]
     spreads = [Spread(count, sharded=False, images=images // count) for count in gpus]
-    if cfg.model.backbone.quantization is None:  # FSDP shards plain weights alone
+    # FSDP shards the plain weights of one network alone.
+    if cfg.model.backbone.quantization is None and budget.lesson is None:
         spreads += [Spread(count, sharded=True, images=images // count) for count in gpus if count > 1]
     table = new_table("GiB per GPU", *(str(spread) for spread in spreads))
 

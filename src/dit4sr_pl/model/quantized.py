@@ -82,8 +82,9 @@ def store(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def stored_bytes(base: SD3Transformer2DModel, kind: str | None) -> int:
-    """Returns the bytes of a base's parameters after `quantize`, from their shapes; None: as they are."""
-    parameters = sum(parameter.nbytes for parameter in base.parameters())
+    """Returns the bytes of a base's parameters after `quantize`, from their shapes, without LoRA; None: as they are."""
+    frozen = (weight for name, weight in base.named_parameters() if ".lora_" not in name)
+    parameters = sum(weight.nbytes for weight in frozen)
     if kind is None:
         return parameters
     for _, _, linear in linears_of(base):

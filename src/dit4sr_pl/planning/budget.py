@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from dit4sr_pl.model.quantized import stored_bytes
 from dit4sr_pl.planning.meta_backbone import MetaBackbone
-from dit4sr_pl.planning.step_cost import StepCost, step_cost
+from dit4sr_pl.planning.step_cost import Lesson, StepCost, step_cost
 
 PREFETCHED = 2  # blocks: FSDP gathers the next one while one runs
 
@@ -47,6 +47,8 @@ class Budget:
         reads_text_encoders: False if prompt embeddings are cached.
         averages: True if an average of the weights is kept during training.
         quantization: how the base's weights are stored, see `quantize`; None: as they are.
+        make_lesson: returns what a student's step runs besides, over the base and by its argument
+            `gradient_checkpointing`; None: no student is trained.
     """
 
     def __init__(
@@ -62,8 +64,14 @@ class Budget:
         reads_text_encoders: bool,
         averages: bool,
         quantization: str | None = None,
+        make_lesson: Callable[..., Lesson] | None = None,
     ):
-        self.network = backbone.network(make_network)
+        def build(checkpointing: bool) -> tuple[nn.Module, Lesson | None]:
+            options, base = {"gradient_checkpointing": checkpointing}, backbone.base()
+            lesson = None if make_lesson is None else make_lesson(base, **options)
+            return backbone.network(partial(make_network, **options), base), lesson
+
+        self.network, self.lesson = build(False)
         self.vae = backbone.coder().vae
         self.text_encoders = backbone.text_encoders() if reads_text_encoders else []
         self.averages = averages
@@ -72,8 +80,8 @@ class Budget:
         sizes = {"image": image, "text_tokens": text_tokens, "precision": precision}
 
         def cost(checkpointing: bool, images: int) -> StepCost:
-            network = backbone.network(partial(make_network, gradient_checkpointing=checkpointing))
-            return step_cost(network, backbone.coder(), make_optimizer, batch=images, **sizes)
+            network, lesson = build(checkpointing)
+            return step_cost(network, backbone.coder(), make_optimizer, batch=images, lesson=lesson, **sizes)
 
         self.cost = cache(cost)
 
@@ -81,6 +89,11 @@ class Budget:
     def trained_part(self) -> nn.Module:
         """The module that is trained and saved."""
         return self.network.trained
+
+    @property
+    def critic(self) -> list[Tensor]:
+        """What is trained of a critic; []: there is none."""
+        return trainable(self.lesson.critic) if self.lesson and self.lesson.critic else []
 
     def parameters(self) -> dict[str, int]:
         """Returns numbers of parameters by what they are."""
@@ -93,6 +106,10 @@ class Budget:
             "network": everything,
             "autoencoder": count(self.vae.parameters()),
         }
+        if self.lesson:
+            counts["teacher's LR stream"] = count(self.lesson.teacher.trained.parameters())
+            counts["critic (LoRA)"] = count(self.critic)
+            counts["perceptual network"] = count(parameters_of(self.lesson.perceptual))
         if self.text_encoders:
             counts["text encoders"] = sum(count(encoder.parameters()) for encoder in self.text_encoders)
         return counts
@@ -103,6 +120,7 @@ class Budget:
         plain, checkpointed = self.cost(False, images), self.cost(True, images)
         return {
             "encode HR and LR": plain.encode.flops / images,
+            **({"teacher": plain.teacher.flops / images} if self.lesson else {}),
             "forward": plain.forward.flops / images,
             "backward": plain.backward.flops / images,
             "computed again, if checkpointed": (checkpointed.backward.flops - plain.backward.flops) / images,
@@ -117,18 +135,27 @@ class Budget:
         autoencoder, text encoders and the running average are complete on every GPU.
         """
         share = spread.gpus if spread.sharded else 1
-        trained = weight_bytes(self.trained_part)
+        trained = weight_bytes(self.trained_part) + bytes_of(self.critic)
+        gradients = bytes_of([*trainable(self.network), *self.critic])
         return {
             "frozen transformer": self.base_bytes // share,
             "table of positions": weight_bytes(self.network.base) - parameter_bytes(self.network.base),
             "autoencoder": weight_bytes(self.vae),
             "text encoders": sum(map(weight_bytes, self.text_encoders)),
             "trained weights": trained // share,
-            "gradients": sum(parameter.nbytes for parameter in trainable(self.network)) // share,
+            "gradients": gradients // share,
             "optimizer's moments": self.cost(False, self.batch).moments // share,
             "running average": trained if self.averages else 0,
+            **self.of_lesson(),
             "gathered blocks": PREFETCHED * gathered_bytes(self.network) if spread.sharded else 0,
         }
+
+    def of_lesson(self) -> dict[str, int]:
+        """Returns the bytes of what a student's step runs besides, but the critic, which is trained; {}: no student."""
+        if self.lesson is None:
+            return {}
+        perceptual = bytes_of(parameters_of(self.lesson.perceptual))
+        return {"teacher's LR stream": weight_bytes(self.lesson.teacher.trained), "perceptual network": perceptual}
 
     def activations(self, images: int, checkpointing: bool) -> int:
         """Returns the bytes of activations: counted, or by the line through one image and `batch` images."""
@@ -164,14 +191,24 @@ def count(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
+def parameters_of(module: nn.Module | None) -> list[Tensor]:
+    """Returns the parameters of a module; []: there is none."""
+    return [] if module is None else list(module.parameters())
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Returns the bytes of tensors."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 def parameter_bytes(module: nn.Module) -> int:
     """Returns the bytes of parameters."""
-    return sum(tensor.nbytes for tensor in module.parameters())
+    return bytes_of(module.parameters())
 
 
 def weight_bytes(module: nn.Module) -> int:
     """Returns the bytes of parameters and buffers."""
-    return parameter_bytes(module) + sum(tensor.nbytes for tensor in module.buffers())
+    return parameter_bytes(module) + bytes_of(module.buffers())
 
 
 def gathered_bytes(network: nn.Module) -> int:

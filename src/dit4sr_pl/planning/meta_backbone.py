@@ -34,10 +34,18 @@ class MetaBackbone:
         """Returns the config of one subfolder of the pipeline."""
         return json.loads((self.folder / part / "config.json").read_text())
 
-    def network(self, make: Callable[[SD3Transformer2DModel], nn.Module]) -> nn.Module:
-        """Returns the network that `make` builds over the frozen transformer, with its trained part in float32."""
+    def base(self) -> SD3Transformer2DModel:
+        """Returns the transformer."""
         with torch.device("meta"):
-            network = make(nn.Module.to(SD3Transformer2DModel.from_config(self.config("transformer")), self.dtype))
+            return nn.Module.to(SD3Transformer2DModel.from_config(self.config("transformer")), self.dtype)
+
+    def network(
+        self, make: Callable[[SD3Transformer2DModel], nn.Module], base: SD3Transformer2DModel | None = None
+    ) -> nn.Module:
+        """Returns the network that `make` builds over a transformer, with its trained part in float32. None: a
+        new one."""
+        with torch.device("meta"):
+            network = make(self.base() if base is None else base)
         network.trained.float()
         return network
 

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,6 +67,9 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.flops + other.flops, self.launches + other.launches, self.moved + other.moved)
+
+    def __mul__(self, count: int) -> "Work":
+        return Work(self.flops * count, self.launches * count, self.moved * count)
 
     def __sub__(self, other: "Work") -> "Work":
         return Work(self.flops - other.flops, self.launches - other.launches, self.moved - other.moved)
@@ -150,13 +154,70 @@ def starts_kernel(func: OpOverload) -> bool:
     return not is_view and func._overloadpacket not in WITHOUT_KERNEL
 
 
+@dataclass
+class Lesson:
+    """What a student's step runs besides the student, on the meta device; all networks share one base.
+
+    Args:
+        teacher: the teacher, with its LR stream merged and in the base's dtype.
+        conditions: sequences of each of the teacher's passes, per image: 2 with guidance.
+        passes: number of the teacher's passes in a step.
+        teacher_first: whether they are done before the student's pass, when its activations are not in memory.
+        windows: number of the student's sequences per image.
+        critic: the critic; None: there is none.
+        crop: side of decoded crops in latents; 0: nothing is decoded.
+        perceptual: the perceptual network; None: there is none.
+    """
+
+    teacher: nn.Module
+    conditions: int
+    passes: int
+    teacher_first: bool
+    windows: int = 1
+    critic: nn.Module | None = None
+    crop: int = 0
+    perceptual: nn.Module | None = None
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """All networks."""
+        return [each for each in (self.teacher, self.critic, self.perceptual) if each is not None]
+
+    @torch.no_grad()
+    def teach(self, latent: Tensor, *inputs: Tensor) -> None:
+        """Runs one pass of the teacher."""
+        if self.passes:
+            self.teacher(*(repeated(each, self.conditions) for each in (latent, latent, *inputs)))
+
+    def losses(self, coder: LatentCoder, restored: Tensor, clean: Tensor, *inputs: Tensor) -> list[Tensor]:
+        """Returns the losses besides the distance of latents, and the critic's."""
+        parts = []
+        if self.crop:
+            window = slice(None), slice(None), slice(self.crop), slice(self.crop)
+            images = coder.decoder_output(restored[window]).float().div(2).add(0.5).clamp(0, 1)
+            reference = coder.decode(clean[window])
+            parts.append((images - reference).abs().mean())
+            if self.perceptual is not None:
+                parts.append(self.perceptual(images, reference))
+        if self.critic is not None:
+            velocity = self.critic(restored.detach(), clean, *inputs).float()
+            parts.append((velocity - clean).square().mean())
+        return parts
+
+
+def repeated(batch: Tensor, count: int) -> Tensor:
+    """Returns a batch `count` times in a row, without a copy for one."""
+    return batch if count == 1 else batch.repeat(count, *[1] * (batch.ndim - 1))
+
+
 @dataclass(frozen=True)
 class StepCost:
     """The cost of one step.
 
     Args:
         encode: encoding the HR and the LR images.
-        forward: the network's forward.
+        teacher: all passes of a student's teacher.
+        forward: the network's forward, and that of a student's other losses and its critic.
         backward: its backward, including what checkpointing computes again.
         update: the optimizer's step.
         moments: bytes of the optimizer's moments.
@@ -164,6 +225,7 @@ class StepCost:
     """
 
     encode: Work
+    teacher: Work
     forward: Work
     backward: Work
     update: Work
@@ -173,7 +235,7 @@ class StepCost:
     @property
     def work(self) -> Work:
         """The whole step."""
-        return self.encode + self.forward + self.backward + self.update
+        return self.encode + self.teacher + self.forward + self.backward + self.update
 
 
 def step_cost(
@@ -184,8 +246,9 @@ def step_cost(
     image: int,
     text_tokens: int,
     precision: str,
+    lesson: Lesson | None = None,
 ) -> StepCost:
-    """Returns the cost of one step of `SuperResolutionModule` as a GPU would run it.
+    """Returns the cost of one step of `SuperResolutionModule`, or of a student's, as a GPU would run it.
 
     Gradients exist before the step, as they do with accumulation and in DDP's buckets.
 
@@ -197,13 +260,16 @@ def step_cost(
         image: side of an image in pixels.
         text_tokens: length of the text stream.
         precision: precision of Lightning's Trainer, a key of `AUTOCAST`.
+        lesson: what a student's step runs besides; afterwards its weights are fake tensors. None: no
+            student is trained.
     """
+    networks = nn.ModuleList([network, *(lesson.networks if lesson else [])])
     if AUTOCAST[precision] is not None:
-        normalise_in_float32(network)
+        normalise_in_float32(networks)
     with FakeTensorMode(), CostCounter() as counter, fused_norms():
-        give_storage(network)
+        give_storage(networks)
         give_storage(coder.vae)
-        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        parameters = [parameter for parameter in networks.parameters() if parameter.requires_grad]
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
         optimizer = make_optimizer(parameters)
@@ -217,19 +283,55 @@ def step_cost(
         images = torch.empty(batch, 3, image, image)
         embeds = torch.empty(batch, text_tokens, config.joint_attention_dim, dtype=dtype)
         pooled = torch.empty(batch, config.pooled_projection_dim, dtype=dtype)
-        timestep = torch.empty(batch)
+        inputs = torch.empty(batch), embeds, pooled
         start = counter.peak = counter.now
-        before_step = counter.work
+        marks = [counter.work]
         with autocast(precision):
             clean, lr_latent = coder.encode(images), coder.encode(images)
-            encoded = counter.work
-            velocity = network(clean, lr_latent, timestep, embeds, pooled)
-            predicted = counter.work
-        (velocity.float() - clean).square().mean().backward()
-        derived = counter.work
+            marks.append(counter.work)
+            taught, loss = forward(network, coder, clean, lr_latent, inputs, lesson, counter)
+        marks.append(counter.work)
+        loss.backward()
+        marks.append(counter.work)
         optimizer.step()
-    parts = encoded - before_step, predicted - encoded, derived - predicted, counter.work - derived
-    return StepCost(*parts, moments, counter.peak - start)
+        marks.append(counter.work)
+    encoded, predicted, derived, updated = (after - before for before, after in pairwise(marks))
+    teacher = taught * lesson.passes if lesson else taught
+    return StepCost(encoded, teacher, predicted - taught, derived, updated, moments, counter.peak - start)
+
+
+def forward(
+    network: nn.Module,
+    coder: LatentCoder,
+    clean: Tensor,
+    lr_latent: Tensor,
+    inputs: tuple[Tensor, ...],
+    lesson: Lesson | None,
+    counter: CostCounter,
+) -> tuple[Work, Tensor]:
+    """Returns the work of one pass of the teacher, and the loss of a step."""
+    taught, windows = Work(), lesson.windows if lesson else 1
+
+    def teach() -> Work:
+        before = counter.work
+        lesson.teach(clean, *inputs)
+        return counter.work - before
+
+    if lesson and lesson.teacher_first:
+        taught = teach()
+    velocity = network(*(repeated(each, windows) for each in (clean, lr_latent, *inputs)), **scale(network, inputs[0]))
+    loss = (velocity.float() - repeated(clean, windows)).square().mean()
+    if lesson:
+        parts = lesson.losses(coder, velocity.float(), clean, *inputs)
+        taught = taught if lesson.teacher_first else teach()
+        loss = sum(parts, loss)
+    return taught, loss
+
+
+def scale(network: nn.Module, timestep: Tensor) -> dict[str, Tensor]:
+    """Returns the scale of guidance, for students that take it as an input."""
+    student = getattr(network, "student", None)  # a ControlNet has none
+    return {"guidance": timestep} if student is not None and student.guidance == "input" else {}
 
 
 def autocast(precision: str) -> AbstractContextManager:
@@ -240,10 +342,11 @@ def autocast(precision: str) -> AbstractContextManager:
 
 def give_storage(module: nn.Module, stand_in: dict[torch.dtype, torch.dtype] = STAND_IN) -> None:
     """Replaces meta tensors, which autocast ignores, by fake ones on the CPU, which take no memory either."""
+    given = {weight: nn.Parameter(empty(weight, stand_in), weight.requires_grad) for weight in module.parameters()}
     for part in module.modules():
         for name, weight in part._parameters.items():
             if weight is not None:
-                part._parameters[name] = nn.Parameter(empty(weight, stand_in), weight.requires_grad)
+                part._parameters[name] = given[weight]  # LoRA's weights have two names
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = empty(buffer, stand_in)
