@@ -25,7 +25,7 @@ from dit4sr_pl.common.devices import ALL, device_count
 from dit4sr_pl.common.hub import locate
 from dit4sr_pl.common.processes import end_with_parent
 from dit4sr_pl.common.run_identity import images_per_step
-from dit4sr_pl.scores.weight_files import check_metrics, refuse_set_scores
+from dit4sr_pl.scores.weight_files import Weights, check_metrics, refuse_set_scores
 from dit4sr_pl.training.former_run import CHECKPOINTS
 from dit4sr_pl.training.leader import Decision, agree, forget, start_torch
 from dit4sr_pl.training.run_folder import (
@@ -303,6 +303,8 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(
             "trainer=fsdp trains no students: two networks read the base, which is sharded for one; use trainer=ddp"
         )
+    if "perceptual" in cfg.model and cfg.student.loss.perceptual:
+        check_perceptual(cfg.model.perceptual)
     check_processes(cfg.trainer)
     check_whole_steps(cfg.trainer)
     if cfg.sharded and "ema" in cfg.callbacks:
@@ -323,6 +325,19 @@ def check(cfg: DictConfig) -> None:
         refuse_set_scores(cfg.callbacks.scores.metrics)
         check_metrics(cfg.callbacks.scores.metrics, cfg.data.validation_crop if cfg.data.validation is None else None)
     check_writable(cfg.output, "output")
+
+
+def check_perceptual(perceptual: DictConfig) -> None:
+    """Raises FileNotFoundError or ValueError if a weight file of a perceptual loss is missing or another one."""
+    if "weights" not in perceptual:
+        return  # they come with a package
+    weights = Weights(**{name: value for name, value in perceptual.weights.items() if name != "_target_"})
+    if missing := weights.missing():
+        raise FileNotFoundError(
+            f"{weights.path(missing[0])}: no such file, and student.perceptual.name={perceptual.name} needs it; put "
+            f"{missing[0]} there, or give perceptual@student.perceptual=stlpips_vgg"
+        )
+    weights.check(perceptual.name)
 
 
 def ignore_repeated_options(cfg: DictConfig) -> None:

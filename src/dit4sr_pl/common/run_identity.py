@@ -39,7 +39,7 @@ NO_EFFECT += tuple(
     f"callbacks.{name}" for name in ("checkpoint", "scores", "degradation", "hyper_parameters", "progress", "losses")
 )
 NO_EFFECT += ("callbacks.monitor",)  # a user's own callback that only watches
-NO_EFFECT += ("model.backbone.gpu_memory",)
+NO_EFFECT += ("model.backbone.gpu_memory", "student.perceptual.weights.folder", "model.perceptual.weights.folder")
 # Copies of settings that have a key of their own.
 NO_EFFECT += ("model.optimizer", "model.schedule", "model.seed", "model.sampler", "data.seed", "data.degradation")
 

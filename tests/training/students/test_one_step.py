@@ -211,6 +211,14 @@ def test_what_a_student_of_one_step_cannot_be_is_refused(teacher, override, mess
         make_student(teacher, *ONE, override)
 
 
+def test_missing_weights_of_the_perceptual_loss_are_told_before_anything_is_read(photos, teacher, tmp_path):
+    other = ["perceptual@student.perceptual=lpips_vgg", f"metric_weights.folder={tmp_path}"]
+    with pytest.raises(
+        FileNotFoundError, match="vgg16-397923af.pth: no such file, and student.perceptual.name=lpips-vgg"
+    ):
+        train_toy(photos, tmp_path / "run", *ONE, *other, f"student.teacher={teacher}")
+
+
 def test_all_weights_zero_are_refused():
     with pytest.raises(ValueError, match="all weights are 0"):
         LossWeights()
