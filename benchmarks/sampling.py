@@ -35,9 +35,9 @@ from dit4sr_pl.restoration.sampling import Sampler
 from dit4sr_pl.scores.pyiqa_loading import create
 
 HEADS = ("option", "evaluations", "operations", "ST-LPIPS", "relative", "PSNR", "to the full", "seconds")
-PROBED = 4  # photos whose trajectories `steps` probes
+PROBED = 2  # photos whose trajectories `steps` probes
 TILED = 512  # pixels; four tiles of tiny-dit4sr's side by side, nine that overlap
-SHIFTS = (1, 2, 3, 5)  # of placements in `steps`: evenly spaced from 1 to 0, shifted as SD3 shifts
+SHIFTS = (1, 3, 5)  # of placements in `steps`: evenly spaced from 1 to 0, shifted as SD3 shifts
 BENT = "where it bends"  # the placement that equalises Euler's errors on the teacher's own trajectories
 NEGATIVE = "motion blur, noisy, lowres"
 SECTIONS = {
@@ -77,6 +77,7 @@ SECTIONS = {
             for steps in (5, 10)
             for solver in ("euler", "dpm")
             for placement in ("its own", *(f"shift={shift}" for shift in SHIFTS), BENT)
+            if (solver, placement) != ("dpm", "shift=3")  # its own
         },
     },
 }
