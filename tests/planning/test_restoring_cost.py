@@ -70,7 +70,12 @@ def test_the_table_has_a_measured_row_and_the_papers_rows():
 
 
 @pytest.mark.slow
-def test_a_student_is_planned_with_its_own_evaluations():
-    cells = restoring_row(composed("train", "output=x", "model=tiny_student_4"), 128, None, 71)
-    teacher = restoring_row(composed("train", "output=x", "model=tiny"), 128, None, 71)
-    assert (cells[1], teacher[1]) == ("4", "20") and cells[0] == teacher[0]
+def test_students_are_planned_with_their_own_evaluations_and_merged_lora():
+    models = "tiny", "tiny_student_4", "tiny_student_1 student.lora_rank=0", "tiny_student_1 student.lora_rank=8"
+    # At this rate seconds are TFLOPs by a million.
+    rows = [
+        restoring_row(composed("train", "output=x", *f"model={model}".split()), 128, None, 1e-6) for model in models
+    ]
+    counted, teacher, four, one, adapted = [row[1] for row in rows], *(float(row[3]) for row in rows)
+    assert counted == ["20", "4", "1", "1"] and rows[0][0] == rows[1][0] == rows[2][0] != rows[3][0]
+    assert four - one == pytest.approx(3 * (teacher - one) / 19, rel=1e-3) and adapted == pytest.approx(one, rel=1e-3)
