@@ -139,3 +139,21 @@ def test_students_are_measured_next_to_their_teacher(students, monkeypatch, caps
     assert rows["teacher, 2 steps"][2] == "1.000" and rows["teacher, 2 steps"][6] == "1.00"
     own = rows[f"DiT4SR, 1 step ({student})"]
     assert own[1] != rows["teacher, 2 steps"][1] and float(own[5]) > 0
+
+
+@pytest.mark.slow
+def test_a_teachers_trajectories_are_compared_with_their_solution(students, monkeypatch, capsys):
+    overrides, teacher, _ = students
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from benchmarks import trajectories as benchmark
+
+    monkeypatch.setattr(benchmark, "lr_images", lambda count: [torch.rand(1, 3, 64, 64)] * count)
+    monkeypatch.setattr(benchmark, "ROWS", [("euler", 4, 1), ("dpm", 16, 1)])
+    options = ["--teacher", str(teacher), "--photos", "1", "--exact", "16", overrides[0]]
+    monkeypatch.setattr(sys, "argv", ["trajectories.py", *options])
+    benchmark.main()
+    rows = table(capsys.readouterr().out)
+    assert [float(error) for error in rows["dpm"][2:]] == [0, 0, 0, 0]
+    # One Euler step per window takes the teacher's own velocity; in the first window both begin with the noise.
+    assert float(rows["euler"][2]) == pytest.approx(float(rows["the teacher's own"][2]), abs=1e-5)
+    assert float(rows["euler"][5]) > 0 and float(rows["mean square"][5]) > 0
