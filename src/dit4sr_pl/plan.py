@@ -136,11 +136,16 @@ def make_lesson(cfg: DictConfig, factor: int) -> "Callable[..., Lesson]":
     if cfg.student.guidance == "input":
         return guided_lesson
     teaching = instantiate(cfg.sampler).changed(start="noise", **instantiate(cfg.model.teaching))
+    options = {"teaching": teaching, "crop": min(cfg.model.crop, cfg.data.crop_size) // factor}
+    perceptual = instantiate(cfg.model.perceptual)
     if "losses" not in cfg.model:
-        return partial(trajectory_lesson, teaching=teaching, windows=len(cfg.student.sigmas))
-    options = {"critic": instantiate(cfg.model.critic), "perceptual": instantiate(cfg.model.perceptual)}
-    crop = min(cfg.model.crop, cfg.data.crop_size) // factor
-    return partial(one_step_lesson, teaching=teaching, losses=dict(cfg.student.loss), crop=crop, **options)
+        options |= {
+            "windows": len(cfg.student.sigmas),
+            "perceptual": perceptual if cfg.student.loss.perceptual else None,
+        }
+        return partial(trajectory_lesson, **options)
+    options |= {"losses": dict(cfg.student.loss), "critic": instantiate(cfg.model.critic), "perceptual": perceptual}
+    return partial(one_step_lesson, **options)
 
 
 def choose_checkpointing(cfg: DictConfig, total: int, reserved: float) -> tuple[bool, str]:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 EXPERIMENTS = {
     "tiny_guided_student": [],
-    "tiny_student_4": [*GUIDED, "student.teaching.steps=4"],
+    "tiny_student_4": [*GUIDED, "student.teaching.steps=4", "student.loss.perceptual=1", "student.crop=32"],
     "tiny_student_1": [
         *(*GUIDED, "student.teaching.steps=4", "student.crop=32"),
         *("student.loss.score=1", "student.loss.target_score=1", "student.loss.teacher=1", "student.loss.perceptual=1"),

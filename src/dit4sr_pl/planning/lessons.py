@@ -33,7 +33,12 @@ def guided_lesson(base: SD3Transformer2DModel, gradient_checkpointing: bool = Fa
 
 
 def trajectory_lesson(
-    base: SD3Transformer2DModel, teaching: Sampler, windows: int, gradient_checkpointing: bool = False
+    base: SD3Transformer2DModel,
+    teaching: Sampler,
+    windows: int,
+    crop: int,
+    perceptual: Callable[[], nn.Module] | None,
+    gradient_checkpointing: bool = False,
 ) -> Lesson:
     """Returns the lesson of a student of a teacher's trajectories, as if the teacher's LR stream ran every time.
 
@@ -41,10 +46,20 @@ def trajectory_lesson(
         base: the base.
         teaching: how the teacher restores.
         windows: number of the student's evaluations.
+        crop: side of decoded crops in latents.
+        perceptual: makes the perceptual network; None: nothing is decoded.
         gradient_checkpointing: it has no effect, since a teacher has no backward pass.
     """
-    each = sequences(teaching)
-    return Lesson(teacher_over(base), max(each), round(sum(each) / max(each)), teacher_first=True, windows=windows)
+    each, decodes = sequences(teaching), {}
+    if perceptual is not None:
+        decodes = {"crop": crop, "perceptual": frozen(perceptual)}
+    passes = round(sum(each) / max(each))
+    return Lesson(teacher_over(base), max(each), passes, teacher_first=True, windows=windows, **decodes)
+
+
+def frozen(perceptual: Callable[[], nn.Module]) -> nn.Module:
+    """Returns a perceptual network without memory."""
+    return perceptual().requires_grad_(False).to("meta")
 
 
 def one_step_lesson(
@@ -84,5 +99,5 @@ def one_step_lesson(
         teacher_first=False,
         critic=net,
         crop=crop if losses["pixel"] or losses["perceptual"] else 0,
-        perceptual=perceptual().requires_grad_(False).to("meta") if losses["perceptual"] else None,
+        perceptual=frozen(perceptual) if losses["perceptual"] else None,
     )

@@ -193,8 +193,8 @@ class Lesson:
         """Returns the losses besides the distance of latents, and the critic's."""
         parts = []
         if self.crop:
-            window = slice(None), slice(None), slice(self.crop), slice(self.crop)
-            images = coder.decoder_output(restored[window]).float().div(2).add(0.5).clamp(0, 1)
+            window = slice(None), slice(None), slice(self.crop), slice(self.crop)  # of the last of a student's windows
+            images = coder.decoder_output(restored[-len(clean) :][window]).float().div(2).add(0.5).clamp(0, 1)
             reference = coder.decode(clean[window])
             parts.append((images - reference).abs().mean())
             if self.perceptual is not None:
