@@ -14,7 +14,7 @@ from testing.toy_runs import TOY_SD3
 
 @pytest.fixture(scope="module")
 def module(teacher):
-    return make_student(teacher, "experiment=tiny_student_4", *GUIDED)
+    return make_student(teacher, "model=tiny_student_4", *GUIDED)
 
 
 def test_student_and_teacher_share_one_base_and_only_the_student_is_trained_and_saved(module):
@@ -43,7 +43,7 @@ def test_a_student_starts_as_its_teacher_with_the_teachers_variant(module, teach
 
 
 def test_prompts_are_those_of_restoring(teacher, monkeypatch):
-    module = make_student(teacher, "experiment=tiny_student_4", "sampler.added_prompt=in detail")
+    module = make_student(teacher, "model=tiny_student_4", "sampler.added_prompt=in detail")
     seen = []
     monkeypatch.setattr(module.backbone.encoder, "encode", lambda prompts, device: seen.extend(prompts) or TEXT)
     module.embeddings({"prompt": ["a cat"]})
@@ -73,9 +73,9 @@ def test_what_cannot_teach_is_refused_in_one_line(toy_backbone, teacher, tmp_pat
     ):
         save_part(part_of(net, base_of(net, str(TOY_SD3))), tmp_path / "file.safetensors")
         with pytest.raises(Exception, match=f"model.teacher={tmp_path / 'file.safetensors'}: .*{message}"):
-            make_student(tmp_path / "file.safetensors", "experiment=tiny_student_4")
+            make_student(tmp_path / "file.safetensors", "model=tiny_student_4")
     with pytest.raises(Exception, match="tiny-dit4sr: trained over tiny-sd3, and this base model has other weights"):
-        make_student("tiny-dit4sr", "experiment=tiny_student_4")
+        make_student("tiny-dit4sr", "model=tiny_student_4")
 
 
 def test_a_student_can_start_from_another_student_of_the_same_teacher(teacher, module, tmp_path):
@@ -83,7 +83,7 @@ def test_a_student_can_start_from_another_student_of_the_same_teacher(teacher, m
     part = part_of(module.net, module.trained_over)
     part.state["blocks.0.attn.out.bias"] += 1
     save_part(part, path)
-    two = make_student(teacher, "experiment=tiny_student_4", f"model.checkpoint={path}", "student.sigmas=[1.0,0.5]")
+    two = make_student(teacher, "model=tiny_student_4", f"model.checkpoint={path}", "student.sigmas=[1.0,0.5]")
     assert two.net.student.sigmas == (1.0, 0.5)
     assert torch.equal(two.lr_stream.blocks[0].attn.out.bias, part.state["blocks.0.attn.out.bias"])
     assert two.began_with != two.taught_by == module.taught_by
@@ -91,7 +91,7 @@ def test_a_student_can_start_from_another_student_of_the_same_teacher(teacher, m
 
 @torch.no_grad()
 def test_a_student_with_lora_starts_as_its_teacher_too_and_the_teacher_runs_without_it(teacher):
-    module = make_student(teacher, "experiment=tiny_student_4", "student.lora_rank=2")
+    module = make_student(teacher, "model=tiny_student_4", "student.lora_rank=2")
     batch = toy_batch(module)
     inputs = batch["noise"], batch["lr_latent"], batch["timestep"], *module.embeddings(batch)
     taught = module.teacher.net(*inputs)

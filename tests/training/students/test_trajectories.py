@@ -16,7 +16,7 @@ EULER = ["sampler/solver@student.teaching.solver=euler", "student.teaching.steps
 
 @pytest.fixture(scope="module")
 def module(teacher):
-    return make_student(teacher, "experiment=tiny_student_4", *EULER, *GUIDED)
+    return make_student(teacher, "model=tiny_student_4", *EULER, *GUIDED)
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def test_what_it_learns_is_the_average_velocity_of_every_window(module):
 
 @pytest.mark.slow
 def test_a_few_steps_on_one_batch_lower_the_loss_to_a_fraction(teacher):
-    module = make_student(teacher, "experiment=tiny_student_4", "student.teaching.steps=4", *GUIDED)
+    module = make_student(teacher, "model=tiny_student_4", "student.teaching.steps=4", *GUIDED)
     batch = toy_batch(module)
     optimizer = torch.optim.Adam(module.parameters(), 3e-3)
     losses = []
@@ -115,7 +115,7 @@ def test_on_its_own_states_every_window_leads_from_where_the_student_is_to_the_t
 @pytest.mark.parametrize("own", ["true", "false"])
 def test_the_perceptual_loss_compares_the_last_windows_result_with_the_teachers(teacher, own, monkeypatch):
     options = ["student.loss.perceptual=2", "student.crop=32", "student.teaching.steps=4"]
-    module = make_student(teacher, "experiment=tiny_student_4", *options, f"student.on_own_states={own}", *GUIDED)
+    module = make_student(teacher, "model=tiny_student_4", *options, f"student.on_own_states={own}", *GUIDED)
     batch, seen, parts = toy_batch(module), [], {}
     monkeypatch.setattr(module, "log", lambda name, part: parts.update({name: part.item()}))
     distance = module.perceptual.network
@@ -142,7 +142,7 @@ def test_steps_that_do_not_fill_the_windows_and_students_of_other_kinds_are_refu
         ("student.sigmas=null", "student.sigmas=None, student.start=noise: a student of trajectories has sigmas"),
     ):
         with pytest.raises(Exception, match=message):
-            make_student(teacher, "experiment=tiny_student_4", override)
+            make_student(teacher, "model=tiny_student_4", override)
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_steps_that_do_not_fill_the_windows_and_students_of_other_kinds_are_refu
 def test_states_at_the_students_sigmas_are_those_of_the_sampler_with_every_solver(teacher, solver):
     """The last state is what the sampler itself restores; those before are where its solver stands at these sigmas."""
     overrides = ["student.teaching.steps=8", f"sampler/solver@student.teaching.solver={solver}"]
-    module = make_student(teacher, "experiment=tiny_student_4", *overrides, *GUIDED)
+    module = make_student(teacher, "model=tiny_student_4", *overrides, *GUIDED)
     batch = toy_batch(module)
     states = module.trajectory(batch["lr_latent"], batch["noise"], module.embeddings(batch))
     conditions = module.teacher.conditions(module.embeddings(batch), "blurry")
