@@ -102,7 +102,7 @@ def main() -> None:
     samplers = {name: sampler_of([*common, *options]) for name, options in SECTIONS[args.section].items()}
     first, *others = samplers
     samplers = {name: samplers[name] for name in (first, *(name for name in others if args.only in name))}
-    crops = [(photo, hr) for photo, hr in photos(args.crops, size) if len(hr)][args.skip :][: args.photos]
+    crops = list(photos(args.crops, size))[args.skip :][: args.photos]
     restorer = load(samplers[first])
     if args.section == "steps":
         bend = bending(restorer, crops[:PROBED])

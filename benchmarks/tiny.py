@@ -65,12 +65,14 @@ def main() -> None:
 
 
 def photos(limit: int, crop: int = CROP):
-    """Yields a photo's name and crops `(B, 3, crop, crop)` in 0..1; of a smaller photo there are none."""
+    """Yields a photo's name and crops `(B, 3, crop, crop)` in 0..1; smaller photos are left out."""
     with tempfile.TemporaryDirectory() as folder:
         write_demo_photos(folder)
         for path in find_images(Path(folder)):
             image = read_image(path) / 255
             height, width = (side // crop * crop for side in image.shape[1:])
+            if not height or not width:
+                continue
             top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
             grid = image[:, top : top + height, left : left + width].unfold(1, crop, crop).unfold(2, crop, crop)
             crops = grid.permute(1, 2, 0, 3, 4).flatten(0, 1)
