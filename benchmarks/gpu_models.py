@@ -25,7 +25,8 @@ try:
     from dit4sr_pl.common.randomness import generator
     from dit4sr_pl.data.module import SuperResolutionData
     from dit4sr_pl.model.compilation import CUDAGraphs, capture_graphs, compile_blocks
-    from dit4sr_pl.restoration.sampling import Sampler, restore
+    from dit4sr_pl.restoration.sampler import Sampler
+    from dit4sr_pl.restoration.sampling import restore
     from dit4sr_pl.training.learning_rate import LearningRateSchedule
     from dit4sr_pl.training.module import SuperResolutionModule
 

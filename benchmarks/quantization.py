@@ -20,7 +20,7 @@ from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model.quantized import KINDS, stored_bytes
 from dit4sr_pl.restoration.restorer import Restorer
-from dit4sr_pl.restoration.sampling import Sampler
+from dit4sr_pl.restoration.sampler import Sampler
 from testing import ROOT
 
 

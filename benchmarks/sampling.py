@@ -31,7 +31,7 @@ from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.planning.meta_backbone import MetaBackbone
 from dit4sr_pl.planning.restoring_cost import restoring_cost
 from dit4sr_pl.restoration.restorer import Restorer
-from dit4sr_pl.restoration.sampling import Sampler
+from dit4sr_pl.restoration.sampler import Sampler
 from dit4sr_pl.scores.pyiqa_loading import create
 
 HEADS = ("option", "evaluations", "operations", "ST-LPIPS", "relative", "PSNR", "to the full", "seconds")

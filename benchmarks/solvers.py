@@ -20,7 +20,7 @@ from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.markdown import markdown_table
 from dit4sr_pl.common.randomness import derive_seed
 from dit4sr_pl.restoration.restorer import Restorer
-from dit4sr_pl.restoration.sampling import Sampler
+from dit4sr_pl.restoration.sampler import Sampler
 from dit4sr_pl.scores.pyiqa_loading import create
 
 SOLUTION = ("euler", 200)

@@ -12,7 +12,7 @@ from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.files import write_image
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.restoration.sampling import Sampler
+from dit4sr_pl.restoration.sampler import Sampler
 from dit4sr_pl.train import train
 from testing import ROOT
 

@@ -36,7 +36,8 @@ from dit4sr_pl.model.compilation import capture_graphs, compile_blocks
 from dit4sr_pl.model.lora import LoRALayers, shapes_of
 from dit4sr_pl.model.trained_part import check_base, fit_state, with_injection_scale
 from dit4sr_pl.restoration.color import keep_colorless
-from dit4sr_pl.restoration.sampling import Sampler, restore
+from dit4sr_pl.restoration.sampler import Sampler
+from dit4sr_pl.restoration.sampling import restore
 from dit4sr_pl.restoration.sizes import result_size
 
 READING = ("revision", "token", "cache_dir", "local_files_only", "proxies", "variant")  # options of every component

@@ -11,7 +11,7 @@ from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.comparison.rows import Run, make_rows
 from dit4sr_pl.evaluate import evaluate
 from dit4sr_pl.model import Variant, load_part, save_part
-from dit4sr_pl.restoration.sampling import Sampler
+from dit4sr_pl.restoration.sampler import Sampler
 from dit4sr_pl.scores.results import read_result
 from testing import ROOT
 from testing.made_up_scores import draw_scores, made_up

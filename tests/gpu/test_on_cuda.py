@@ -26,7 +26,7 @@ from dit4sr_pl.model import DiT4SRTransformer, load_part
 from dit4sr_pl.model.compilation import CUDAGraphs, capture_graphs, compile_blocks
 from dit4sr_pl.model.trained_part import fit_part
 from dit4sr_pl.restoration.restorer import Restorer
-from dit4sr_pl.restoration.sampling import Sampler
+from dit4sr_pl.restoration.sampler import Sampler
 from dit4sr_pl.training.learning_rate import LearningRateSchedule
 from dit4sr_pl.training.module import SuperResolutionModule
 from testing import ROOT

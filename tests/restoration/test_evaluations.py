@@ -47,8 +47,8 @@ def picture(count: int, height: int, width: int) -> torch.Tensor:
 
 
 def kinds(**options) -> list[tuple]:
-    sigmas = [1.0, 0.8, 0.6, 0.4, 0.2]
-    return planned([torch.tensor(1000 * sigma) for sigma in sigmas], sigmas, replace(GUIDED, **options))
+    sampler = replace(GUIDED, sigmas=[1.0, 0.8, 0.6, 0.4, 0.2], **options)
+    return sampler.evaluations(*sampler.schedule(FlowMatchEulerDiscreteScheduler(shift=3.0)), torch.device("cpu"))
 
 
 def test_the_lr_stream_runs_every_nth_evaluation_and_where_guidance_begins_or_ends():
@@ -64,7 +64,7 @@ def test_tiles_are_shifted_when_the_lr_stream_runs_and_cover_the_square_evenly()
     assert {each.shift for each in kinds()} == {None}
     shifts = [each.shift for each in kinds(tiling="shifted", lr_refresh=2)]
     assert shifts[0] == shifts[1] == (0, 0) and shifts[2] == shifts[3] != shifts[4]
-    many = planned([torch.zeros(())] * 64, [0.5] * 64, replace(SAMPLER, tiling="shifted"))
+    many = planned([torch.zeros(())] * 64, [False] * 64, shifted=True)
     quarters = [tuple(int(4 * share) for share in each.shift) for each in many]
     assert all(2 <= quarters.count((row, column)) <= 6 for row in range(4) for column in range(4))
 

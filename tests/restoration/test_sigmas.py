@@ -10,7 +10,8 @@ from hydra.utils import instantiate
 from dit4sr_pl.cli.command import read_conf
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.common.run_identity import without_added
-from dit4sr_pl.restoration.sampling import Sampler, sample
+from dit4sr_pl.restoration.sampler import Sampler
+from dit4sr_pl.restoration.sampling import sample
 from dit4sr_pl.restoration.tiling import TileBatcher
 from testing.toy_runs import SAMPLER
 

@@ -9,7 +9,7 @@ from torch import nn
 from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.model.lora import LoRA, LoRALayers, adapted
 from dit4sr_pl.planning.step_cost import Lesson
-from dit4sr_pl.restoration.sampling import Sampler
+from dit4sr_pl.restoration.sampler import Sampler
 
 
 def teacher_over(base: SD3Transformer2DModel) -> DiT4SRTransformer:

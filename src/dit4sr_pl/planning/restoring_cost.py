@@ -13,8 +13,9 @@ from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.planning.meta_backbone import MetaBackbone
 from dit4sr_pl.planning.step_cost import CostCounter, give_storage
-from dit4sr_pl.restoration.evaluations import GuidedVelocity
-from dit4sr_pl.restoration.sampling import Sampler, restore
+from dit4sr_pl.restoration.guided_velocity import GuidedVelocity
+from dit4sr_pl.restoration.sampler import Sampler
+from dit4sr_pl.restoration.sampling import restore
 from dit4sr_pl.restoration.tiling import tiled
 
 

@@ -16,7 +16,8 @@ from dit4sr_pl.model.compilation import capture_graphs, compile_blocks
 from dit4sr_pl.model.lora import LoRA
 from dit4sr_pl.model.trained_part import fit_part, with_injection_scale
 from dit4sr_pl.restoration.fitting import Size
-from dit4sr_pl.restoration.sampling import Sampler, restore
+from dit4sr_pl.restoration.sampler import Sampler
+from dit4sr_pl.restoration.sampling import restore
 from dit4sr_pl.restoration.tiling import spans
 
 

@@ -20,7 +20,7 @@ from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.compilation import compile_blocks
 from dit4sr_pl.model.trained_part import base_of, check_base, check_network_config, fit_part, fit_state
 from dit4sr_pl.restoration.restorer import Restorer
-from dit4sr_pl.restoration.sampling import Sampler
+from dit4sr_pl.restoration.sampler import Sampler
 from dit4sr_pl.training.finite_loss import FiniteLoss, StepLoss
 from dit4sr_pl.training.learning_rate import CONSTANT, LearningRateSchedule, share_done
 from dit4sr_pl.training.lightning_state import (

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dit4sr_pl.restoration.evaluations import Evaluation, GuidedVelocity
+from dit4sr_pl.restoration.evaluations import Evaluation
+from dit4sr_pl.restoration.guided_velocity import GuidedVelocity
 from testing.students import make_student, toy_batch
 
 GUIDED = ["student.teaching.negative_prompt=blurry", "student.scales=[1,6]"]

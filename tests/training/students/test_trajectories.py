@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from dit4sr_pl.restoration.evaluations import GuidedVelocity
+from dit4sr_pl.restoration.guided_velocity import GuidedVelocity
 from dit4sr_pl.training.students.perceptual import crop_window, decoded
 from dit4sr_pl.training.students.trajectories import average_velocities, teacher_sigmas
 from testing.students import GUIDED, make_student, toy_batch

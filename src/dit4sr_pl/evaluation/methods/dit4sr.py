@@ -16,7 +16,7 @@ from dit4sr_pl.model import load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.trained_part import method_and_variant, with_injection_scale
 from dit4sr_pl.restoration.restorer import Restorer
-from dit4sr_pl.restoration.sampling import Sampler
+from dit4sr_pl.restoration.sampler import Sampler
 
 
 class DiT4SR:

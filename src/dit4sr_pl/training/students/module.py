@@ -11,7 +11,7 @@ from dit4sr_pl.backbone.sd3 import Backbone
 from dit4sr_pl.backbone.text_encoder import Embeddings
 from dit4sr_pl.model import TrainedPart
 from dit4sr_pl.model.trained_part import flat_config
-from dit4sr_pl.restoration.sampling import Sampler
+from dit4sr_pl.restoration.sampler import Sampler
 from dit4sr_pl.training.module import SuperResolutionModule, start_from_checkpoint
 from dit4sr_pl.training.students.teacher import Teacher
 

@@ -11,9 +11,10 @@ from dit4sr_pl.model import load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.compilation import compile_blocks
 from dit4sr_pl.model.trained_part import fit_part
-from dit4sr_pl.restoration.evaluations import GuidedVelocity
+from dit4sr_pl.restoration.guided_velocity import GuidedVelocity
 from dit4sr_pl.restoration.restorer import build_network
-from dit4sr_pl.restoration.sampling import Sampler, states
+from dit4sr_pl.restoration.sampler import Sampler
+from dit4sr_pl.restoration.sampling import states
 from dit4sr_pl.restoration.tiling import TileBatcher
 
 
