@@ -245,6 +245,9 @@ def test_every_config_composes_and_its_objects_can_be_made(group, option, tmp_pa
     """Models and data are made where their inputs ship with the package; the rest by their targets' signatures."""
     plus = "+" if group in APPENDED else ""
     overrides = [f"{plus}{group}={option}", f"output={tmp_path}"]
+    if group == "perceptual":
+        overrides[0] = f"{group}@student.{group}={option}"
+        overrides.insert(0, "model=tiny_student_1")
     overrides += [f"metric_weights.folder={tmp_path}", "metric_weights.on_missing=skip"]  # where none were downloaded
     if (group, option) == ("data", "folder"):
         overrides += [f"data.folders=[{tmp_path}]"]

@@ -41,6 +41,7 @@ def keys(default) -> set[str]:
     """The settings of all trainers, with some that users add with `+`."""
     others = [composed(f"trainer={trainer}", *ADDED_BY_USERS) for trainer in ("gpu", "ddp", "fsdp")]
     others.append(composed("experiment=resume_check", "+debug=profiler"))
+    others.append(composed("experiment=tiny_student_1", "perceptual@student.perceptual=lpips_vgg"))
     return {key for config in (default, *others) for key in flat_settings(config)}
 
 
