@@ -53,7 +53,7 @@ lr_stream)
     make_pairs
     $PYTHON -m dit4sr_pl.train experiment=tiny_dit4sr trainer=gpu trainer.max_steps=1000000 \
         "trainer.max_time=$(days "$2")" model.backbone.name=$NEW "data.latents=[$PAIRS]" \
-        data.batch_size=256 data.num_workers=8 model.compile=false callbacks.checkpoint.keep_last=1 $OPTIONS
+        data.batch_size=256 data.num_workers=8 callbacks.checkpoint.keep_last=1 $OPTIONS
     pieces lr_stream $TRAINED
     $PYTHON benchmarks/tiny.py --backbone $NEW --checkpoint $TRAINED/lr_stream.safetensors --crops 4
     ;;
