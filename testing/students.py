@@ -33,6 +33,18 @@ def make_student(teacher: Path, *overrides: str) -> StudentModule:
     return instantiate(cfg.model)
 
 
+def losses_of(module: StudentModule, batch: dict, steps: int, learning_rate: float) -> list[float]:
+    """Returns the losses of a few steps on one batch."""
+    optimizer, losses = torch.optim.Adam(module.parameters(), learning_rate), []
+    for _ in range(steps):
+        loss = module.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def toy_batch(module: StudentModule, count: int = 2) -> dict:
     """Returns a batch of latents with all inputs of a step."""
     torch.manual_seed(5)

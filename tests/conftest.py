@@ -39,6 +39,23 @@ def photos(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def photo(tmp_path) -> Path:
+    """A photo in a folder below `in/`."""
+    from testing.small_photos import write_photo
+
+    write_photo(tmp_path / "in" / "deep" / "photo.png")
+    return tmp_path / "in" / "deep" / "photo.png"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """The folder `in/` of five photos."""
+    from testing.small_photos import write_photos
+
+    return write_photos(tmp_path / "in")
+
+
+@pytest.fixture
 def run(photos, tmp_path) -> Callable[..., dict[str, float]]:
     from testing.toy_runs import train_toy
 

@@ -6,14 +6,9 @@ from hydra.utils import instantiate
 
 from dit4sr_pl.cli.command import conf_folder
 from dit4sr_pl.images.files import read_image
-from testing.small_photos import write_photo, write_photos
+from testing.small_photos import write_photo
 from testing.stand_ins import Bicubic, command
 from testing.toy_llava import save_toy_llava
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return write_photos(tmp_path / "in")
 
 
 def test_a_caption_model_describes_what_has_no_prompt(folder, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dit4sr_pl.planning.budget import Budget, Spread
-    from dit4sr_pl.planning.step_cost import Lesson
+    from dit4sr_pl.planning.step_cost import StudentStep
 
 PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
 GIB = 2**30
@@ -116,12 +116,12 @@ def make_budget(cfg: DictConfig, folder: Path) -> "Budget":
         reads_text_encoders=cfg.model.backbone.embeddings is None,
         averages=averages,
         quantization=cfg.model.backbone.quantization,
-        make_lesson=make_lesson(cfg, backbone.coder().factor) if "teacher" in cfg.model else None,
+        make_student_step=make_student_step(cfg, backbone.coder().factor) if "teacher" in cfg.model else None,
     )
 
 
-def make_lesson(cfg: DictConfig, factor: int) -> "Callable[..., Lesson]":
-    """Returns what makes the lesson of a student's training, over a base.
+def make_student_step(cfg: DictConfig, factor: int) -> "Callable[..., StudentStep]":
+    """Returns what makes the step of a student's training, over a base.
 
     Args:
         cfg: config of the training.
@@ -131,10 +131,10 @@ def make_lesson(cfg: DictConfig, factor: int) -> "Callable[..., Lesson]":
 
     from hydra.utils import instantiate
 
-    from dit4sr_pl.planning.lessons import guided_lesson, one_step_lesson, trajectory_lesson
+    from dit4sr_pl.planning.student_steps import guided_step, single_step, trajectory_step
 
     if cfg.student.guidance == "input":
-        return guided_lesson
+        return guided_step
     teaching = instantiate(cfg.sampler).changed(start="noise", **instantiate(cfg.model.teaching))
     options = {"teaching": teaching, "crop": min(cfg.model.crop, cfg.data.crop_size) // factor}
     perceptual = instantiate(cfg.model.perceptual)
@@ -143,9 +143,9 @@ def make_lesson(cfg: DictConfig, factor: int) -> "Callable[..., Lesson]":
             "windows": len(cfg.student.sigmas),
             "perceptual": perceptual if cfg.student.loss.perceptual else None,
         }
-        return partial(trajectory_lesson, **options)
+        return partial(trajectory_step, **options)
     options |= {"losses": dict(cfg.student.loss), "critic": instantiate(cfg.model.critic), "perceptual": perceptual}
-    return partial(one_step_lesson, **options)
+    return partial(single_step, **options)
 
 
 def choose_checkpointing(cfg: DictConfig, total: int, reserved: float) -> tuple[bool, str]:
@@ -202,7 +202,7 @@ def memory_table(cfg: DictConfig, budget: "Budget", images: int) -> "Table":
     gpus = [count for count in cfg.plan.gpus if images % count == 0]
     spreads = [Spread(count, sharded=False, images=images // count) for count in gpus]
     # FSDP shards the plain weights of one network alone.
-    if cfg.model.backbone.quantization is None and budget.lesson is None:
+    if cfg.model.backbone.quantization is None and budget.student_step is None:
         spreads += [Spread(count, sharded=True, images=images // count) for count in gpus if count > 1]
     table = new_table("GiB per GPU", *(str(spread) for spread in spreads))
 

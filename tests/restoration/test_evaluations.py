@@ -10,7 +10,7 @@ from dit4sr_pl.backbone.autoencoder import draw_noise
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.common.run_identity import without_added
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.model import DiT4SRTransformer, LRCache, SD3ControlNet
+from dit4sr_pl.model import LRCache, SD3ControlNet
 from dit4sr_pl.model.compilation import CUDAGraphs
 from dit4sr_pl.restoration.evaluations import planned
 from dit4sr_pl.restoration.restorer import Restorer
@@ -19,16 +19,6 @@ from dit4sr_pl.restoration.tiling import TileBatcher
 from testing.toy_runs import SAMPLER
 
 GUIDED = replace(SAMPLER, steps=5, guidance_scale=3.0, negative_prompt="a dog")
-
-
-@pytest.fixture(scope="module")
-def net(tiny_backbone):
-    net = DiT4SRTransformer(tiny_backbone.transformer)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in net.lr_stream.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return net.eval()
 
 
 @pytest.fixture

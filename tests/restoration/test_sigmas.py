@@ -11,7 +11,7 @@ from dit4sr_pl.cli.command import read_conf
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.common.run_identity import without_added
 from dit4sr_pl.restoration.sampler import Sampler
-from dit4sr_pl.restoration.sampling import sample
+from dit4sr_pl.restoration.sampling import states
 from dit4sr_pl.restoration.tiling import TileBatcher
 from testing.toy_runs import SAMPLER
 
@@ -32,7 +32,7 @@ def restored(sampler: Sampler, scheduler=BASE) -> tuple[torch.Tensor, list[float
         seen.append(evaluation.timestep.item() / 1000)
         return velocity(noisy, lr, evaluation.timestep / 1000)
 
-    latent = sample(network, scheduler, sampler, LR_LATENT, NOISE, 2, TileBatcher(1), lambda: None)
+    *_, latent = states(network, scheduler, sampler, LR_LATENT, NOISE, 2, TileBatcher(1))
     return latent, seen
 
 

@@ -31,7 +31,7 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class Origin(NamedTuple):
-    """What embeddings were made with: a backbone's name, the number of T5 tokens, fingerprints of the encoders."""
+    """The origin of embeddings: a backbone's name, the number of T5 tokens, fingerprints of the encoders."""
 
     backbone: str
     t5_tokens: int

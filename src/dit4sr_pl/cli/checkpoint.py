@@ -1,4 +1,4 @@
-"""What a command takes over from its checkpoint: backbone, and how a student samples. No PyTorch, unless the checkpoint
+"""A command takes over from its checkpoint the backbone, and how a student samples. No PyTorch, unless the checkpoint
 itself must be read with it."""
 
 import json

@@ -1,4 +1,4 @@
-"""What the file of a student says about sampling: its label, and the sampler's settings that it fixes. No PyTorch."""
+"""The file of a student says how it samples: its label, and the sampler's settings that it fixes. No PyTorch."""
 
 from collections.abc import Mapping
 from typing import Any

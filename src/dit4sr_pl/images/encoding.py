@@ -1,19 +1,14 @@
 """Files of results in other formats than PNG: JPEG, WebP, TIFF and AVIF, with as much metadata as each can hold."""
 
-from __future__ import annotations
-
 import struct
 from io import BytesIO
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from dit4sr_pl.images.metadata import IPTC_RESOURCE, resized_exif
-
-if TYPE_CHECKING:
-    from dit4sr_pl.images.picture import Picture
+from dit4sr_pl.images.picture import Picture
 
 QUALITY = 95
 LONGEST_SEGMENT = 65_000  # bytes of a JPEG's EXIF data, XMP packet, IPTC records or comment

@@ -1,4 +1,4 @@
-"""What of a file's metadata is true of a restored picture, too: the rest is left out, or edited."""
+"""Metadata of a file that are true of a restored picture, too; the rest is left out, or edited."""
 
 import math
 import struct

@@ -23,7 +23,7 @@ ADAPTER = "lora"  # the adapter's name in PEFT; a base has one at most
 
 @dataclass(frozen=True)
 class LoRA:
-    """What LoRA adapts, and how.
+    """The layers that LoRA adapts, and how.
 
     Args:
         rank: rank of the updates; 0: there are none.

@@ -1,4 +1,4 @@
-"""What the other streams read of the LR stream, kept from one evaluation for others: it changes slowly with time."""
+"""The tensors that other streams read of the LR stream, kept from one evaluation for others: they change slowly."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What a student is to its teacher: the few evaluations that it was trained for, and how guidance is a part of it."""
+"""A student in relation to its teacher: the few evaluations that it was trained for, and how it has guidance."""
 
 from dataclasses import asdict, dataclass
 

@@ -41,7 +41,7 @@ SESSIONS = 1000  # whose settings Gradio keeps in memory
 
 @dataclass(frozen=True)
 class Page:
-    """What the page's buttons do.
+    """The page: its fields, and the work that its buttons start.
 
     Args:
         restorer: the network with its sampler, whose settings the page starts with.

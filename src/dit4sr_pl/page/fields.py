@@ -16,7 +16,7 @@ Field = Callable[[object, str], object]  # from a value and the field's name to 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for.
+    """The bounds of a single request.
 
     Args:
         max_pixels: pixels of a result, also of the size at which it is restored.

@@ -1,4 +1,4 @@
-"""Where the page is served, and under which names: addresses with and without brackets, `Host` and `Origin` headers."""
+"""The page's addresses and names: with and without brackets, in `Host` and `Origin` headers."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""What comes over the network is looked at before Gradio sees it: names, routes, sizes, JSON.
+"""Requests are checked before Gradio gets them: names, routes, sizes, JSON.
 
 Gradio answers requests that no page of its own sends with tracebacks, and offers routes that this page has no use for.
 Here only what the page needs passes, in the form in which the page sends it.

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from dit4sr_pl.model.quantized import stored_bytes
 from dit4sr_pl.planning.meta_backbone import MetaBackbone
-from dit4sr_pl.planning.step_cost import Lesson, StepCost, step_cost
+from dit4sr_pl.planning.step_cost import StepCost, StudentStep, step_cost
 
 PREFETCHED = 2  # blocks: FSDP gathers the next one while one runs
 
@@ -47,7 +47,7 @@ class Budget:
         reads_text_encoders: False if prompt embeddings are cached.
         averages: True if an average of the weights is kept during training.
         quantization: how the base's weights are stored, see `quantize`; None: as they are.
-        make_lesson: returns what a student's step runs besides, over the base and by its argument
+        make_student_step: returns what a student's step runs besides, over the base and by its argument
             `gradient_checkpointing`; None: no student is trained.
     """
 
@@ -64,14 +64,14 @@ class Budget:
         reads_text_encoders: bool,
         averages: bool,
         quantization: str | None = None,
-        make_lesson: Callable[..., Lesson] | None = None,
+        make_student_step: Callable[..., StudentStep] | None = None,
     ):
-        def build(checkpointing: bool) -> tuple[nn.Module, Lesson | None]:
+        def build(checkpointing: bool) -> tuple[nn.Module, StudentStep | None]:
             options, base = {"gradient_checkpointing": checkpointing}, backbone.base()
-            lesson = None if make_lesson is None else make_lesson(base, **options)
-            return backbone.network(partial(make_network, **options), base), lesson
+            student_step = None if make_student_step is None else make_student_step(base, **options)
+            return backbone.network(partial(make_network, **options), base), student_step
 
-        self.network, self.lesson = build(False)
+        self.network, self.student_step = build(False)
         self.vae = backbone.coder().vae
         self.text_encoders = backbone.text_encoders() if reads_text_encoders else []
         self.averages = averages
@@ -80,8 +80,10 @@ class Budget:
         sizes = {"image": image, "text_tokens": text_tokens, "precision": precision}
 
         def cost(checkpointing: bool, images: int) -> StepCost:
-            network, lesson = build(checkpointing)
-            return step_cost(network, backbone.coder(), make_optimizer, batch=images, lesson=lesson, **sizes)
+            network, student_step = build(checkpointing)
+            return step_cost(
+                network, backbone.coder(), make_optimizer, batch=images, student_step=student_step, **sizes
+            )
 
         self.cost = cache(cost)
 
@@ -92,8 +94,8 @@ class Budget:
 
     @property
     def critic(self) -> list[Tensor]:
-        """What is trained of a critic; []: there is none."""
-        return trainable(self.lesson.critic) if self.lesson and self.lesson.critic else []
+        """The trained parameters of a critic; []: there is none."""
+        return trainable(self.student_step.critic) if self.student_step and self.student_step.critic else []
 
     def parameters(self) -> dict[str, int]:
         """Returns numbers of parameters by what they are."""
@@ -106,10 +108,10 @@ class Budget:
             "network": everything,
             "autoencoder": count(self.vae.parameters()),
         }
-        if self.lesson:
-            counts["teacher's LR stream"] = count(self.lesson.teacher.trained.parameters())
+        if self.student_step:
+            counts["teacher's LR stream"] = count(self.student_step.teacher.trained.parameters())
             counts["critic (LoRA)"] = count(self.critic)
-            counts["perceptual network"] = count(parameters_of(self.lesson.perceptual))
+            counts["perceptual network"] = count(parameters_of(self.student_step.perceptual))
         if self.text_encoders:
             counts["text encoders"] = sum(count(encoder.parameters()) for encoder in self.text_encoders)
         return counts
@@ -120,7 +122,7 @@ class Budget:
         plain, checkpointed = self.cost(False, images), self.cost(True, images)
         return {
             "encode HR and LR": plain.encode.flops / images,
-            **({"teacher": plain.teacher.flops / images} if self.lesson else {}),
+            **({"teacher": plain.teacher.flops / images} if self.student_step else {}),
             "forward": plain.forward.flops / images,
             "backward": plain.backward.flops / images,
             "computed again, if checkpointed": (checkpointed.backward.flops - plain.backward.flops) / images,
@@ -146,16 +148,19 @@ class Budget:
             "gradients": gradients // share,
             "optimizer's moments": self.cost(False, self.batch).moments // share,
             "running average": trained if self.averages else 0,
-            **self.of_lesson(),
+            **self.of_student_step(),
             "gathered blocks": PREFETCHED * gathered_bytes(self.network) if spread.sharded else 0,
         }
 
-    def of_lesson(self) -> dict[str, int]:
+    def of_student_step(self) -> dict[str, int]:
         """Returns the bytes of what a student's step runs besides, but the critic, which is trained; {}: no student."""
-        if self.lesson is None:
+        if self.student_step is None:
             return {}
-        perceptual = bytes_of(parameters_of(self.lesson.perceptual))
-        return {"teacher's LR stream": weight_bytes(self.lesson.teacher.trained), "perceptual network": perceptual}
+        perceptual = bytes_of(parameters_of(self.student_step.perceptual))
+        return {
+            "teacher's LR stream": weight_bytes(self.student_step.teacher.trained),
+            "perceptual network": perceptual,
+        }
 
     def activations(self, images: int, checkpointing: bool) -> int:
         """Returns the bytes of activations: counted, or by the line through one image and `batch` images."""

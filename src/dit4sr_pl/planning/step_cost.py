@@ -155,8 +155,8 @@ def starts_kernel(func: OpOverload) -> bool:
 
 
 @dataclass
-class Lesson:
-    """What a student's step runs besides the student, on the meta device; all networks share one base.
+class StudentStep:
+    """The networks and passes of a student's step besides the student, on the meta device, over one base.
 
     Args:
         teacher: the teacher, with its LR stream merged and in the base's dtype.
@@ -246,7 +246,7 @@ def step_cost(
     image: int,
     text_tokens: int,
     precision: str,
-    lesson: Lesson | None = None,
+    student_step: StudentStep | None = None,
 ) -> StepCost:
     """Returns the cost of one step of `SuperResolutionModule`, or of a student's, as a GPU would run it.
 
@@ -260,10 +260,10 @@ def step_cost(
         image: side of an image in pixels.
         text_tokens: length of the text stream.
         precision: precision of Lightning's Trainer, a key of `AUTOCAST`.
-        lesson: what a student's step runs besides; afterwards its weights are fake tensors. None: no
+        student_step: what a student's step runs besides; afterwards its weights are fake tensors. None: no
             student is trained.
     """
-    networks = nn.ModuleList([network, *(lesson.networks if lesson else [])])
+    networks = nn.ModuleList([network, *(student_step.networks if student_step else [])])
     if AUTOCAST[precision] is not None:
         normalise_in_float32(networks)
     with FakeTensorMode(), CostCounter() as counter, fused_norms():
@@ -289,14 +289,14 @@ def step_cost(
         with autocast(precision):
             clean, lr_latent = coder.encode(images), coder.encode(images)
             marks.append(counter.work)
-            taught, loss = forward(network, coder, clean, lr_latent, inputs, lesson, counter)
+            taught, loss = forward(network, coder, clean, lr_latent, inputs, student_step, counter)
         marks.append(counter.work)
         loss.backward()
         marks.append(counter.work)
         optimizer.step()
         marks.append(counter.work)
     encoded, predicted, derived, updated = (after - before for before, after in pairwise(marks))
-    teacher = taught * lesson.passes if lesson else taught
+    teacher = taught * student_step.passes if student_step else taught
     return StepCost(encoded, teacher, predicted - taught, derived, updated, moments, counter.peak - start)
 
 
@@ -306,24 +306,24 @@ def forward(
     clean: Tensor,
     lr_latent: Tensor,
     inputs: tuple[Tensor, ...],
-    lesson: Lesson | None,
+    student_step: StudentStep | None,
     counter: CostCounter,
 ) -> tuple[Work, Tensor]:
     """Returns the work of one pass of the teacher, and the loss of a step."""
-    taught, windows = Work(), lesson.windows if lesson else 1
+    taught, windows = Work(), student_step.windows if student_step else 1
 
     def teach() -> Work:
         before = counter.work
-        lesson.teach(clean, *inputs)
+        student_step.teach(clean, *inputs)
         return counter.work - before
 
-    if lesson and lesson.teacher_first:
+    if student_step and student_step.teacher_first:
         taught = teach()
     velocity = network(*(repeated(each, windows) for each in (clean, lr_latent, *inputs)), **scale(network, inputs[0]))
     loss = (velocity.float() - repeated(clean, windows)).square().mean()
-    if lesson:
-        parts = lesson.losses(coder, velocity.float(), clean, *inputs)
-        taught = taught if lesson.teacher_first else teach()
+    if student_step:
+        parts = student_step.losses(coder, velocity.float(), clean, *inputs)
+        taught = taught if student_step.teacher_first else teach()
         loss = sum(parts, loss)
     return taught, loss
 

@@ -1,4 +1,4 @@
-"""What each evaluation of the network does on the way from noise to an image: guidance, LR stream, tiles."""
+"""The plan of a restoration: guidance, LR stream and tiles of each evaluation of the network."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

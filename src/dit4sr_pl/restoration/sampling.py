@@ -65,8 +65,11 @@ def restore(
     noise = draw_noise(lr_latent.shape[1:], generators).to(device)
     velocity = GuidedVelocity.of_captions(net, encode_prompts, sampler, captions, device)
     batcher = batcher or sampler.tile_batcher(net)
-    latent = sample(velocity, scheduler, sampler, lr_latent, noise, net.patch_size, batcher, on_step)
-    del lr_latent, noise  # each takes a byte per pixel of the result
+    passed = states(velocity, scheduler, sampler, lr_latent, noise, net.patch_size, batcher)
+    latent = next(passed)
+    for latent in passed:  # noqa: B007, since only the last one matters
+        on_step()
+    del lr_latent, noise, passed  # each latent takes a byte per pixel of the result
     # On the device, in the memory that tiles took before, colours are aligned at once; larger images go where `lr` is.
     result_bytes = lr.shape[0] * lr.shape[1] * height * width * torch.float32.itemsize
     place = device if result_bytes <= sampler.tile_memory * 2**30 / 2 else lr.device
@@ -79,25 +82,6 @@ def restore(
             top += band.shape[2]
     aligned = ALIGNMENTS[sampler.color](sr, enlarge_through(lr.to(place), sizes)).clamp_(0, 1)
     return resize(aligned, size).to(lr.device)
-
-
-def sample(
-    velocity: Callable[[Tensor, Tensor, list[Place], Evaluation], Tensor],
-    scheduler: FlowMatchEulerDiscreteScheduler,
-    sampler: Sampler,
-    lr_latent: Tensor,
-    noise: Tensor,
-    patch: int,
-    batcher: TileBatcher,
-    on_step: Callable[[], None],
-) -> Tensor:
-    """Returns the restored images' latents `(B, C, H, W)`, the last ones of `states`; `on_step` is called after every
-    evaluation."""
-    passed = states(velocity, scheduler, sampler, lr_latent, noise, patch, batcher)
-    latent = next(passed)
-    for latent in passed:  # noqa: B007, since only the last one matters
-        on_step()
-    return latent
 
 
 def states(

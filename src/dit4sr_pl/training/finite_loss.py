@@ -1,4 +1,4 @@
-"""What is done with the loss of every batch, without waiting for the step that runs."""
+"""The loss of every batch is checked and averaged without waiting for the step that runs."""
 
 import math
 

@@ -22,7 +22,7 @@ PATIENCE = 180  # seconds until a machine must see a file that another one has s
 
 @dataclass(frozen=True)
 class Decision:
-    """What the first device found in the run's folder.
+    """The state of the run's folder as the first device found it.
 
     Args:
         finished: steps of a finished run; 0: there is something to train.

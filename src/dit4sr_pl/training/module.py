@@ -1,7 +1,7 @@
 """The training of DiT4SR (paper Section 5.1), or of a baseline over the same backbone, as a LightningModule."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
@@ -40,9 +40,6 @@ class SuperResolutionModule(LightningModule):
     Only the trained part (`lr_stream` or `controlnet`) is a submodule, so Lightning counts, averages, optimizes, saves
     and sends between devices nothing else. The frozen parts are plain attributes, `net` and `backbone`.
 
-    Attributes:
-        taught_by: hash of the weights of the teacher; None: there is none.
-
     Args:
         backbone: the frozen pipeline.
         network: makes the network over the backbone's transformer.
@@ -56,6 +53,9 @@ class SuperResolutionModule(LightningModule):
         seed: seed of the run. Timestep and noise are functions of it and of a sample's position in the run.
         timesteps: density of the timesteps.
         schedule: factor of the optimizer's learning rate over the run.
+
+    Attributes:
+        taught_by: hash of the weights of the teacher; None: there is none.
     """
 
     taught_by: str | None = None
@@ -97,7 +97,7 @@ class SuperResolutionModule(LightningModule):
     def __deepcopy__(self, memo: dict) -> "SuperResolutionModule":
         """Returns a copy without the trainer that shares the frozen weights; Lightning's averaging makes one."""
         # A base with LoRA has weights that are trained, in modules that are copied.
-        frozen = (module for module in self.net.base.modules() if not any(is_trained(module)))
+        frozen = (module for module in self.net.base.modules() if not has_trained(module))
         memo |= {id(module): module for module in frozen}
         memo[id(self)] = copied = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
@@ -250,9 +250,9 @@ class SuperResolutionModule(LightningModule):
         return optimizer
 
 
-def is_trained(module: nn.Module) -> Iterator[bool]:
-    """Yields for every parameter of a module whether it is trained."""
-    return (parameter.requires_grad for parameter in module.parameters())
+def has_trained(module: nn.Module) -> bool:
+    """Returns whether a parameter of a module is trained."""
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def start_from_checkpoint(

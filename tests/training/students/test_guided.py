@@ -7,7 +7,7 @@ import torch
 
 from dit4sr_pl.restoration.evaluations import Evaluation
 from dit4sr_pl.restoration.guided_velocity import GuidedVelocity
-from testing.students import make_student, toy_batch
+from testing.students import losses_of, make_student, toy_batch
 
 GUIDED = ["student.teaching.negative_prompt=blurry", "student.scales=[1,6]"]
 
@@ -57,14 +57,7 @@ def test_scales_are_functions_of_seed_and_position_and_fill_their_range(module):
 
 @pytest.mark.slow
 def test_a_few_steps_on_one_batch_lower_the_loss_and_every_weight_is_trained(module):
-    batch, losses = toy_batch(module), []
-    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
-    for _ in range(12):
-        loss = module.loss(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(module, toy_batch(module), 12, 3e-3)
     assert losses[-1] < 0.6 * losses[0]
     assert all(parameter.grad is not None for parameter in module.parameters())
     assert module.lr_stream.guidance.mlp.linear_2.weight.abs().max() > 0

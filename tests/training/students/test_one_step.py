@@ -15,7 +15,7 @@ from dit4sr_pl.training.students.perceptual import crop_window
 from dit4sr_pl.training.students.score import loss_with_gradient
 from testing.events import event
 from testing.networks import randomise
-from testing.students import GUIDED, make_student, toy_batch
+from testing.students import GUIDED, losses_of, make_student, toy_batch
 from testing.toy_runs import losses, train_toy
 
 NONE = [f"student.loss.{name}=0" for name in LossWeights.__dataclass_fields__]
@@ -254,13 +254,7 @@ def test_a_run_that_was_stopped_resumes_to_the_last_bit_with_its_critic(photos, 
 @pytest.mark.slow
 def test_a_few_steps_on_one_batch_lower_the_losses(teacher):
     module = only(teacher, latent=1.0, pixel=1.0)
-    batch, passed = toy_batch(module), []
+    batch = toy_batch(module)
     batch["clean"] = -batch["lr_latent"]
-    optimizer = torch.optim.Adam(module.parameters(), 1e-2)
-    for _ in range(25):
-        loss = module.loss(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        passed.append(loss.item())
+    passed = losses_of(module, batch, 25, 1e-2)
     assert passed[-1] < 0.9 * passed[0]

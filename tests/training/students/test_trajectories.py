@@ -9,7 +9,7 @@ from diffusers import DPMSolverMultistepScheduler
 from dit4sr_pl.restoration.guided_velocity import GuidedVelocity
 from dit4sr_pl.training.students.perceptual import crop_window, decoded
 from dit4sr_pl.training.students.trajectories import average_velocities, teacher_sigmas
-from testing.students import GUIDED, make_student, toy_batch
+from testing.students import GUIDED, losses_of, make_student, toy_batch
 
 EULER = ["sampler/solver@student.teaching.solver=euler", "student.teaching.steps=8"]
 
@@ -59,15 +59,7 @@ def test_what_it_learns_is_the_average_velocity_of_every_window(module):
 @pytest.mark.slow
 def test_a_few_steps_on_one_batch_lower_the_loss_to_a_fraction(teacher):
     module = make_student(teacher, "model=tiny_student_4", "student.teaching.steps=4", *GUIDED)
-    batch = toy_batch(module)
-    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
-    losses = []
-    for _ in range(12):
-        loss = module.loss(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(module, toy_batch(module), 12, 3e-3)
     assert losses[-1] < 0.6 * losses[0]
 
 

@@ -1,4 +1,4 @@
-"""What a run learns from: recorded in its checkpoints, compared when it resumes, and the same on all devices."""
+"""The sources of a run: recorded in its checkpoints, compared when it resumes, and the same on all devices."""
 
 import logging
 from collections.abc import Mapping

@@ -13,6 +13,7 @@ from dit4sr_pl.model import TrainedPart
 from dit4sr_pl.model.trained_part import flat_config
 from dit4sr_pl.restoration.sampler import Sampler
 from dit4sr_pl.training.module import SuperResolutionModule, start_from_checkpoint
+from dit4sr_pl.training.students.perceptual import PerceptualLoss
 from dit4sr_pl.training.students.teacher import Teacher
 
 NEW = ("guidance.", "lora.")  # weights that a student may have in addition to its teacher's
@@ -37,7 +38,10 @@ class StudentModule(SuperResolutionModule):
     Attributes:
         teacher: the teacher.
         teaching: how the teacher restores what the student learns.
+        perceptual: the perceptual loss; None: there is none.
     """
+
+    perceptual: PerceptualLoss | None = None
 
     def __init__(
         self,
@@ -64,9 +68,11 @@ class StudentModule(SuperResolutionModule):
         return start_from_checkpoint(net, checkpoint, ("injection_scale", *own), NEW)
 
     def setup(self, stage: str) -> None:
-        """Moves the teacher, which Lightning does not know, to the device."""
+        """Moves the teacher and the perceptual network, which Lightning does not know, to the device."""
         super().setup(stage)
         self.teacher.to(self.device)
+        if self.perceptual is not None:
+            self.perceptual.to(self.device)
 
     def prompts(self, captions: set[str]) -> set[str]:
         """Returns all prompts whose embeddings steps over these captions need, the negative prompt included."""

@@ -102,12 +102,6 @@ class OneStepStudent(StudentModule):
         """The bases of student and critic."""
         return [*super().bases, *([] if self.critic is None else [self.critic.net.base])]
 
-    def setup(self, stage: str) -> None:
-        """Moves the perceptual network, which Lightning does not know, to the device."""
-        super().setup(stage)
-        if self.perceptual is not None:
-            self.perceptual.to(self.device)
-
     def loss(self, batch: dict) -> Tensor:
         """Returns the weighted sum of the losses of a batch, and of the critic's, and logs each."""
         clean, lr_latent = self.latents(batch)

@@ -65,12 +65,6 @@ class TrajectoryStudent(StudentModule):
         self.perceptual_weight, self.crop = perceptual_weight, max(1, crop // self.backbone.coder.factor)
         self.on_own_states = on_own_states
 
-    def setup(self, stage: str) -> None:
-        """Moves the perceptual network, which Lightning does not know, to the device."""
-        super().setup(stage)
-        if self.perceptual is not None:
-            self.perceptual.to(self.device)
-
     def loss(self, batch: dict) -> Tensor:
         """Returns the mean over all windows of the loss between predicted and average velocity, and the perceptual
         loss of the last window's result."""

@@ -1,4 +1,4 @@
-"""What a student's step runs besides the student, on the meta device: its teacher, its critic, decoded crops."""
+"""The networks of a student's step besides the student, on the meta device: teacher, critic, decoder."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from dit4sr_pl.model import DiT4SRTransformer
 from dit4sr_pl.model.lora import LoRA, LoRALayers, adapted
-from dit4sr_pl.planning.step_cost import Lesson
+from dit4sr_pl.planning.step_cost import StudentStep
 from dit4sr_pl.restoration.sampler import Sampler
 
 
@@ -27,20 +27,20 @@ def sequences(teaching: Sampler) -> list[int]:
     return [2 if each.guided else 1 for each in evaluations]
 
 
-def guided_lesson(base: SD3Transformer2DModel, gradient_checkpointing: bool = False) -> Lesson:
-    """Returns the lesson of a student that takes the scale of guidance as an input."""
-    return Lesson(teacher_over(base), conditions=2, passes=1, teacher_first=True)
+def guided_step(base: SD3Transformer2DModel, gradient_checkpointing: bool = False) -> StudentStep:
+    """Returns the step of a student that takes the scale of guidance as an input."""
+    return StudentStep(teacher_over(base), conditions=2, passes=1, teacher_first=True)
 
 
-def trajectory_lesson(
+def trajectory_step(
     base: SD3Transformer2DModel,
     teaching: Sampler,
     windows: int,
     crop: int,
     perceptual: Callable[[], nn.Module] | None,
     gradient_checkpointing: bool = False,
-) -> Lesson:
-    """Returns the lesson of a student of a teacher's trajectories, as if the teacher's LR stream ran every time.
+) -> StudentStep:
+    """Returns the step of a student of a teacher's trajectories, as if the teacher's LR stream ran every time.
 
     Args:
         base: the base.
@@ -54,7 +54,7 @@ def trajectory_lesson(
     if perceptual is not None:
         decodes = {"crop": crop, "perceptual": frozen(perceptual)}
     passes = round(sum(each) / max(each))
-    return Lesson(teacher_over(base), max(each), passes, teacher_first=True, windows=windows, **decodes)
+    return StudentStep(teacher_over(base), max(each), passes, teacher_first=True, windows=windows, **decodes)
 
 
 def frozen(perceptual: Callable[[], nn.Module]) -> nn.Module:
@@ -62,7 +62,7 @@ def frozen(perceptual: Callable[[], nn.Module]) -> nn.Module:
     return perceptual().requires_grad_(False).to("meta")
 
 
-def one_step_lesson(
+def single_step(
     base: SD3Transformer2DModel,
     teaching: Sampler,
     losses: dict[str, float],
@@ -70,8 +70,8 @@ def one_step_lesson(
     crop: int,
     perceptual: Callable[[], nn.Module],
     gradient_checkpointing: bool = False,
-) -> Lesson:
-    """Returns the lesson of a student of one step.
+) -> StudentStep:
+    """Returns the step of a student of one step.
 
     Args:
         base: the base.
@@ -92,7 +92,7 @@ def one_step_lesson(
     each = sequences(teaching) if losses["teacher"] else []
     conditions = 1 if teaching.guidance_scale == 1 else 2
     scores = bool(losses["score"] or losses["target_score"]) + bool(losses["target_score"])
-    return Lesson(
+    return StudentStep(
         teacher,
         conditions,
         scores + round(sum(each) / conditions),
