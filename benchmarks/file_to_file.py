@@ -94,7 +94,7 @@ def timing(clock: Clock) -> Iterator[None]:
     with ExitStack() as stack:
         patch = lambda owner, name, value: stack.enter_context(mock.patch.object(owner, name, value))  # noqa: E731
         patch(sampling.GuidedVelocity, "of_captions", clock.timed("text", sampling.GuidedVelocity.of_captions))
-        patch(sampling, "sample", clock.timed("sampling", sampling.sample))
+        patch(sampling, "states", clock.timed_steps("sampling", sampling.states))
         patch(LatentCoder, "encode_tiled", clock.timed("encode", LatentCoder.encode_tiled))
         patch(LatentCoder, "decode_tiled", clock.timed_steps("decode", LatentCoder.decode_tiled))
         timed = {name: clock.timed("align", function) for name, function in sampling.ALIGNMENTS.items()}
