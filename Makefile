@@ -68,6 +68,7 @@ lock:
 TINY := outputs/tiny
 SHIPPED := src/dit4sr_pl/assets
 NEW := $(TINY)/base/tiny-sd3
+STUDENT := student/seed0/lr_stream.safetensors
 BASE = --photos $(TINY)/photos --pipeline $(SHIPPED)/tiny-sd3 --state $(TINY)/base --minutes $(MINUTES)
 MINUTES ?= 600# of each of the base's two phases
 tiny: $(VENV)/.done
@@ -79,4 +80,9 @@ tiny: $(VENV)/.done
 	$(BIN)/python scripts/tiny_pairs.py --photos $(TINY)/photos/train --pipeline $(NEW) --output $(TINY)/pairs
 	$(BIN)/python -m dit4sr_pl.train experiment=tiny_dit4sr model.backbone.name=$(NEW)
 	$(BIN)/python scripts/tiny_release.py --base $(NEW) --trained outputs/tiny_dit4sr/full/seed0/lr_stream.safetensors
+	$(BIN)/python -m dit4sr_pl.train experiment=tiny_student_4
+	$(BIN)/python scripts/tiny_release.py --trained outputs/tiny_student_4/$(STUDENT) --output $(SHIPPED)/tiny-student-4
+	$(BIN)/python -m dit4sr_pl.train experiment=tiny_student_1
+	$(BIN)/python scripts/tiny_release.py --trained outputs/tiny_student_1/$(STUDENT) --output $(SHIPPED)/tiny-student-1
 	$(BIN)/python benchmarks/tiny.py
+	$(BIN)/python benchmarks/students.py --students tiny-student-4 tiny-student-1

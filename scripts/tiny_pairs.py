@@ -3,9 +3,10 @@
     python scripts/tiny_pairs.py --photos outputs/tiny/photos/train --pipeline outputs/tiny/base/tiny-sd3 \\
         --output outputs/tiny/pairs --degradations light:0.6 medium:0.4
 
-Each tile and its mirror image are degraded `--variants` times, each time with one of the degradations. Worker
-processes degrade, the device encodes. The layout is that of `prepare stage=latents`, in half precision and with 1024
-pairs per file, which `data.latents_in_memory=true` reads. Files that exist are kept, so the same command resumes.
+Each tile, or each square of `--side` pixels of it, and its mirror image are degraded `--variants` times, each time with
+one of the degradations. Worker processes degrade, the device encodes. The layout is that of `prepare stage=latents`, in
+half precision and with 1024 pairs per file, which `data.latents_in_memory=true` reads. Files that exist are kept, so
+the same command resumes.
 """
 
 import argparse
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, required=True, help="tiny-sd3, of which the autoencoder is used")
     parser.add_argument("--output", type=Path, required=True, help="folder for the pairs")
     parser.add_argument("--degradations", nargs="+", default=["light:0.6", "medium:0.4"], help="NAME:SHARE ...")
+    parser.add_argument("--side", type=int, default=256, help="pixels; tiles are cut into such squares")
     parser.add_argument("--variants", type=int, default=1, help="pairs per tile and per mirror image")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -49,7 +51,7 @@ def main() -> None:
     device = torch.device(best_device() if args.device == "auto" else args.device)
     backbone = Backbone(str(args.pipeline), "float32", t5_tokens=8)
     backbone.to(device)
-    pairs = Pairs(args.photos, args.degradations, args.variants, args.seed)
+    pairs = Pairs(args.photos, args.side, args.degradations, args.variants, args.seed)
     pieces = [range(first, min(first + PIECE, len(pairs))) for first in range(0, len(pairs), PIECE)]
     missing = [piece for piece in pieces if not all(path.exists() for path in files_of(args.output, piece).values())]
     # One loader for all files, since each start of the workers takes seconds.
@@ -75,13 +77,15 @@ class Pairs(Dataset):
 
     Args:
         photos: folder of the tiles.
+        side: side of the images in pixels, which tiles are cut into.
         degradations: `NAME:SHARE`, by name in `conf/degradation/`; the shares are relative.
         variants: pairs per image.
         seed: of the choice of a degradation and of its draws.
     """
 
-    def __init__(self, photos: Path, degradations: list[str], variants: int, seed: int):
-        self.tiles = torch.from_numpy(Photos(photos).tiles).permute(0, 3, 1, 2)
+    def __init__(self, photos: Path, side: int, degradations: list[str], variants: int, seed: int):
+        tiles = torch.from_numpy(Photos(photos).tiles).permute(0, 3, 1, 2)
+        self.tiles = tiles.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
         self.variants, self.seed = variants, seed
         shares = {name: float(share) for name, share in (text.rsplit(":", 1) for text in degradations)}
         self.shares = torch.tensor(list(shares.values()))
@@ -92,7 +96,7 @@ class Pairs(Dataset):
         return 2 * self.variants * len(self.tiles)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Returns an LR image `(3, 64, 64)` and its HR image `(3, 256, 256)`, float32 in 0..1."""
+        """Returns an LR image `(3, side / 4, side / 4)` and its HR image `(3, side, side)`, float32 in 0..1."""
         draws = generator("cpu", self.seed, "degradation of", index)
         degradation = self.degradations[int(torch.multinomial(self.shares, 1, generator=draws))]
         image = self.tiles[index % len(self.tiles)][None] / 255
@@ -104,7 +108,7 @@ class Pairs(Dataset):
 
 @torch.no_grad()
 def encode(coder: LatentCoder, device: torch.device, lr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the latents of the HR images and of the enlarged LR images, float16 `(B, 16, 32, 32)`, on the CPU."""
+    """Returns the latents of the HR images and of the enlarged LR images, float16 `(B, 16, h, w)`, on the CPU."""
     lr, hr = lr.to(device), hr.to(device)
     clean, lr_latent = coder.encode(hr), coder.encode(enlarge(lr, hr.shape[-2:]))
     return clean.half().cpu(), lr_latent.half().cpu()

@@ -28,6 +28,7 @@ from dit4sr_pl.images.files import find_images, image_size, read_image
 from dit4sr_pl.model import DiT4SRTransformer, Variant, load_part, save_part
 from dit4sr_pl.model.trained_part import base_of, part_of
 from dit4sr_pl.train import train
+from testing.student_files import STUDENTS, write_student
 from testing.toy_runs import TOY_SD3
 
 TOY_CONFIG = json.loads((TOY_SD3 / "transformer/config.json").read_text())
@@ -61,6 +62,16 @@ def pairs(tiles, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
     call(tiny_pairs, photos=tiles / "train", pipeline=TOY_SD3, output=folder, workers=0, device="cpu")
     return folder
+
+
+def test_pairs_are_made_of_squares_of_tiles(tiles):
+    whole, cut = (tiny_pairs.Pairs(tiles / "train", side, ["light:1"], 1, 0) for side in (256, 128))
+    assert len(cut) == 4 * len(whole)
+    for place, (rows, columns) in enumerate([(0, 0), (0, 128), (128, 0), (128, 128)]):
+        square = whole.tiles[0, :, rows : rows + 128, columns : columns + 128]
+        assert torch.equal(cut.tiles[place], square)
+    lr, hr = cut[1]
+    assert lr.shape == (3, 32, 32) and torch.equal(hr, cut.tiles[1] / 255)
 
 
 @pytest.fixture
@@ -202,8 +213,16 @@ def test_an_lr_stream_goes_over_to_another_base_and_into_a_package(toy_backbone,
     shipped = load_part(ASSETS / "tiny-dit4sr/lr_stream.safetensors")
     assert released.network_config == shipped.network_config and released.base["name"] == "tiny-sd3"
     assert released.base["fingerprint"] != before.base["fingerprint"]
-    assert all(torch.equal(released.state[name], before.state[name]) for name in before.state)
+    assert all(torch.equal(released.state[name], before.state[name].half()) for name in before.state)
     assert (tmp_path / "package/tiny-sd3/transformer/config.json").exists()
+
+
+def test_a_student_goes_into_a_package_with_the_scale_that_it_was_trained_with(toy_backbone, tmp_path):
+    file = write_student(tmp_path, toy_backbone, STUDENTS["1 step"], injection_scale=0.7)
+    call(tiny_release, trained=file, base=TOY_SD3, output=tmp_path / "package/tiny-student-1")
+    released, before = load_part(tmp_path / "package/tiny-student-1/lr_stream.safetensors"), load_part(file)
+    assert released.network_config == before.network_config
+    assert released.network_config["variant"]["injection_scale"] == 0.7
 
 
 @pytest.mark.slow
