@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
@@ -137,7 +138,9 @@ def test_pillow_images_in_and_out(pipe, lr):
     assert [image.size for image in restored] == [(72, 56)] * 2
     for image, each in zip(restored, expected, strict=True):
         assert image.tobytes() == each.permute(1, 2, 0).numpy().tobytes()
-    assert pipe(images[0], num_inference_steps=2, return_dict=False)[0][0].tobytes() == restored[0].tobytes()
+    ((alone,),) = pipe(images[0], num_inference_steps=2, return_dict=False)
+    levels = [torch.from_numpy(np.array(image)).int() for image in (alone, restored[0])]
+    torch.testing.assert_close(*levels, atol=1, rtol=0)  # sums of another batch size may round to the next level
     with pytest.raises(ValueError, match="one size per call, got 18x14, 14x18"):
         pipe([images[0], images[0].transpose(Image.Transpose.ROTATE_90)])
 
