@@ -1,7 +1,8 @@
 """Packs what a GPU machine without network needs for the training of the small pair, and prints the sizes.
 
     python scripts/tiny_pack.py --photos outputs/tiny/photos --output outputs/tiny/pack --limit 64 \\
-        --without src/dit4sr_pl/assets/tiny-sd3/transformer src/dit4sr_pl/assets/tiny-dit4sr
+        --without src/dit4sr_pl/assets/tiny-sd3/transformer src/dit4sr_pl/assets/tiny-dit4sr \\
+        src/dit4sr_pl/assets/tiny-student-*
 
 `wheels/` gets the packages that a machine with PyTorch, Lightning and transformers lacks (`WHEELS`), in the versions of
 requirements.lock and for Python 3.12. `photos/` gets tiles as AVIF at visually lossless quality, photo by photo in

@@ -8,15 +8,19 @@ import shutil
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from hydra.utils import instantiate
 from PIL import Image
+from skimage.data import astronaut
 
+from dit4sr_pl.cli.command import read_conf
 from dit4sr_pl.common.randomness import generator
 from dit4sr_pl.images.resize import enlarge
-from dit4sr_pl.model import load_part
+from dit4sr_pl.model import Student, load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.page.fields import checked
 from dit4sr_pl.pipeline import DiT4SRPipeline
 from dit4sr_pl.restoration.restorer import Restorer
+from dit4sr_pl.scores.pyiqa_loading import create
 from testing.commands import call
 from testing.local_hub import TOKEN, LocalHub, serving
 from testing.pages import make_page
@@ -149,6 +153,19 @@ def test_a_students_name_is_that_of_a_file_in_the_package(name, files, monkeypat
     (assets / name).mkdir(parents=True)
     shutil.copy(files["4 steps"], assets / name / "lr_stream.safetensors")
     assert checkpoint_file(name) == assets / name / "lr_stream.safetensors"
+
+
+@pytest.mark.parametrize("name, sigmas", [("tiny-student-4", 4), ("tiny-student-1", 1)])
+def test_a_student_in_the_package_is_closer_to_a_photo_than_bicubic_enlargement(name, sigmas, tiny_backbone):
+    file = checkpoint_file(name)
+    student = Student.of(load_part(file).network_config)
+    assert len(student.sigmas) == sigmas and file.stat().st_size <= 20e6
+    hr = torch.from_numpy(astronaut()[None, 64:192, 192:320]).permute(0, 3, 1, 2) / 255
+    lr = enlarge(hr, (32, 32))
+    sampler = instantiate(read_conf("restore", "input=unused").sampler).for_student(student)
+    restored = Restorer.load(tiny_backbone, sampler, file, torch.device("cpu"))(lr, (128, 128), [""], ["a"], 0)
+    stlpips = create("stlpips")
+    assert stlpips(restored, hr) < 0.8 * stlpips(enlarge(lr, (128, 128)), hr)
 
 
 @pytest.mark.slow
