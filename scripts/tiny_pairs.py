@@ -41,7 +41,9 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, required=True, help="tiny-sd3, of which the autoencoder is used")
     parser.add_argument("--output", type=Path, required=True, help="folder for the pairs")
     parser.add_argument("--degradations", nargs="+", default=["light:0.6", "medium:0.4"], help="NAME:SHARE ...")
-    parser.add_argument("--side", type=int, default=256, help="pixels; tiles are cut into such squares")
+    parser.add_argument(
+        "--side", type=int, default=256, choices=(64, 128, 256), help="pixels; tiles are cut into such squares"
+    )
     parser.add_argument("--variants", type=int, default=1, help="pairs per tile and per mirror image")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
