@@ -8,6 +8,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from lightning.pytorch.callbacks import Timer
 
+from dit4sr_pl.model import load_part
 from dit4sr_pl.training.learning_rate import NAMES, LearningRateSchedule, share_done
 from testing.toy_runs import events, losses
 
@@ -109,6 +110,32 @@ def test_a_checkpoint_of_another_rate_is_continued_with_what_the_config_says(run
     with pytest.raises(ValueError, match="has the state of AdamW, and this run has the optimizer SGD; take the same"):
         sgd = ["optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~optimizer.eps", "optimizer.fused=false"]
         run("third", *QUICK, "trainer.max_steps=3", *sgd, checkpoint)
+
+
+@pytest.mark.slow
+def test_the_convolutions_of_the_injection_have_their_own_rate(run, tmp_path):
+    ten = [
+        *QUICK,
+        "optimizer.lr=1.0e-3",
+        "optimizer.weight_decay=0",
+        "model.conv_learning_rate=10",
+    ]
+    run("first", *ten, "trainer.max_steps=1")
+    weights = load_part(tmp_path / "first" / "lr_stream.safetensors").state
+    moved = {name: weight.abs().max().item() for name, weight in weights.items() if weight.count_nonzero()}
+    # Adam's first step moves a weight by its learning rate, and these start at zero.
+    assert moved["blocks.0.injection.conv.weight"] == pytest.approx(1e-2, rel=1e-3)
+    assert moved["blocks.0.injection.conv.bias"] == pytest.approx(1e-2, rel=1e-3)
+    assert moved["blocks.0.attn.v.weight"] == pytest.approx(1e-3, rel=1e-3)
+
+    checkpoint = f"ckpt_path={tmp_path}/first/checkpoints/0000001.ckpt"
+    run("second", *ten, "model.conv_learning_rate=4", "schedule.decay=1.0", "trainer.max_steps=4", checkpoint)
+    state = torch.load(tmp_path / "second/checkpoints/0000004.ckpt", weights_only=True)["optimizer_states"][0]
+    assert [group["lr"] for group in state["param_groups"]] == pytest.approx([0.25e-3, 1e-3])
+    with pytest.raises(
+        ValueError, match=r"of \[\d+, \d+\] weights, and this run's of \[\d+\]; set model.conv_learning"
+    ):
+        run("third", *QUICK, "trainer.max_steps=2", checkpoint)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.model import TrainedPart, load_part
 from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.compilation import compile_blocks
+from dit4sr_pl.model.lr_stream import ConvInjection
 from dit4sr_pl.model.trained_part import base_of, check_base, check_network_config, fit_part, fit_state
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sampler import Sampler
@@ -53,6 +54,7 @@ class SuperResolutionModule(LightningModule):
         seed: seed of the run. Timestep and noise are functions of it and of a sample's position in the run.
         timesteps: density of the timesteps.
         schedule: factor of the optimizer's learning rate over the run.
+        conv_learning_rate: learning rate of LR Injection's convolutions, as a factor of the optimizer's.
 
     Attributes:
         taught_by: hash of the weights of the teacher; None: there is none.
@@ -72,11 +74,13 @@ class SuperResolutionModule(LightningModule):
         seed: int,
         timesteps: TimestepDensity = LOGIT_NORMAL,
         schedule: LearningRateSchedule = CONSTANT,
+        conv_learning_rate: float = 1.0,
     ):
         super().__init__()
         self.backbone = backbone
         self.flow = RectifiedFlow(backbone.scheduler, weighting, timesteps)
         self.optimizer, self.schedule = optimizer, schedule
+        self.conv_learning_rate = conv_learning_rate
         self.seed = seed
         net = network(backbone.transformer)
         self.began_with = None  # hash of the weights of `checkpoint`
@@ -121,21 +125,27 @@ class SuperResolutionModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Gives the optimizer the options of this run: with a checkpoint's state come those that it was saved with."""
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group.update(optimizer.defaults)
-        learning_rate = self.trainer.optimizers[0].defaults["lr"]
+        (optimizer,) = self.trainer.optimizers
+        for group in optimizer.param_groups:
+            group.update(optimizer.defaults)
+        learning_rate = optimizer.defaults["lr"]
+        self.set_learning_rates(learning_rate)
         self.factor = self.schedule.over(self.trainer.max_steps, learning_rate)
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
-        """Sets the learning rate of the step."""
+        """Sets the learning rates of the step."""
         if not self.schedule.varies:
             return
         factor = self.factor(self.global_step) * self.schedule.decayed(share_done(self.trainer))
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * factor
-        self.log("train/learning_rate", optimizer.defaults["lr"] * factor)
+        learning_rate = self.trainer.optimizers[0].defaults["lr"] * factor
+        self.set_learning_rates(learning_rate)
+        self.log("train/learning_rate", learning_rate)
+
+    def set_learning_rates(self, learning_rate: float) -> None:
+        """Gives every group of the optimizer this learning rate times its factor."""
+        groups = self.trainer.optimizers[0].param_groups
+        for (factor, _), group in zip(self.parameter_groups(), groups, strict=True):
+            group["lr"] = learning_rate * factor
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Returns the loss of a batch from `SuperResolutionData`, and logs it."""
@@ -215,12 +225,21 @@ class SuperResolutionModule(LightningModule):
         """Makes a checkpoint that is about to be loaded one of this run: what the config says holds, whatever was then.
 
         Raises:
-            ValueError: it has the state of another optimizer.
+            ValueError: it has the state of another optimizer, or of one with other groups of weights.
         """
         if (theirs := checkpoint.get("optimizer", self.optimizer_name)) != self.optimizer_name:
             raise ValueError(
                 f"{self.trainer.ckpt_path}: has the state of {theirs}, and this run has the optimizer "
                 f"{self.optimizer_name}; take the same, or begin with the weights alone (model.checkpoint=FILE)"
+            )
+        (state,) = checkpoint["optimizer_states"]
+        theirs = [len(group["params"]) for group in state["param_groups"]]
+        ours = [len(weights) for _, weights in self.parameter_groups()]
+        if theirs != ours:
+            raise ValueError(
+                f"{self.trainer.ckpt_path}: its optimizer has groups of {theirs} weights, and this run's of {ours}; "
+                "set model.conv_learning_rate (1.0: no group of its own) and the losses as then, or begin with the "
+                "weights alone (model.checkpoint=FILE)"
             )
         count_batches_anew(self.trainer, checkpoint)
         drop_unread_states(self.trainer, checkpoint)
@@ -243,9 +262,18 @@ class SuperResolutionModule(LightningModule):
         state = {name.removeprefix(prefix): weight for name, weight in weights if name.startswith(prefix)}
         fit_part(self.net, TrainedPart(checkpoint["settings"], checkpoint["base"], state), self.trainer.ckpt_path)
 
+    def parameter_groups(self) -> list[tuple[float, list[nn.Parameter]]]:
+        """Returns the trained weights in groups, each with its learning rate as a factor of the optimizer's."""
+        weights = list(self.net.trained.parameters())
+        modules = [] if self.conv_learning_rate == 1 else self.net.trained.modules()
+        convs = [weight for module in modules if isinstance(module, ConvInjection) for weight in module.parameters()]
+        ids = {id(weight) for weight in convs}
+        others = [weight for weight in weights if id(weight) not in ids]
+        return [(1.0, others), *([(self.conv_learning_rate, convs)] if convs else [])]
+
     def configure_optimizers(self) -> Optimizer:
-        """Returns the optimizer over all parameters; gradients can be clipped also where it is fused."""
-        optimizer = self.optimizer(self.parameters())
+        """Returns the optimizer over all groups; gradients can be clipped also where it is fused."""
+        optimizer = self.optimizer([{"params": weights} for _, weights in self.parameter_groups()])
         let_trainer_unscale(optimizer)
         return optimizer
 

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from dit4sr_pl.backbone.flow import interpolate
 from dit4sr_pl.backbone.text_encoder import Embeddings
 from dit4sr_pl.model.lora import LoRA
-from dit4sr_pl.training.lightning_state import let_trainer_unscale
 from dit4sr_pl.training.students.module import StudentModule
 from dit4sr_pl.training.students.perceptual import PerceptualLoss, crop_window, decoded
 from dit4sr_pl.training.students.score import Critic, loss_with_gradient, predicted_clean
@@ -56,7 +55,7 @@ class LossWeights:
 class OneStepStudent(StudentModule):
     """A module that trains a student of one step, and its critic beside it.
 
-    Student and critic are two groups of one optimizer. Neither's loss has a gradient for the other, so a backward pass
+    Student and critic are groups of one optimizer. Neither's loss has a gradient for the other, so a backward pass
     of the sum serves both, and gradients are clipped apart.
 
     Args:
@@ -187,30 +186,12 @@ class OneStepStudent(StudentModule):
         scale = timestep.new_full(timestep.shape, self.teaching.guidance_scale)
         return self.teacher.guided(noisy, lr_latent, timestep, conditions, scale)
 
-    def configure_optimizers(self) -> Optimizer:
-        """Returns the optimizer over the student and, as a group of its own, the critic."""
-        if self.critic is None:
-            return super().configure_optimizers()
-        groups = [{"params": list(each.parameters())} for each in (self.net.trained, self.critic_lora)]
-        optimizer = self.optimizer(groups)
-        let_trainer_unscale(optimizer)
-        return optimizer
-
-    def on_train_start(self) -> None:
-        """Gives the optimizer the options of this run, and the critic its learning rate."""
-        super().on_train_start()
-        self.scale_critic()
-
-    def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
-        """Sets the learning rates of the step."""
-        super().on_train_batch_start(batch, batch_idx)
-        if self.schedule.varies:
-            self.scale_critic()
-
-    def scale_critic(self) -> None:
-        """Multiplies the critic's learning rate, which is the student's, by its factor."""
-        for group in self.trainer.optimizers[0].param_groups[1:]:
-            group["lr"] *= self.critic_learning_rate
+    def parameter_groups(self) -> list[tuple[float, list[nn.Parameter]]]:
+        """Returns the groups of the student and, as one of its own, the critic."""
+        groups = super().parameter_groups()
+        if self.critic is not None:
+            groups.append((self.critic_learning_rate, list(self.critic_lora.parameters())))
+        return groups
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -219,5 +200,5 @@ class OneStepStudent(StudentModule):
         if not gradient_clip_val:
             return
         clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
-        for group in optimizer.param_groups:
-            clip(group["params"], gradient_clip_val)
+        for trained in (self.net.trained, *([] if self.critic is None else [self.critic_lora])):
+            clip(trained.parameters(), gradient_clip_val)
