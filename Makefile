@@ -18,12 +18,18 @@ announce:
 	@echo "3. Restoring of 6 other photos with it and with the LR stream in the package: about a minute."
 	@echo "Then outputs/demo/ holds comparison.png, scores.md, and the run with its TensorBoard log in full/seed0/."
 
-# Given again, it resumes where it was stopped.
+# Photos are fetched and encoded the first time only. Given again, it resumes where it was stopped.
 VARIANTS := full,no_lr_integration,no_lr_residual,no_lr_injection,linear_lr_injection
+CROPS := outputs/demo/photos/crops
+SQUARES := --side 128 --degradations light:0.75 medium:0.25
 ablation: $(VENV)/.done
+	test -d $(TINY)/photos || $(BIN)/python scripts/tiny_photos.py --output $(TINY)/photos
+	$(BIN)/python scripts/tiny_pairs.py $(SQUARES) --photos $(TINY)/photos/train --pipeline $(SHIPPED)/tiny-sd3 \
+		--output $(TINY)/squares
+	$(BIN)/python -c "from dit4sr_pl.data.demo_photos import write_crops; write_crops('$(CROPS)')"
 	$(BIN)/python -m dit4sr_pl.train -m experiment=ablation +ablation=$(VARIANTS) seed=0,1,2
 	$(BIN)/python -m dit4sr_pl.train -m experiment=ablation model=tiny_sd3_controlnet seed=0,1,2
-	$(BIN)/python -m dit4sr_pl.compare outputs/ablation output=outputs/ablation/compare strip.hr=outputs/demo/photos/crops
+	$(BIN)/python -m dit4sr_pl.compare outputs/ablation output=outputs/ablation/compare strip.hr=$(CROPS)
 
 # One thread in each of several processes: two threads that wait for one another cost more than they give. The files keep
 # the order of tests/conftest.py, long ones first.
