@@ -60,15 +60,16 @@ lr_stream)
 ablation)
     make_pairs
     $PYTHON -c "from dit4sr_pl.data.demo_photos import write_crops; write_crops('$CROPS')"
-    options=(experiment=tiny_ablation trainer=gpu "trainer.max_steps=$2" "seed=$3" model.backbone.name=$NEW
-        "data.latents=[$PAIRS]" "data.validation_folders=[$CROPS]" data.num_workers=1 $OPTIONS)
+    options=(experiment=ablation trainer=gpu trainer.precision=bf16-mixed "trainer.max_steps=$2" "seed=$3"
+        model.backbone.name=$NEW "data.latents=[$PAIRS]" "data.validation_folders=[$CROPS]" data.batch_size=32
+        data.num_workers=1 $OPTIONS)
     variants=full,no_lr_integration,no_lr_residual,no_lr_injection,linear_lr_injection
     OMP_NUM_THREADS=2 $PYTHON -m dit4sr_pl.train -m "${options[@]}" +ablation=$variants hydra.launcher.n_jobs=5 &
     OMP_NUM_THREADS=2 $PYTHON -m dit4sr_pl.train "${options[@]}" model=tiny_sd3_controlnet
     wait $!
-    results=(ablation --exclude checkpoints --exclude '*.safetensors' outputs/tiny_ablation)
+    results=(ablation --exclude checkpoints --exclude '*.safetensors' outputs/ablation)
     pieces "${results[@]}" # also if the comparison fails
-    $PYTHON -m dit4sr_pl.compare outputs/tiny_ablation output=outputs/tiny_ablation/compare strip.hr=$CROPS
+    $PYTHON -m dit4sr_pl.compare outputs/ablation output=outputs/ablation/compare strip.hr=$CROPS
     pieces "${results[@]}"
     ;;
 *)

@@ -27,12 +27,15 @@ def main(cfg: DictConfig) -> None:
     output, device = Path(cfg.output), torch.device("cpu")
     data, sampler = instantiate(cfg.data), instantiate(cfg.sampler)
     batches = [data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader()]
-    streams = {"trained here": Path(cfg.trained) / "lr_stream.safetensors", "shipped": cfg.shipped}
+    streams = {
+        "trained here": (Path(cfg.trained) / "lr_stream.safetensors", cfg.injection_scale),
+        "shipped": (cfg.shipped, None),
+    }
 
     columns = {"bicubic": [enlarge(batch["lr"], batch["hr"].shape[-2:]) for batch in batches]}
-    for number, (name, checkpoint) in enumerate(streams.items(), 1):
+    for number, (name, (checkpoint, scale)) in enumerate(streams.items(), 1):
         print(f"restoring with the LR stream {name} ({number} of {len(streams)})", flush=True)
-        restorer = Restorer.load(instantiate(cfg.model.backbone), sampler, checkpoint, device)
+        restorer = Restorer.load(instantiate(cfg.model.backbone), sampler, checkpoint, device, injection_scale=scale)
         columns[name] = [
             restorer(batch["lr"], batch["hr"].shape[-2:], batch["prompt"], batch["name"], cfg.seed) for batch in batches
         ]

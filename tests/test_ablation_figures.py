@@ -1,0 +1,49 @@
+"""The script that draws the ablation, on logs whose scores are known."""
+
+import sys
+from pathlib import Path
+
+import ablation_figures
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from dit4sr_pl.training.callbacks.validation_scores import validation_strip
+
+CROPS = {name: torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(k)) for k, name in enumerate(("a", "b"))}
+
+
+def write_run(folder: Path, restored_by_step: dict[int, str]) -> None:
+    """Writes a log as `ValidationScores` does; at each step the restored image is `bicubic` or `truth`."""
+    with SummaryWriter(folder) as writer:
+        for step, restored in restored_by_step.items():
+            for number, name in enumerate(ablation_figures.SHOWN):
+                images = {"bicubic": CROPS["a"].roll(number, 1), "truth": CROPS["b"]}
+                columns = images["bicubic"], images[restored], images["truth"]
+                writer.add_image(f"val/{name}", validation_strip(images["bicubic"][:, ::4, ::4], *columns), step - 1)
+
+
+def call(monkeypatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", *words])
+    ablation_figures.main()
+
+
+def test_curves_are_ratios_to_bicubic_over_all_seeds(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "full/seed0", {100: "bicubic", 200: "truth"})
+    write_run(tmp_path / "full/seed1", {100: "bicubic", 200: "bicubic"})
+    write_run(tmp_path / "no_lr_injection/seed0", {100: "bicubic"})
+    call(monkeypatch, str(tmp_path))
+    photos, text = capsys.readouterr().out.strip().split("\n\n")
+    head, _, full, without = [[cell.strip() for cell in line.strip("|").split("|")] for line in photos.splitlines()]
+    assert head == ["photos", "step 100", "step 200"] and text.startswith("| text")
+    assert full == ["FULL", "1.000 [1.000, 1.000]", "0.500 [0.000, 1.000]"]
+    assert without == ["C: no_lr_injection", "1.000", ""]
+    assert Image.open(tmp_path / "compare/curves.png").width > 1000
+    assert np.asarray(Image.open(tmp_path / "compare/crops.jpg")).std() > 10
+
+
+def test_a_folder_without_runs_is_named(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=f"{tmp_path}: no run with a validation; run `make ablation` first"):
+        call(monkeypatch, str(tmp_path))
