@@ -40,7 +40,7 @@ def test_curves_are_ratios_to_bicubic_over_all_seeds(tmp_path, monkeypatch, caps
     assert full == ["FULL", "1.000 [1.000, 1.000]", "0.500 [0.000, 1.000]"]
     assert without == ["C: no_lr_injection", "1.000", ""]
     assert image_size(tmp_path / "compare/curves.png")[0] > 1000
-    assert read_image(tmp_path / "compare/crops.jpg").float().std() > 0
+    assert read_image(tmp_path / "compare/crops.jpg").float().std() > 40
 
 
 def test_a_folder_without_runs_is_named(tmp_path, monkeypatch):
