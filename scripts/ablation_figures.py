@@ -5,11 +5,13 @@
 A run's TensorBoard log has a picture LR | bicubic | restored | ground truth of every held-out crop after every
 validation; everything here is measured on those. `curves.png` and `crops.jpg` are written into `--output`. The tables
 that are printed have at every step ST-LPIPS as a ratio to bicubic's, of photos and of text apart: the mean over crops
-and seeds, and in brackets the lowest and the highest seed.
+and seeds, and in brackets the lowest and the highest seed. The last table has the difference to bicubic after the last
+step, crop by crop: its mean over crops and seeds, with a 95% bootstrap interval over crops.
 """
 
 import argparse
 import io
+import itertools
 from collections import defaultdict
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from torch import nn
 from dit4sr_pl.common.files import atomic_write
 from dit4sr_pl.common.markdown import markdown_table
 from dit4sr_pl.comparison.rows import variant_label
+from dit4sr_pl.comparison.statistics import Resampling
 from dit4sr_pl.data.demo_photos import WRITING
 from dit4sr_pl.scores.pyiqa_loading import create
 
@@ -32,6 +35,7 @@ PARTS = ("photos", "text")
 TAG = "val/"  # of the pictures, followed by the crop's name
 
 Strips = dict[tuple[int, str], np.ndarray]  # by step and crop: LR, bicubic, restored and true image, uint8 (4, H, W, 3)
+Scores = dict[int, dict[str, np.ndarray]]  # by step and crop: ST-LPIPS of restored and bicubic image (2)
 Curve = dict[str, dict[int, list[float]]]  # by part and step: the ratio of every seed
 
 
@@ -42,15 +46,17 @@ def main() -> None:
     args = parser.parse_args()
     output = args.output or args.folder / "compare"
 
-    score, curves, columns = create("stlpips"), {}, {}
+    score, scores, columns = create("stlpips"), {}, {}
     for variant in VARIANTS:
         runs = [strips for path in sorted((args.folder / variant).glob("seed*")) if (strips := strips_of(path))]
         if runs:
-            curves[variant], columns[variant] = curve_of(runs, score), last_strips(runs[0])
-    if not curves:
+            scores[variant], columns[variant] = [scores_of(run, score) for run in runs], last_strips(runs[0])
+    if not scores:
         raise SystemExit(f"{args.folder}: no run with a validation; run `make ablation` first")
+    curves = {variant: curve_of(runs) for variant, runs in scores.items()}
     for part in PARTS:
         print(table(curves, part) + "\n")
+    print(differences(scores))
     for name, figure in (("curves.png", chart(curves)), ("crops.jpg", side_by_side(columns))):
         with atomic_write(output / name) as partial:
             figure.savefig(partial, format=name.rpartition(".")[2], dpi=150)
@@ -74,18 +80,44 @@ def last_strips(strips: Strips) -> dict[str, np.ndarray]:
     return {name: strip for (step, name), strip in strips.items() if step == last}
 
 
-def curve_of(runs: list[Strips], score: nn.Module) -> Curve:
-    """Returns a variant's ST-LPIPS as a ratio to bicubic's."""
+def scores_of(strips: Strips, score: nn.Module) -> Scores:
+    """Returns the ST-LPIPS of a run's pictures and of bicubic enlargement."""
+    scores = defaultdict(dict)
+    for (step, name), strip in strips.items():
+        _, bicubic, restored, truth = torch.tensor(strip).permute(0, 3, 1, 2) / 255
+        both = score(torch.stack([restored, bicubic]), torch.stack([truth, truth]))
+        scores[step][name] = both.flatten().numpy()
+    return scores
+
+
+def in_part(crops: dict[str, np.ndarray], part: str) -> list[np.ndarray]:
+    """Returns the scores of the crops of a part, in the order of their names."""
+    return [crops[name] for name in sorted(crops) if part == "all" or (part == "text") == name.startswith(WRITING)]
+
+
+def curve_of(runs: list[Scores]) -> Curve:
+    """Returns a variant's ST-LPIPS, as a mean over crops, divided by bicubic's."""
     curve = {part: defaultdict(list) for part in PARTS}
-    for strips in runs:
-        sums = defaultdict(lambda: np.zeros(2))
-        for (step, name), strip in strips.items():
-            _, bicubic, restored, truth = torch.tensor(strip).permute(0, 3, 1, 2) / 255
-            scores = score(torch.stack([restored, bicubic]), torch.stack([truth, truth]))
-            sums["text" if name.startswith(WRITING) else "photos", step] += scores.flatten().tolist()
-        for (part, step), (restored, bicubic) in sums.items():
+    for scores in runs:
+        for part, (step, crops) in itertools.product(PARTS, scores.items()):
+            restored, bicubic = np.mean(in_part(crops, part), axis=0)
             curve[part][step].append(restored / bicubic)
     return curve
+
+
+def differences(variants: dict[str, list[Scores]]) -> str:
+    """Returns a Markdown table of the differences to bicubic after every run's last step, which brackets follow."""
+    resampling = Resampling(level=0.95, resamples=10_000, seed=0)
+    rows = []
+    for name, runs in variants.items():
+        cells = [variant_label(name)]
+        for part in ("all", *PARTS):
+            seeds = np.array([in_part(scores[max(scores)], part) for scores in runs])  # (seeds, crops, 2)
+            difference = (seeds[..., 0] - seeds[..., 1]).mean(axis=0)
+            low, high = resampling.interval(difference[:, None])
+            cells.append(f"{difference.mean():+.4f} [{low[0]:.4f}, {high[0]:.4f}]")
+        rows.append(cells)
+    return markdown_table(["difference to bicubic", "all crops", *PARTS], rows)
 
 
 def table(curves: dict[str, Curve], part: str) -> str:
