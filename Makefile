@@ -30,6 +30,7 @@ ablation: $(VENV)/.done
 	$(BIN)/python -m dit4sr_pl.train -m experiment=ablation +ablation=$(VARIANTS) seed=0,1,2
 	$(BIN)/python -m dit4sr_pl.train -m experiment=ablation model=tiny_sd3_controlnet seed=0,1,2
 	$(BIN)/python -m dit4sr_pl.compare outputs/ablation output=outputs/ablation/compare strip.hr=$(CROPS)
+	$(BIN)/python scripts/ablation_figures.py outputs/ablation
 
 # One thread in each of several processes: two threads that wait for one another cost more than they give. The files keep
 # the order of tests/conftest.py, long ones first.
