@@ -14,7 +14,7 @@ demo: announce $(VENV)/.done
 
 announce:
 	@echo "1. Set-up of $(VENV), the first time only: minutes, most of them downloads."
-	@echo "2. Training of an LR stream on 8 photos: 4 to 6 minutes on two cores. Stopped, the same command resumes it."
+	@echo "2. Training of an LR stream on 8 photos: 5 to 8 minutes on two cores. Stopped, the same command resumes it."
 	@echo "3. Restoring of 6 other photos with it and with the LR stream in the package: about a minute."
 	@echo "Then outputs/demo/ holds comparison.png, scores.md, and the run with its TensorBoard log in full/seed0/."
 
