@@ -62,6 +62,11 @@ def main() -> None:
             figure.savefig(partial, format=name.rpartition(".")[2], dpi=150)
 
 
+def label(name: str) -> str:
+    """Returns the label of a variant or of the baseline, as `compare` has it."""
+    return "SD3-ControlNet" if name == "sd3_controlnet" else variant_label(name)
+
+
 def strips_of(run: Path) -> Strips:
     """Returns the pictures of all validations of a run."""
     log = EventAccumulator(str(run), size_guidance={"images": 0})
@@ -110,7 +115,7 @@ def differences(variants: dict[str, list[Scores]]) -> str:
     resampling = Resampling(level=0.95, resamples=10_000, seed=0)
     rows = []
     for name, runs in variants.items():
-        cells = [variant_label(name)]
+        cells = [label(name)]
         for part in ("all", *PARTS):
             seeds = np.array([in_part(scores[max(scores)], part) for scores in runs])  # (seeds, crops, 2)
             difference = (seeds[..., 0] - seeds[..., 1]).mean(axis=0)
@@ -123,9 +128,7 @@ def differences(variants: dict[str, list[Scores]]) -> str:
 def table(curves: dict[str, Curve], part: str) -> str:
     """Returns the curves of a part as a Markdown table with a column per step."""
     steps = sorted({step for curve in curves.values() for step in curve[part]})
-    rows = [
-        [variant_label(name), *(cell(curve[part].get(step, [])) for step in steps)] for name, curve in curves.items()
-    ]
+    rows = [[label(name), *(cell(curve[part].get(step, [])) for step in steps)] for name, curve in curves.items()]
     return markdown_table([part, *(f"step {step}" for step in steps)], rows)
 
 
@@ -145,7 +148,7 @@ def chart(curves: dict[str, Curve]) -> Figure:
         for name, curve in curves.items():
             steps = sorted(curve[part])
             seeds = [curve[part][step] for step in steps]
-            (line,) = panel.plot(steps, list(map(np.mean, seeds)), marker="o", label=variant_label(name))
+            (line,) = panel.plot(steps, list(map(np.mean, seeds)), marker="o", label=label(name))
             panel.fill_between(steps, list(map(min, seeds)), list(map(max, seeds)), color=line.get_color(), alpha=0.15)
         panel.axhline(1, color="grey", linestyle=":", label="bicubic")
         panel.set_title(part)
@@ -157,7 +160,7 @@ def chart(curves: dict[str, Curve]) -> Figure:
 
 def side_by_side(columns: dict[str, dict[str, np.ndarray]]) -> Figure:
     """Returns a row per crop: LR, bicubic, every variant's result and the ground truth, each 1.7 inches wide."""
-    titles = ["LR", "bicubic", *map(variant_label, columns), "ground truth"]
+    titles = ["LR", "bicubic", *map(label, columns), "ground truth"]
     figure = Figure((1.7 * len(titles), 1.75 * len(SHOWN)), layout="constrained")
     for row, name in zip(figure.subplots(len(SHOWN), len(titles)), SHOWN, strict=True):
         low, bicubic, _, truth = next(iter(columns.values()))[name]

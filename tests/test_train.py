@@ -62,7 +62,7 @@ def test_every_experiment_takes_a_step(run, experiment, tmp_path, toy_backbone):
     small = [*ON_TOY_SD3, *ON_A_CPU, *OF_ITS_OWN.get(experiment, [])]
     if "student" in experiment:
         small += [f"student.teacher={write_teacher(toy_backbone, tmp_path / 'teacher.safetensors')}"]
-    if experiment.startswith("tiny_"):  # on latents
+    if experiment.startswith("tiny_") or experiment == "ablation":  # on latents
         for kind in ("latent_hr", "latent_lr"):
             (tmp_path / kind).mkdir()
             torch.save(torch.rand(3, 4, 8, 8), tmp_path / kind / "0.pt")

@@ -67,6 +67,7 @@ ADDED = {
     "data.captions": None,
     "data.latent_crops": None,
     "model.backbone.quantization": None,
+    "model.conv_learning_rate": 1.0,
     "sampler.guidance": "classifier_free",
     "sampler.guidance_sigma_min": 0.0,
     "sampler.guidance_sigma_max": 1.0,
