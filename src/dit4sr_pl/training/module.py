@@ -144,7 +144,7 @@ class SuperResolutionModule(LightningModule):
     def set_learning_rates(self, learning_rate: float) -> None:
         """Gives every group of the optimizer this learning rate times its factor."""
         groups = self.trainer.optimizers[0].param_groups
-        for (factor, _), group in zip(self.parameter_groups(), groups, strict=True):
+        for factor, group in zip(self.group_factors, groups, strict=True):
             group["lr"] = learning_rate * factor
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
@@ -273,7 +273,8 @@ class SuperResolutionModule(LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """Returns the optimizer over all groups; gradients can be clipped also where it is fused."""
-        optimizer = self.optimizer([{"params": weights} for _, weights in self.parameter_groups()])
+        self.group_factors, groups = zip(*self.parameter_groups(), strict=True)
+        optimizer = self.optimizer([{"params": weights} for weights in groups])
         let_trainer_unscale(optimizer)
         return optimizer
 
