@@ -97,8 +97,7 @@ def timing(clock: Clock) -> Iterator[None]:
         patch(sampling, "states", clock.timed_steps("sampling", sampling.states))
         patch(LatentCoder, "encode_tiled", clock.timed("encode", LatentCoder.encode_tiled))
         patch(LatentCoder, "decode_tiled", clock.timed_steps("decode", LatentCoder.decode_tiled))
-        timed = {name: clock.timed("align", function) for name, function in sampling.ALIGNMENTS.items()}
-        stack.enter_context(mock.patch.dict(sampling.ALIGNMENTS, timed))
+        patch(sampling, "align", clock.timed("align", sampling.align))
         yield
 
 

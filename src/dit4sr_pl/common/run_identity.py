@@ -75,6 +75,7 @@ ADDED = {
     "sampler.lr_shared": False,
     "sampler.tiling": "overlapping",
     "sampler.sigmas": None,
+    "sampler.wavelet_levels": 5,
     "trainer.max_time": None,
     "schedule._target_": "LearningRateSchedule",
     "schedule.name": "constant",

@@ -28,7 +28,7 @@ from dit4sr_pl.page.hosts import Hosts
 from dit4sr_pl.page.requests import RequestFilter
 from dit4sr_pl.page.visitors import Visitors
 from dit4sr_pl.page.worker import Stopped, Worker
-from dit4sr_pl.restoration.color import ALIGNMENTS
+from dit4sr_pl.restoration.color import COLORS
 from dit4sr_pl.restoration.pictures import FAILURES, PictureRestorer
 from dit4sr_pl.restoration.restorer import Restorer
 from dit4sr_pl.restoration.sizes import result_size
@@ -70,7 +70,7 @@ class Page:
             "caption": text(limits.max_text),
             "steps": number(1, limits.max_steps, whole=True, limit=", the page's max_steps"),
             "guidance": number(0, limits.max_guidance, limit=", the page's max_guidance"),
-            "color": choice(list(ALIGNMENTS)),
+            "color": choice(COLORS),
             "seed": number(*SEEDS, whole=True),
             "added_prompt": text(limits.max_text),
             "negative_prompt": text(limits.max_text),
@@ -121,7 +121,7 @@ class Page:
                     bounds = {"minimum": 0, "maximum": limits.max_guidance}
                     bounds |= {"visible": visible("guidance"), "min_width": 80}
                     guidance = gr.Number(sampler.guidance_scale, label="guidance", **bounds)
-                color = gr.Dropdown(list(ALIGNMENTS), value=sampler.color, label="colour alignment")
+                color = gr.Dropdown(list(COLORS), value=sampler.color, label="colour alignment")
                 with gr.Row():
                     button = gr.Button("Restore", variant="primary", min_width=80)
                     stop = gr.Button("Stop", variant="stop", min_width=80)

@@ -1,7 +1,5 @@
 """Colour alignment of a restored image to its enlarged LR image (paper Section 5.1, as in StableSR)."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,44 +8,45 @@ from dit4sr_pl.images.files import bands
 from dit4sr_pl.images.resize import LazyEnlargement
 
 GREY_SPREAD = 3 / 255  # by which the channels of a pixel without colour differ at most
-WAVELET_LEVELS = 5
-MARGIN = 2**WAVELET_LEVELS - 1  # rows above and below a pixel that its low frequencies depend on
+COLORS = ("adain", "wavelet", "none")
 
 
-def adain(restored: Tensor, reference: Tensor) -> Tensor:
-    """Gives every channel the reference's mean and standard deviation.
+def align(restored: Tensor, reference: Tensor, color: str, levels: int) -> Tensor:
+    """Aligns a restored image's colours.
 
     Args:
         restored: `(B, 3, H, W)` in 0..1; overwritten by the result.
         reference: images of the same shape: a tensor, or an object that returns one for `reference[..., rows, :]`.
+        color: one of `COLORS`: `adain`, `wavelet`, or `none`, which changes nothing.
+        levels: levels of `wavelet`.
 
     Returns:
         `(B, 3, H, W)`, not clamped.
     """
+    if color == "adain":
+        return adain(restored, reference)
+    return wavelet(restored, reference, levels) if color == "wavelet" else restored
+
+
+def adain(restored: Tensor, reference: Tensor) -> Tensor:
+    """Gives every channel the reference's mean and standard deviation; arguments are those of `align`."""
     (mean, std), (reference_mean, reference_std) = moments(restored), moments(reference)
     scale = reference_std / std
     return restored.mul_(scale.float()).add_((reference_mean - mean * scale).float())
 
 
-def wavelet(restored: Tensor, reference: Tensor) -> Tensor:
-    """Keeps the restored image's detail and takes the reference's low frequencies; arguments are those of `adain`."""
+def wavelet(restored: Tensor, reference: Tensor, levels: int) -> Tensor:
+    """Keeps the restored image's detail and takes the reference's low frequencies; arguments are those of `align`."""
+    margin = 2**levels - 1  # rows above and below a pixel that its low frequencies depend on
     height, above = restored.shape[2], restored[..., :0, :]
     for rows in bands(height):
-        wanted = slice(rows.start - above.shape[2], min(rows.stop + MARGIN, height))
+        wanted = slice(rows.start - above.shape[2], min(rows.stop + margin, height))
         ours = torch.cat([above, restored[..., rows.start : wanted.stop, :]], dim=2)  # as it was
-        low = low_frequencies(reference[..., wanted, :] - ours)
+        low = low_frequencies(reference[..., wanted, :] - ours, levels)
         inside = slice(rows.start - wanted.start, rows.stop - wanted.start)
         restored[..., rows, :] += low[..., inside, :]
-        above = ours[..., max(inside.stop - MARGIN, 0) : inside.stop, :]
+        above = ours[..., max(inside.stop - margin, 0) : inside.stop, :]
     return restored
-
-
-def none(restored: Tensor, reference: Tensor) -> Tensor:
-    """Returns the restored image unchanged."""
-    return restored
-
-
-ALIGNMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"adain": adain, "wavelet": wavelet, "none": none}
 
 
 def moments(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,13 +62,13 @@ def moments(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (variance.clamp(min=0) + 1e-5).sqrt()  # a flat channel has no variance to divide by
 
 
-def low_frequencies(images: Tensor) -> Tensor:
-    """Returns the à trous wavelet's low frequencies of `(B, 3, H, W)`: 3x3 binomial blurs of steps 1, 2, 4, 8 and 16
-    pixels.
+def low_frequencies(images: Tensor, levels: int) -> Tensor:
+    """Returns the à trous wavelet's low frequencies of `(B, 3, H, W)`: 3x3 binomial blurs of steps 1, 2, 4 ... pixels,
+    `levels` of them.
     """
     taps = torch.tensor([0.25, 0.5, 0.25], dtype=images.dtype, device=images.device)
     kernel = torch.outer(taps, taps).expand(3, 1, 3, 3)
-    for level in range(WAVELET_LEVELS):
+    for level in range(levels):
         step = 2**level
         padded = F.pad(images, (step, step, step, step), mode="replicate")
         images = F.conv2d(padded, kernel, dilation=step, groups=3)

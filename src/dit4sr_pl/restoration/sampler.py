@@ -13,7 +13,7 @@ from torch import nn
 from dit4sr_pl.common.students import fixed_settings, refusal
 from dit4sr_pl.model import DiT4SRTransformer, Student
 from dit4sr_pl.model.compilation import CUDAGraphs, is_compiled
-from dit4sr_pl.restoration.color import ALIGNMENTS
+from dit4sr_pl.restoration.color import COLORS
 from dit4sr_pl.restoration.evaluations import Evaluation, planned
 from dit4sr_pl.restoration.fitting import FITS, Size, working_sizes
 from dit4sr_pl.restoration.tiling import TILINGS, TileBatcher
@@ -47,6 +47,8 @@ class Sampler:
         smallest: smallest side in latents; smaller images are extended by reflection, and their results cut.
         vae_tile: side of the autoencoder's tiles in latents, for larger images; they overlap by a quarter.
         color: alignment to the enlarged LR image: `adain`, `wavelet` or `none`.
+        wavelet_levels: levels of `wavelet`: the result takes what is coarser than `2**wavelet_levels` pixels from the
+            enlarged LR image.
         fit: how sides that are no multiples of the grid fit it, see `working_sizes`.
         process_size: size at which smaller results are restored, see `working_sizes`.
         guidance_sigma_min: smallest sigma, in 0..1, at which guidance is applied; below it the negative prompt is not
@@ -78,6 +80,7 @@ class Sampler:
     smallest: int
     vae_tile: int
     color: str
+    wavelet_levels: int = 5
     fit: str = "floor"
     process_size: int | None = None
     guidance_sigma_min: float = 0.0
@@ -95,11 +98,13 @@ class Sampler:
         for name in ("steps", "smallest", "lr_refresh"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampler: {name}={getattr(self, name)}; at least 1 is needed")
+        if self.wavelet_levels not in range(1, 9):
+            raise ValueError(f"sampler: wavelet_levels={self.wavelet_levels}; give a whole number in 1..8")
         if not 0 < self.tile_memory < math.inf:
             raise ValueError(f"sampler: tile_memory={self.tile_memory}; give GiB, above 0")
         if self.process_size is not None and (not isinstance(self.process_size, int) or self.process_size < 1):
             raise ValueError(f"sampler: process_size={self.process_size}; give pixels, or null for every size as it is")
-        named = {"start": STARTS, "color": ALIGNMENTS, "fit": FITS, "tiling": TILINGS, "guidance": GUIDANCES}
+        named = {"start": STARTS, "color": COLORS, "fit": FITS, "tiling": TILINGS, "guidance": GUIDANCES}
         for name, choices in named.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"sampler: {name}={getattr(self, name)!r}; choose one of {', '.join(choices)}")

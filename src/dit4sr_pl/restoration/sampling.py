@@ -10,7 +10,7 @@ from dit4sr_pl.backbone.autoencoder import LatentCoder, draw_noise
 from dit4sr_pl.backbone.flow import interpolate
 from dit4sr_pl.backbone.text_encoder import PromptEncoder
 from dit4sr_pl.model import DiT4SRTransformer
-from dit4sr_pl.restoration.color import ALIGNMENTS
+from dit4sr_pl.restoration.color import align
 from dit4sr_pl.restoration.evaluations import Evaluation
 from dit4sr_pl.restoration.fitting import enlarge_through, resize
 from dit4sr_pl.restoration.guided_velocity import GuidedVelocity
@@ -80,8 +80,8 @@ def restore(
             rows = image[:, top : top + band.shape[2]]  # the last band may be cut
             rows.copy_(band[0, :, : rows.shape[1], :width])
             top += band.shape[2]
-    aligned = ALIGNMENTS[sampler.color](sr, enlarge_through(lr.to(place), sizes)).clamp_(0, 1)
-    return resize(aligned, size).to(lr.device)
+    aligned = align(sr, enlarge_through(lr.to(place), sizes), sampler.color, sampler.wavelet_levels)
+    return resize(aligned.clamp_(0, 1), size).to(lr.device)
 
 
 def states(
