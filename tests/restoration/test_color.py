@@ -26,13 +26,13 @@ def test_an_image_aligned_to_itself_stays(name):
         torch.testing.assert_close(align(channels_last.clone(), image, name, 5), image)
 
 
-@pytest.mark.parametrize("name", ["adain", "wavelet"])
+@pytest.mark.parametrize("name", ["adain", "wavelet", "wavelet_adain"])
 def test_takes_over_the_mean_colour_and_keeps_flat_images_finite(name):
     flat, red = torch.full((1, 3, 40, 40), 0.5), torch.tensor([0.8, 0.1, 0.1]).view(1, 3, 1, 1).expand(1, 3, 40, 40)
     torch.testing.assert_close(align(flat.clone(), red, name, 5), red, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("name", "levels"), [("adain", 5), ("wavelet", 5), ("wavelet", 3)])
+@pytest.mark.parametrize(("name", "levels"), [("adain", 5), ("wavelet", 5), ("wavelet_adain", 3)])
 def test_bands_give_what_the_whole_image_gives(name, levels, monkeypatch):
     restored, reference = torch.rand(2, 1, 3, 150, 20)
     whole = align(restored.clone(), reference, name, levels)
@@ -53,6 +53,14 @@ def test_a_wavelet_of_few_levels_takes_only_coarse_bands_from_the_reference(leve
     aligned = align(restored.clone(), reference, "wavelet", levels)
     inside = (slice(None), slice(48, -48), slice(48, -48))
     torch.testing.assert_close(aligned[0][inside], (restored[0] + torch.from_numpy(difference).float())[inside])
+
+
+def test_both_in_turn_are_one_after_the_other():
+    restored, reference = torch.rand(2, 1, 3, 40, 24)
+    between = align(restored.clone(), reference, "wavelet", 3)
+    both = align(restored.clone(), reference, "wavelet_adain", 3)
+    torch.testing.assert_close(both, align(between, reference, "adain", 3))
+    assert (both - reference).square().mean() < (restored - reference).square().mean()
 
 
 @pytest.mark.parametrize("levels", [0, 9, 2.5])

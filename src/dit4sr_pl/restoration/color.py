@@ -8,7 +8,7 @@ from dit4sr_pl.images.files import bands
 from dit4sr_pl.images.resize import LazyEnlargement
 
 GREY_SPREAD = 3 / 255  # by which the channels of a pixel without colour differ at most
-COLORS = ("adain", "wavelet", "none")
+COLORS = ("adain", "wavelet", "wavelet_adain", "none")
 
 
 def align(restored: Tensor, reference: Tensor, color: str, levels: int) -> Tensor:
@@ -17,15 +17,17 @@ def align(restored: Tensor, reference: Tensor, color: str, levels: int) -> Tenso
     Args:
         restored: `(B, 3, H, W)` in 0..1; overwritten by the result.
         reference: images of the same shape: a tensor, or an object that returns one for `reference[..., rows, :]`.
-        color: one of `COLORS`: `adain`, `wavelet`, or `none`, which changes nothing.
+        color: one of `COLORS`: `adain`, `wavelet`, both in turn, or `none`, which changes nothing.
         levels: levels of `wavelet`.
 
     Returns:
         `(B, 3, H, W)`, not clamped.
     """
-    if color == "adain":
-        return adain(restored, reference)
-    return wavelet(restored, reference, levels) if color == "wavelet" else restored
+    if "wavelet" in color:
+        restored = wavelet(restored, reference, levels)
+    if "adain" in color:
+        restored = adain(restored, reference)
+    return restored
 
 
 def adain(restored: Tensor, reference: Tensor) -> Tensor:

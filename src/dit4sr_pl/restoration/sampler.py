@@ -46,8 +46,8 @@ class Sampler:
             through at once, and at least one.
         smallest: smallest side in latents; smaller images are extended by reflection, and their results cut.
         vae_tile: side of the autoencoder's tiles in latents, for larger images; they overlap by a quarter.
-        color: alignment to the enlarged LR image: `adain`, `wavelet` or `none`.
-        wavelet_levels: levels of `wavelet`: the result takes what is coarser than `2**wavelet_levels` pixels from the
+        color: alignment to the enlarged LR image: `adain`, `wavelet`, `wavelet_adain` or `none`.
+        wavelet_levels: levels of the wavelet: the result takes what is coarser than `2**wavelet_levels` pixels from the
             enlarged LR image.
         fit: how sides that are no multiples of the grid fit it, see `working_sizes`.
         process_size: size at which smaller results are restored, see `working_sizes`.
