@@ -73,16 +73,16 @@ class LatentCoder:
         """
         return to_images(self.decoder_output(latents))
 
-    def encode_tiled(self, image: Tensor | LazyEnlargement, side: int) -> Tensor:
-        """Encodes one image `(1, 3, H, W)`, in tiles if it is larger than `side` latents, a multiple of 4."""
-        encode = lambda *window: self.encode(image[..., *window])  # noqa: E731
-        return torch.cat(list(self._bands(encode, image.shape[-2:], side * self.factor, side)), dim=2)
+    def encode_tiled(self, images: Tensor | LazyEnlargement, side: int) -> Tensor:
+        """Encodes images `(B, 3, H, W)`, in tiles if they are larger than `side` latents, a multiple of 4."""
+        encode = lambda *window: self.encode(images[..., *window])  # noqa: E731
+        return torch.cat(list(self._bands(encode, images.shape[-2:], side * self.factor, side)), dim=2)
 
     @torch.no_grad()
-    def decode_tiled(self, latent: Tensor, side: int) -> Iterator[Tensor]:
-        """Decodes one latent `(1, C, h, w)` in tiles; yields the image from top to bottom in bands `(1, 3, n, W)`."""
-        decode = lambda *window: self.decoder_output(latent[..., *window])  # noqa: E731
-        yield from map(to_images, self._bands(decode, latent.shape[-2:], side, side * self.factor))
+    def decode_tiled(self, latents: Tensor, side: int) -> Iterator[Tensor]:
+        """Decodes latents `(B, C, h, w)` in tiles; yields the images from top to bottom in bands `(B, 3, n, W)`."""
+        decode = lambda *window: self.decoder_output(latents[..., *window])  # noqa: E731
+        yield from map(to_images, self._bands(decode, latents.shape[-2:], side, side * self.factor))
 
     def decoder_output(self, latents: Tensor) -> Tensor:
         """Returns what the autoencoder decodes: images in -1..1, not clamped, through which gradients pass."""

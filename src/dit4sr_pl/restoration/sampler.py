@@ -204,6 +204,12 @@ class Sampler:
         height, width = (extended(side, self.smallest * factor, patch * factor) for side in sizes[-1])
         return sizes, (height, width)
 
+    def coded_at_once(self, size: Size, factor: int) -> int:
+        """Returns how many images of a size, with `factor` pixels per latent, the autoencoder takes at once: as many as
+        fit into one of its tiles, and at least one.
+        """
+        return max(1, self.vae_tile**2 * factor**2 // math.prod(size))
+
     def tile_batcher(self, net: DiT4SRTransformer) -> TileBatcher:
         """Returns a batcher for the number of tiles that fit into `tile_memory`.
 

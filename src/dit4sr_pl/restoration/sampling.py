@@ -60,8 +60,9 @@ def restore(
     device = device or lr.device
     sizes, extent = sampler.fitted(tuple(lr.shape[-2:]), size, coder.factor, net.patch_size)
     height, width = sizes[-1]
-    enlarged = (enlarge_through(each, sizes, extent) for each in lr.to(device).split(1))
-    lr_latent = torch.cat([coder.encode_tiled(each, sampler.vae_tile) for each in enlarged])
+    at_once = sampler.coded_at_once(extent, coder.factor)
+    enlarged = (enlarge_through(images, sizes, extent) for images in lr.to(device).split(at_once))
+    lr_latent = torch.cat([coder.encode_tiled(images, sampler.vae_tile) for images in enlarged])
     noise = draw_noise(lr_latent.shape[1:], generators).to(device)
     velocity = GuidedVelocity.of_captions(net, encode_prompts, sampler, captions, device)
     batcher = batcher or sampler.tile_batcher(net)
@@ -74,11 +75,11 @@ def restore(
     result_bytes = lr.shape[0] * lr.shape[1] * height * width * torch.float32.itemsize
     place = device if result_bytes <= sampler.tile_memory * 2**30 / 2 else lr.device
     sr = torch.empty(*lr.shape[:2], height, width, device=place)
-    for image, each in zip(sr, latent.split(1), strict=True):
+    for images, latents in zip(sr.split(at_once), latent.split(at_once), strict=True):
         top = 0
-        for band in coder.decode_tiled(each, sampler.vae_tile):
-            rows = image[:, top : top + band.shape[2]]  # the last band may be cut
-            rows.copy_(band[0, :, : rows.shape[1], :width])
+        for band in coder.decode_tiled(latents, sampler.vae_tile):
+            rows = images[:, :, top : top + band.shape[2]]  # the last band may be cut
+            rows.copy_(band[:, :, : rows.shape[2], :width])
             top += band.shape[2]
     aligned = align(sr, enlarge_through(lr.to(place), sizes), sampler.color, sampler.wavelet_levels)
     return resize(aligned.clamp_(0, 1), size).to(lr.device)
