@@ -17,6 +17,7 @@ from dit4sr_pl.cli.command import read_conf
 from dit4sr_pl.common.markdown import markdown_table
 from dit4sr_pl.images.picture import Picture
 from dit4sr_pl.images.resize import enlarge
+from dit4sr_pl.restoration.color import COLORS
 from dit4sr_pl.restoration.pictures import PictureRestorer
 from dit4sr_pl.restoration.restorer import Restorer
 
@@ -90,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10, help="of the sampler")
     args = parser.parse_args()
-    cfg = read_conf("restore")
+    cfg = read_conf("restore", "sampler=tiny")
     sampler = replace(instantiate(cfg.sampler), steps=args.steps, color="none")
     restorer = Restorer.load(instantiate(cfg.model.backbone), sampler, "tiny-dit4sr", torch.device("cpu"))
 
@@ -116,7 +117,9 @@ def main() -> None:
         markdown_table(["picture", "period 8", "period 16", "deviation", "first rows", "middle", "last rows"], rows),
         end="\n\n",
     )
-    kinds = [boxes(f"`sampler.color={color}`", run(half(192), color=color)) for color in ("none", "adain", "wavelet")]
+    kinds = [boxes(f"`sampler.color={color}`", run(half(192), color=color)) for color in COLORS]
+    own = Restorer(restorer.net, restorer.backbone, instantiate(read_conf("restore").sampler))
+    kinds.append(boxes("`sampler=tiny_sd3`", own(half(192), (768, 768), [""], ["picture"], 0)))
     print(markdown_table(["level 24 beside noise", "darkest box", "lightest box", "mean"], kinds), end="\n\n")
     final = Restorer(restorer.net, restorer.backbone, replace(sampler, color="adain"))
     print(f"rim of a white disk on clear black: {rim(final):.1f}; channels of grey differ by {spreads(final)}")

@@ -111,7 +111,7 @@ def one(size: tuple[int, int], without_networks: bool, overrides: list[str]) -> 
     from dit4sr_pl.restoration.worklist import Entry
 
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = compose("restore", ["device=cpu", *overrides])
+        cfg = compose("restore", ["device=cpu", "sampler=tiny", *overrides])
     restorer = Restorer.load(
         instantiate(cfg.model.backbone), instantiate(cfg.sampler), cfg.checkpoint, torch.device(cfg.device), cfg.offload
     )

@@ -21,14 +21,14 @@ TINY = {"steps": 20, "guidance_scale": 1.0, "t5_tokens": 8, "tile": 32, "overlap
 @pytest.mark.parametrize(
     "command, overrides, expected",
     [
-        ("restore", [], TINY),
+        ("restore", [], TINY | {"steps": 12, "start": "lr"}),
         ("restore", ["backbone=sd35_medium"], PAPER),
         ("restore", ["backbone=sd35_medium", "sampler=tiny"], TINY),
         ("restore", ["sampler/solver=dpm", "backbone=sd35_medium", "sampler.steps=10"], PAPER | {"steps": 10}),
         ("evaluate", ["backbone=sd35_medium"], PAPER),
         ("app", ["backbone=sd35_medium"], PAPER),
         ("prepare", ["backbone=sd35_medium"], PAPER),
-        ("train", [], TINY),
+        ("train", [], TINY | {"start": "noise"}),
         ("train", ["model=dit4sr"], PAPER),
         ("train", ["model=sd3_controlnet"], PAPER),
         ("train", ["model=tiny_sd3_controlnet"], TINY),
