@@ -60,6 +60,7 @@ EVALUATED_WITH = [
     "metrics=[psnr]",
     "output=evaluation",
     "model.backbone.name=./toy-sd3",
+    "sampler=tiny",  # was the default then
     "sampler.steps=2",
     "sampler.smallest=1",
 ]
