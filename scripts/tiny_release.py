@@ -19,7 +19,7 @@ from dit4sr_pl.model import load_part, save_part
 from dit4sr_pl.model.trained_part import TrainedPart, check_base
 
 BASE = "tiny-sd3"
-INJECTION_SCALE = 1.2  # trained with 1.0
+INJECTION_SCALE = 1.4  # trained with 1.0
 
 
 def main() -> None:
