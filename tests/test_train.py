@@ -189,12 +189,12 @@ def test_fine_tuning_starts_from_a_trained_part(run, whole, tmp_path):
 
 def test_fine_tuning_takes_a_shipped_stream_by_name_and_keeps_the_networks_own_factor(tiny_backbone, whole_config):
     net, trained = DiT4SRTransformer(tiny_backbone.transformer), load_part(ASSETS / "tiny-dit4sr/lr_stream.safetensors")
-    with pytest.raises(ValueError, match="trained as {'injection_scale': 1.2}"):
+    with pytest.raises(ValueError, match="trained as {'injection_scale': 1.5}"):
         start_from_checkpoint(net, "tiny-dit4sr")
     start_from_checkpoint(net, "tiny-dit4sr", may_differ=("injection_scale",))
     weights = net.lr_stream.state_dict()
     assert all(torch.equal(weights[name], trained.state[name].float()) for name in trained.state)
-    assert net.variant.injection_scale == 1.0 and trained.network_config["variant"]["injection_scale"] == 1.2
+    assert net.variant.injection_scale == 1.0 and trained.network_config["variant"]["injection_scale"] == 1.5
     cfg = copy.deepcopy(whole_config)
     cfg.model.checkpoint = "tiny-dit4sr"
     check(cfg)
