@@ -9,7 +9,6 @@ photo's score is the mean over its crops, the figure the mean over photos. PSNR 
 
 import argparse
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,20 +32,26 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="tiny-dit4sr")
     parser.add_argument("--backbone", default="tiny-sd3", help="folder of another base")
     parser.add_argument("--sampler", default="tiny_sd3", help="name in conf/sampler/; that of restoring by default")
-    parser.add_argument("--steps", type=int, help="default: the sampler's")
+    parser.add_argument("--injection-scale", type=float, help="default: the checkpoint's")
     parser.add_argument("--crops", type=int, default=16, help="at most, per photo: evenly spread over its grid")
     parser.add_argument("--vae-only", action="store_true")
-    args = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", help="of the sampler, such as sampler.color=adain")
+    args = parser.parse_intermixed_args()
 
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = compose("train", ["output=unused", f"sampler={args.sampler}", f"model.backbone.name={args.backbone}"])
+        chosen = f"sampler={args.sampler}", f"model.backbone.name={args.backbone}", *args.overrides
+        cfg = compose("train", ["output=unused", *chosen])
     backbone = instantiate(cfg.model.backbone)
-    sampler = instantiate(cfg.sampler)
-    sampler = replace(sampler, steps=args.steps or sampler.steps)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     degradation, stlpips = instantiate(cfg.degradation), create("stlpips")
     backbone.to(device)
-    restorer = None if args.vae_only else Restorer.load(backbone, sampler, args.checkpoint, device)
+    restorer = (
+        None
+        if args.vae_only
+        else Restorer.load(
+            backbone, instantiate(cfg.sampler), args.checkpoint, device, injection_scale=args.injection_scale
+        )
+    )
 
     names = ("vae",) if args.vae_only else ("vae", "bicubic", "sr")
     print(f"{'photo':18s} {'crops':>5s}" + "".join(f"{n + ' psnr':>14s}{n + ' stlpips':>16s}" for n in names))

@@ -46,7 +46,12 @@ def main() -> None:
 
     def states(solver: str, steps: int, lr_refresh: int) -> Tensor:
         """Returns the teacher's states at the student's sigmas."""
-        overrides = ["sampler=tiny", *args.overrides, f"sampler/solver={solver}", f"sampler.lr_refresh={lr_refresh}"]
+        overrides = [
+            "sampler.start=noise",
+            *args.overrides,
+            f"sampler/solver={solver}",
+            f"sampler.lr_refresh={lr_refresh}",
+        ]
         sampler = instantiate(read_conf("restore", "input=unused", *overrides).sampler)
         sampler = sampler.changed(sigmas=teacher_sigmas(args.sigmas, steps, backbone.scheduler.config.shift))
         guided = sampler.runs_negative_prompt

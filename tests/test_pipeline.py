@@ -79,8 +79,9 @@ def test_the_calls_defaults_are_the_models_own(pipe, lr):
     bars = []
     pipe.progress_bar, ours = lambda total: bars.append(total) or ours(total=total), pipe.progress_bar
     plain = pipe(lr[:1], output_type="np").images
-    assert bars == [20] and plain.shape == (1, 56, 72, 3)
-    assert (plain == pipe(lr[:1], "", 4, 20, 1.0, seed=0, color="adain", output_type="np").images).all()
+    assert bars == [10] and plain.shape == (1, 56, 72, 3)
+    sampling = {"start": "lr", "strength": 0.85, "color": "wavelet_adain", "wavelet_levels": 3}
+    assert (plain == pipe(lr[:1], "", 4, 12, 1.0, seed=0, output_type="np", **sampling).images).all()
     paper = DiT4SRPipeline(**pipe.components)
     assert paper.config.sampler["steps"] == 40 and paper.config.sampler["guidance_scale"] == 8.0
 
@@ -120,7 +121,7 @@ def test_any_lr_stream_over_its_base_in_any_precision(tiny_backbone, lr, tmp_pat
 def test_the_factor_of_lr_injection_is_an_argument_that_saved_folders_keep(pipe, lr, tmp_path):
     scaled = DiT4SRPipeline.from_pretrained("tiny-dit4sr", injection_scale=0.3)
     scaled.set_progress_bar_config(disable=True)
-    sampler = replace(SAMPLER, steps=2, color="adain", smallest=16)
+    sampler = replace(SAMPLER, steps=2, start="lr", color="wavelet_adain", wavelet_levels=3, smallest=16)
     arguments = Backbone("tiny-sd3", "float32", 8), sampler, "tiny-dit4sr", torch.device("cpu"), False, 0.3
     expected = Restorer.load(*arguments)(lr, (56, 72), ["", ""], ["0", "1"], seed=0)
     images = scaled(lr, **SETTINGS).images

@@ -216,7 +216,7 @@ class DiT4SRPipeline(TextOnDemand, DiffusionPipeline):
             name, lr_stream = model.config.base["name"] if lr_stream is None else name, model
         if lr_stream is not None:
             tiny = is_shipped(name)
-            backbone, sampler = ("tiny_sd3", "tiny") if tiny else ("sd35_medium", "paper")
+            backbone, sampler = ("tiny_sd3", "tiny_sd3") if tiny else ("sd35_medium", "paper")
             if "torch_dtype" in arguments:  # diffusers' older name of it
                 arguments["dtype"] = arguments.pop("torch_dtype")
             defaults = conf_defaults(lr_stream, backbone=backbone, sampler=sampler)

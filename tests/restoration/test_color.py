@@ -63,7 +63,7 @@ def test_both_in_turn_are_one_after_the_other():
     assert (both - reference).square().mean() < (restored - reference).square().mean()
 
 
-@pytest.mark.parametrize("levels", [0, 9, 2.5])
+@pytest.mark.parametrize("levels", [0, 9, 2.5, 3.0])
 def test_levels_that_no_wavelet_has_are_refused(levels):
     with pytest.raises(ValueError, match="wavelet_levels"):
         replace(SAMPLER, wavelet_levels=levels)

@@ -156,7 +156,7 @@ def test_tiles_at_once_take_the_memory_that_the_sampler_gives_them(net):
 def test_solvers_come_closer_to_the_solution_with_more_steps_and_count_their_evaluations(solver, tiny_backbone):
     """The flow has a known solution: dz/dsigma = z + cos(sigma)."""
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        sampler = instantiate(compose("restore", ["input=x", f"sampler/solver={solver}"]).sampler)
+        sampler = instantiate(compose("restore", ["input=x", "sampler=tiny", f"sampler/solver={solver}"]).sampler)
     noise = torch.linspace(-1, 1, 64, dtype=torch.float32).view(1, 1, 8, 8)
     errors, counts = [], []
     for steps in (8, 32):

@@ -17,7 +17,8 @@ def align(restored: Tensor, reference: Tensor, color: str, levels: int) -> Tenso
     Args:
         restored: `(B, 3, H, W)` in 0..1; overwritten by the result.
         reference: images of the same shape: a tensor, or an object that returns one for `reference[..., rows, :]`.
-        color: one of `COLORS`: `adain`, `wavelet`, both in turn, or `none`, which changes nothing.
+        color: one of `COLORS`: `adain`, `wavelet`, `wavelet_adain` (first `wavelet`, then `adain`), or `none`, which
+            changes nothing.
         levels: levels of `wavelet`.
 
     Returns:

@@ -98,7 +98,7 @@ class Sampler:
         for name in ("steps", "smallest", "lr_refresh"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampler: {name}={getattr(self, name)}; at least 1 is needed")
-        if self.wavelet_levels not in range(1, 9):
+        if not isinstance(self.wavelet_levels, int) or not 1 <= self.wavelet_levels <= 8:
             raise ValueError(f"sampler: wavelet_levels={self.wavelet_levels}; give a whole number in 1..8")
         if not 0 < self.tile_memory < math.inf:
             raise ValueError(f"sampler: tile_memory={self.tile_memory}; give GiB, above 0")
