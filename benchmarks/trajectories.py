@@ -46,13 +46,8 @@ def main() -> None:
 
     def states(solver: str, steps: int, lr_refresh: int) -> Tensor:
         """Returns the teacher's states at the student's sigmas."""
-        overrides = [
-            "sampler.start=noise",
-            *args.overrides,
-            f"sampler/solver={solver}",
-            f"sampler.lr_refresh={lr_refresh}",
-        ]
-        sampler = instantiate(read_conf("restore", "input=unused", *overrides).sampler)
+        overrides = [*args.overrides, f"sampler/solver={solver}", f"sampler.lr_refresh={lr_refresh}"]
+        sampler = instantiate(read_conf("restore", "input=unused", "sampler.start=noise", *overrides).sampler)
         sampler = sampler.changed(sigmas=teacher_sigmas(args.sigmas, steps, backbone.scheduler.config.shift))
         guided = sampler.runs_negative_prompt
         conditions = teacher.conditions(prompts, sampler.negative_prompt) if guided else [prompts]
