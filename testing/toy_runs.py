@@ -36,6 +36,12 @@ SAMPLER = Sampler(
     vae_tile=64,
     color="none",
 )
+SHIPPED = {
+    "start": "lr",
+    "strength": 0.85,
+    "color": "wavelet_adain",
+    "wavelet_levels": 3,
+}  # tiny_sd3.yaml
 
 
 def toy(photos: Path, output: Path) -> list[str]:

@@ -25,12 +25,12 @@ from dit4sr_pl.images.files import read_image
 from dit4sr_pl.images.resize import enlarge
 from dit4sr_pl.restoration.restorer import Restorer
 from testing.toy_llava import save_toy_llava
-from testing.toy_runs import SAMPLER
+from testing.toy_runs import SAMPLER, SHIPPED
 
 
 @pytest.fixture(scope="module")
 def restorer() -> Restorer:
-    sampler = dataclasses.replace(SAMPLER, color="adain")
+    sampler = dataclasses.replace(SAMPLER, **SHIPPED)
     return Restorer.load(Backbone("tiny-sd3", "float32", 8), sampler, "tiny-dit4sr", torch.device("cpu"))
 
 

@@ -21,7 +21,7 @@ from dit4sr_pl.model.checkpoint_files import checkpoint_file
 from dit4sr_pl.model.trained_part import base_of, part_of
 from dit4sr_pl.pipeline import DiT4SRPipeline
 from dit4sr_pl.restoration.restorer import Restorer
-from testing.toy_runs import SAMPLER
+from testing.toy_runs import SAMPLER, SHIPPED
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 SETTINGS = {"num_inference_steps": 2, "output_type": "pt"}
@@ -43,7 +43,7 @@ def test_it_restores_what_the_restorer_restores(pipe, lr):
     sampler_options = dict(
         added_prompt="sharp", negative_prompt="blurry", tile=4, overlap=2, color="wavelet", smallest=1
     )
-    sampler = replace(SAMPLER, steps=2, guidance_scale=1.5, **sampler_options)
+    sampler = replace(SAMPLER, steps=2, guidance_scale=1.5, **SHIPPED | sampler_options)
     restorer = Restorer.load(Backbone("tiny-sd3", "float32", 8), sampler, "tiny-dit4sr", torch.device("cpu"))
     expected = restorer(lr, (28, 36), ["a cat", ""], ["0", "1"], seed=3)
     images = pipe(lr, ["a cat", ""], scale=2, guidance_scale=1.5, seed=3, **SETTINGS, **sampler_options).images
@@ -80,8 +80,7 @@ def test_the_calls_defaults_are_the_models_own(pipe, lr):
     pipe.progress_bar, ours = lambda total: bars.append(total) or ours(total=total), pipe.progress_bar
     plain = pipe(lr[:1], output_type="np").images
     assert bars == [10] and plain.shape == (1, 56, 72, 3)
-    sampling = {"start": "lr", "strength": 0.85, "color": "wavelet_adain", "wavelet_levels": 3}
-    assert (plain == pipe(lr[:1], "", 4, 12, 1.0, seed=0, output_type="np", **sampling).images).all()
+    assert (plain == pipe(lr[:1], "", 4, 12, 1.0, seed=0, output_type="np", **SHIPPED).images).all()
     paper = DiT4SRPipeline(**pipe.components)
     assert paper.config.sampler["steps"] == 40 and paper.config.sampler["guidance_scale"] == 8.0
 
@@ -121,7 +120,7 @@ def test_any_lr_stream_over_its_base_in_any_precision(tiny_backbone, lr, tmp_pat
 def test_the_factor_of_lr_injection_is_an_argument_that_saved_folders_keep(pipe, lr, tmp_path):
     scaled = DiT4SRPipeline.from_pretrained("tiny-dit4sr", injection_scale=0.3)
     scaled.set_progress_bar_config(disable=True)
-    sampler = replace(SAMPLER, steps=2, start="lr", color="wavelet_adain", wavelet_levels=3, smallest=16)
+    sampler = replace(SAMPLER, steps=2, smallest=16, **SHIPPED)
     arguments = Backbone("tiny-sd3", "float32", 8), sampler, "tiny-dit4sr", torch.device("cpu"), False, 0.3
     expected = Restorer.load(*arguments)(lr, (56, 72), ["", ""], ["0", "1"], seed=0)
     images = scaled(lr, **SETTINGS).images

@@ -25,7 +25,7 @@ from testing.commands import call
 from testing.local_hub import TOKEN, LocalHub, serving
 from testing.pages import make_page
 from testing.student_files import STUDENTS, student_net, write_student
-from testing.toy_runs import SAMPLER, TOY_SD3
+from testing.toy_runs import SAMPLER, SHIPPED, TOY_SD3
 
 LR = enlarge(torch.rand(2, 3, 5, 5, generator=generator("cpu", 0)), (14, 18))
 NAMES = {"prompt": "a cat", "names": ["a", "b"], "output_type": "pt"}
@@ -38,7 +38,7 @@ def files(tiny_backbone, tmp_path_factory):
 
 
 def restored_by(backbone, file, student, **options) -> torch.Tensor:
-    sampler = dataclasses.replace(SAMPLER, smallest=16, color="adain", **options).for_student(student)
+    sampler = dataclasses.replace(SAMPLER, smallest=16, **SHIPPED | options).for_student(student)
     restorer = Restorer.load(backbone, sampler, file, torch.device("cpu"))
     return restorer(LR, (56, 72), ["a cat", "a cat"], ["a", "b"], 0)
 
