@@ -36,12 +36,8 @@ SAMPLER = Sampler(
     vae_tile=64,
     color="none",
 )
-SHIPPED = {
-    "start": "lr",
-    "strength": 0.85,
-    "color": "wavelet_adain",
-    "wavelet_levels": 3,
-}  # tiny_sd3.yaml
+# What conf/sampler/tiny_sd3.yaml changes.
+SHIPPED = {"start": "lr", "strength": 0.85, "color": "wavelet_adain", "wavelet_levels": 3}
 
 
 def toy(photos: Path, output: Path) -> list[str]:
