@@ -1,7 +1,7 @@
 """python benchmarks/borders.py: what tiny-dit4sr makes of flat and shaded pictures, of clear pixels and of grey.
 
 Prints regular patterns, borders next to the middle, and brightness by region, of the autoencoder alone, of one tile
-and of tiles, so that the network's own faults and those of tiling can be told apart. Takes 6 minutes.
+and of tiles, so that the network's own faults and those of tiling can be told apart. It takes 3 minutes on two cores.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Figures of the shipped tiny-sd3 and tiny-dit4sr on photos that neither was trained on.
 
     python benchmarks/tiny.py [--backbone outputs/tiny/base/tiny-sd3] [--checkpoint outputs/.../lr_stream.safetensors]
+        [sampler.steps=20 ...]
 
 Every 128x128 crop of a grid over every photo that scikit-image and scikit-learn ship; x4, `light` degradation. A
 photo's score is the mean over its crops, the figure the mean over photos. PSNR is of RGB, unlike the Y channel of
@@ -45,15 +46,11 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     degradation, stlpips = instantiate(cfg.degradation), create("stlpips")
     backbone.to(device)
-    restorer = (
-        None
-        if args.vae_only
-        else Restorer.load(
-            backbone, instantiate(cfg.sampler), args.checkpoint, device, injection_scale=args.injection_scale
-        )
-    )
+    names, restorer = ("vae",), None
+    if not args.vae_only:
+        names, options = ("vae", "bicubic", "sr"), {"injection_scale": args.injection_scale}
+        restorer = Restorer.load(backbone, instantiate(cfg.sampler), args.checkpoint, device, **options)
 
-    names = ("vae",) if args.vae_only else ("vae", "bicubic", "sr")
     print(f"{'photo':18s} {'crops':>5s}" + "".join(f"{n + ' psnr':>14s}{n + ' stlpips':>16s}" for n in names))
     rows = []
     for name, hr in photos(args.crops):

@@ -19,7 +19,7 @@ def align(restored: Tensor, reference: Tensor, color: str, levels: int) -> Tenso
         reference: images of the same shape: a tensor, or an object that returns one for `reference[..., rows, :]`.
         color: one of `COLORS`: `adain`, `wavelet`, `wavelet_adain` (first `wavelet`, then `adain`), or `none`, which
             changes nothing.
-        levels: levels of `wavelet`.
+        levels: levels of `wavelet`, 1 to 8.
 
     Returns:
         `(B, 3, H, W)`, not clamped.

@@ -47,8 +47,8 @@ class Sampler:
         smallest: smallest side in latents; smaller images are extended by reflection, and their results cut.
         vae_tile: side of the autoencoder's tiles in latents, for larger images; they overlap by a quarter.
         color: alignment to the enlarged LR image: `adain`, `wavelet`, `wavelet_adain` or `none`.
-        wavelet_levels: levels of the wavelet: the result takes what is coarser than `2**wavelet_levels` pixels from the
-            enlarged LR image.
+        wavelet_levels: levels of the wavelet, 1 to 8: the result takes what is coarser than `2**wavelet_levels` pixels
+            from the enlarged LR image.
         fit: how sides that are no multiples of the grid fit it, see `working_sizes`.
         process_size: size at which smaller results are restored, see `working_sizes`.
         guidance_sigma_min: smallest sigma, in 0..1, at which guidance is applied; below it the negative prompt is not
